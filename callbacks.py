@@ -1,0 +1,128 @@
+"""EMA and SWA of the trainable weights, as TrainerCallbacks.
+
+    ema = EMACallback(decay=0.99)
+    swa = SWACallback(start=0.5)
+    Trainer(..., callbacks=[ema, swa])
+    with ema.applied(model):     # the model holds the average here, its own weights again afterwards
+        ...
+
+Only the trainable parameters are averaged, by name and in float32: eight bytes a parameter of the adapter for both,
+while the base model, in 4 bits or not, is never copied. A 16-bit average would not move: its steps round to nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+
+class WeightAverage(TrainerCallback):
+    """A running average of the trainable weights; what kind of average it is, is the subclass's `weight`.
+
+    The average is written into every checkpoint (`<name>.safetensors`) and read back when a run resumes.
+    """
+
+    name: str
+
+    def __init__(self):
+        self.average: dict[str, torch.Tensor] = {}
+        self.updates = 0
+
+    def weight(self) -> float:
+        """Share of the current weights in the next average, given the number of updates so far; 1 copies them."""
+        raise NotImplementedError
+
+    def is_due(self, args, state) -> bool:
+        """Whether the optimiser step that just ended is one to average."""
+        return True
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module) -> None:
+        """average += weight * (current - average), for each trainable parameter."""
+        weight = self.weight()
+        for name, parameter in trainable(model):
+            if name not in self.average:
+                self.average[name] = parameter.detach().float().clone()
+            else:
+                self.average[name].lerp_(parameter.detach().float(), weight)
+        self.updates += 1
+
+    @contextmanager
+    def applied(self, model: torch.nn.Module) -> Iterator[None]:
+        """Within the block `model` holds the average. Swapped tensor by tensor: no second copy of the adapter."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: torch.nn.Module) -> None:
+        for name, parameter in trainable(model):
+            held = parameter.detach().float().clone()
+            parameter.copy_(self.average[name])
+            self.average[name] = held
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step:  # a resumed run
+            tensors = load_file(self._file(args, state))
+            self.updates = int(tensors.pop("updates"))
+            devices = {name: parameter.device for name, parameter in trainable(model)}
+            self.average = {name: tensor.to(devices[name]) for name, tensor in tensors.items()}
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        # A step that the fp16 loss scaler skipped changed nothing, so it does not count.
+        if not getattr(optimizer, "step_was_skipped", False) and self.is_due(args, state):
+            self.update(model)
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            save_file(self.average | {"updates": torch.tensor(self.updates)}, self._file(args, state))
+
+    def _file(self, args, state) -> Path:
+        return Path(args.output_dir, f"checkpoint-{state.global_step}", f"{self.name}.safetensors")
+
+
+class EMACallback(WeightAverage):
+    """Exponential moving average, `decay` a step, warmed up: min(decay, (1 + n) / (10 + n)) after n updates.
+
+    The first update copies the weights. A cold start would keep the initial adapter in the average (its B is zero, so
+    the adapter would be shrunk), and a high decay would not leave it within a short run. Warm-up as in TensorFlow's
+    ExponentialMovingAverage.
+    """
+
+    name = "ema"
+
+    def __init__(self, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+
+    def weight(self) -> float:
+        return 1.0 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+
+
+class SWACallback(WeightAverage):
+    """Stochastic weight averaging (Izmailov et al., 2018): the equal mean of the weights after each step from `start`.
+
+    `start` is a share of the run, in [0, 1).
+    """
+
+    name = "swa"
+
+    def __init__(self, start: float = 0.5):
+        super().__init__()
+        self.start = start
+
+    def weight(self) -> float:
+        return 1.0 / (self.updates + 1)
+
+    def is_due(self, args, state) -> bool:
+        return state.global_step > self.start * state.max_steps
+
+
+def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of what is trained, named as in the bare model whatever wraps it."""
+    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]

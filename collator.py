@@ -1,0 +1,87 @@
+"""Rows -> a padded batch whose labels cover the assistant's answer and nothing else.
+
+    collate = Collator(processor, image_size=384)                      # prompts, for scoring
+    collate = Collator(processor, image_size=384, with_answer=True)    # prompts and answers, for training
+"""
+
+import torch
+from qwen_vl_utils import process_vision_info
+
+from vqa.images import open_image, target_size
+from vqa.prompt import INSTRUCTION, LETTERS, messages, render, shown_answer, special_tokens
+
+IGNORE = -100  # the label that torch's cross-entropy leaves out
+
+
+class Collator:
+    """Turn rows into one batch of tensors, padded on the left so that every answer ends at the same column.
+
+    Args:
+        processor: the model's `AutoProcessor`.
+        image_size: pixel budget, the side of a square with as many pixels; the aspect of the image is kept.
+        instruction: the last line of the user's turn.
+        with_answer: append the answer and label it. Otherwise the text ends where the model has to write.
+
+    A row is a dict with `image` (path), `question`, `choices` and, with answers, `answer` (index of the right choice);
+    `order` (the choice shown at each letter) and `scale` (of the image) are optional. Rows are not changed.
+
+    The batch holds every key that the processor returns (`input_ids`, `attention_mask`, `mm_token_type_ids`,
+    `pixel_values`, `image_grid_thw`), and
+        offered: bool (rows, 10), which letters the row offers;
+    and with answers
+        labels: int64 (rows, tokens), the token id at the answer's letter and at the end of the turn, -100 elsewhere;
+        answer: int64 (rows,), the position of the right letter.
+
+        <|im_start|> system ... <|im_end|> ... <|im_start|> assistant \\n   b   <|im_end|>   \\n
+            -100      -100        -100             -100       -100   -100   66    151645    -100
+    """
+
+    def __init__(self, processor, image_size: int, instruction: str = INSTRUCTION, with_answer: bool = False):
+        self.processor = processor
+        self.image_size = image_size
+        self.instruction = instruction
+        self.with_answer = with_answer
+        self.special = special_tokens(processor)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        conversations = [self.conversation(row) for row in rows]
+        images, _ = process_vision_info(conversations, image_patch_size=self.processor.image_processor.patch_size)
+        prompts = [render(self.processor, conversation) for conversation in conversations]
+        texts = prompts
+        if self.with_answer:
+            letters = [LETTERS[shown_answer(row)] for row in rows]
+            texts = [render(self.processor, c, letter) for c, letter in zip(conversations, letters)]
+
+        # The images already have their final size: a second resize would blur them and could change the grid.
+        batch = dict(
+            self.processor(
+                text=texts, images=images, do_resize=False, padding=True, padding_side="left", return_tensors="pt"
+            )
+        )
+        batch["offered"] = torch.tensor([[i < len(row["choices"]) for i in range(len(LETTERS))] for row in rows])
+        if self.with_answer:
+            batch["labels"] = self.labels(batch["input_ids"], prompts, texts)
+            batch["answer"] = torch.tensor([shown_answer(row) for row in rows])
+        return batch
+
+    def conversation(self, row: dict) -> list[dict]:
+        """The row's chat messages, holding the decoded image and the size that it is to be given."""
+        image = open_image(row["image"])
+        patch = self.processor.image_processor.patch_size
+        width, height = target_size(*image.size, self.image_size, row.get("scale", 1.0), patch)
+        item = {"type": "image", "image": image, "resized_width": width, "resized_height": height}
+        return messages(row, item, self.instruction, self.special)
+
+    def labels(self, input_ids: torch.Tensor, prompts: list[str], texts: list[str]) -> torch.Tensor:
+        """Labels by construction: what follows the prompt is the letter, the end of the turn, and white space.
+
+        Nothing is searched for, so a question that contains the answer, or the word "assistant", changes nothing.
+        """
+        labels = torch.full_like(input_ids, IGNORE)
+        for i, (prompt, text) in enumerate(zip(prompts, texts)):
+            tail = self.processor.tokenizer(text[len(prompt) :]).input_ids
+            start = input_ids.shape[1] - len(tail)
+            if input_ids[i, start:].tolist() != tail:
+                raise ValueError(f"the answer {text[len(prompt) :]!r} is not tokenised on its own as it is in the chat")
+            labels[i, start : start + 2] = input_ids[i, start : start + 2]
+        return labels

@@ -1,0 +1,69 @@
+"""Draw the demo contest in the format of a real one: train.csv, test.csv, sample_submission.csv and pictures.
+
+    python data/make_demo.py                          # data/demo
+    python data/make_demo.py --train_rows 2000 --output_dir data/bigger
+
+Questions are in Korean and English. The answers of the test rows go to test_answers.csv, for scoring only.
+"""
+
+import argparse
+import csv
+import random
+import sys
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
+
+from vqa.drawn import CONTEST, ask, draw_scene, four_choices  # noqa: E402
+from vqa.files import whole  # noqa: E402
+from vqa.prompt import LETTERS  # noqa: E402
+
+HEADER = ["id", "path", "question", "a", "b", "c", "d"]
+
+
+def main() -> None:
+    args = parse_args()
+    folder = Path(args.output_dir)
+    train, train_answers = draw_rows("train", args.train_rows, folder, args.seed)
+    test, test_answers = draw_rows("test", args.test_rows, folder, args.seed)
+    write_csv(folder / "train.csv", HEADER + ["answer"], [row + [letter] for row, letter in zip(train, train_answers)])
+    write_csv(folder / "test.csv", HEADER, test)
+    write_csv(folder / "sample_submission.csv", ["id", "answer"], [[row[0], "a"] for row in test])
+    write_csv(folder / "test_answers.csv", ["id", "answer"], [[row[0], x] for row, x in zip(test, test_answers)])
+    print(f"{folder}: {len(train)} training and {len(test)} test rows")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_rows", type=int, default=600, help="(default: 600)")
+    parser.add_argument("--test_rows", type=int, default=1000, help="(default: 1000)")
+    parser.add_argument("--seed", type=int, default=42, help="(default: 42)")
+    parser.add_argument("--output_dir", default="data/demo", help="(default: data/demo)")
+    return parser.parse_args()
+
+
+def draw_rows(split: str, count: int, folder: Path, seed: int) -> tuple[list[list[str]], list[str]]:
+    """Cells of each row and the answers' letters; the pictures are written on the way."""
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    rows, answers = [], []
+    for number in tqdm(range(1, count + 1), desc=f"drawing {split}"):
+        row_id = f"{split}_{number:04d}"
+        rng = random.Random(f"{seed} {row_id}")
+        image, things = draw_scene(rng, CONTEST)
+        question, right, wrong = ask(rng, things, CONTEST)
+        choices, answer = four_choices(rng, right, wrong)
+        image.save(folder / split / f"{row_id}.jpg", quality=88)
+        rows.append([row_id, f"{split}/{row_id}.jpg", question, *choices])
+        answers.append(LETTERS[answer])
+    return rows, answers
+
+
+def write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
+    with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+if __name__ == "__main__":
+    main()

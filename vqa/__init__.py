@@ -1,0 +1,1 @@
+"""What the scripts share: one flat module a role. Modules never import a script."""

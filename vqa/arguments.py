@@ -1,0 +1,228 @@
+"""Args files: one flat JSON object, its fields the dataclasses below; command-line flags override the file.
+
+    {"extends": "3b.json", "fold": 1}        # args/fold1.json: the file 3b.json beside it, and what differs
+
+`extends` keeps fold files from drifting apart: what folds share stands in one file. The reason for a default stands in
+the `help` of its field, which is also what `python train_fold.py --help` prints.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from vqa.errors import UserError
+from vqa.files import read_json
+from vqa.prompt import INSTRUCTION
+
+# `gradient_checkpointing` is the name that every transformers from 5.20 on understands; 5.23 says on each run, and PEFT
+# once more, that it will be called otherwise in version 6.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+
+DEMO = "args/demo/fold0.json"
+
+
+def _field(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    model: str = _field("checkpoints/tiny", "Folder of the base model, or its name where a model hub is reachable.")
+    load_in_4bit: bool = _field(
+        False, "Hold the base model in 4 bits (nf4, double quantisation): the 7B then fits a 16 GB GPU. CUDA only."
+    )
+    lora_rank: int = _field(16, "Rank of the adapter: 16 is ample for a contest of some thousand rows.")
+    lora_alpha: int = _field(32, "Scale of the adapter; the usual choice is twice the rank.")
+    lora_dropout: float = _field(0.05, "Dropout before the adapter: a few thousand rows are soon learned by heart.")
+
+
+@dataclass
+class DataArguments:
+    train_csv: str = _field("data/train.csv", "Training rows: id,path,question,a,b,...,answer.")
+    test_csv: str = _field("data/test.csv", "Rows to predict: id,path,question,a,b,...")
+    image_root: str | None = _field(None, "Folder that `path` is relative to; the CSV's own folder if not given.")
+    folds_csv: str | None = _field(None, "The folds file; `folds.csv` beside train_csv if not given.")
+    fold: int | None = _field(0, "The fold to validate on; null trains on every row and validates on none.")
+    max_train_rows: int | None = _field(None, "Train on so many rows only, drawn by seed: 200 for a quick try.")
+    image_size: int = _field(
+        384, "Pixel budget: an image is shrunk to at most image_size squared pixels, aspect kept; 784 pixels a token."
+    )
+    instruction: str = _field(INSTRUCTION, "Last line of the question; prediction uses what training used.")
+    shuffle_choices: bool = _field(
+        True, "Show the choices in another order every epoch, so that the position of the answer is not learned."
+    )
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """transformers' TrainingArguments with this recipe's defaults, and what it has no field for."""
+
+    loss: str = _field(
+        "token",
+        "token: cross-entropy over the vocabulary at the answer's letter and the end of the turn, as in language "
+        "modelling; letter: cross-entropy over the letters that the row offers, which is what is scored.",
+    )
+    ema_decay: float = _field(0.99, "Decay of the EMA of the adapter, per optimiser step, warmed up; 0 turns it off.")
+    swa_start: float = _field(0.5, "Share of the run after which SWA averages the adapter; 1 turns it off.")
+    output_dir: str | None = _field(None, "The fold's folder; args/demo/fold0.json gives checkpoints/demo/fold0.")
+    num_train_epochs: float = _field(3.0, "Passes over the training rows.")
+    learning_rate: float = _field(2e-4, "Peak learning rate: QLoRA's usual one; ten times that of full fine-tuning.")
+    lr_scheduler_type: str = _field("cosine", "Falls to zero by the end: the last steps settle, as contests reward.")
+    warmup_steps: float = _field(0.05, "Steps of warm-up; below 1, a share of the run.")
+    per_device_train_batch_size: int = _field(8, "Rows a GPU takes at once: the first thing to halve when out of memory.")
+    gradient_accumulation_steps: int = _field(2, "Batches per optimiser step: double it when halving the batch.")
+    per_device_eval_batch_size: int = _field(16, "Rows a GPU scores at once.")
+    max_grad_norm: float = _field(1.0, "Gradients are clipped to this norm.")
+    fp16: bool = _field(False, "Mixed precision for GPUs before Ampere, such as the T4, which have no bf16.")
+    gradient_checkpointing: bool | None = _field(None, "Recompute activations in the backward pass: memory for a third of speed.")
+    eval_strategy: str = _field("epoch", "When to validate: epoch, steps (every eval_steps) or no.")
+    save_strategy: str = _field("epoch", "When to write a checkpoint to resume from: epoch, steps (save_steps) or no.")
+    save_total_limit: int | None = _field(2, "Checkpoints to keep; the best adapters are kept apart from them.")
+    logging_steps: float = _field(10, "Optimiser steps between two lines of the training log.")
+    dataloader_num_workers: int = _field(0, "Processes that decode and resize images ahead of the GPU; 2 on a T4 host.")
+    remove_unused_columns: bool = _field(False, "Stays false: the collator reads the rows' own columns.")
+    resume_from_checkpoint: str | None = _field(None, "A checkpoint folder to go on from, or `auto` for the newest.")
+    seed: int = _field(42, "Seed of everything drawn at random; 42 by default.")
+    metric_for_best_model: str = _field("log_loss", "What chooses the best adapter: log_loss or accuracy, of letters.")
+    report_to: str = _field("none", "Where to log: none, tensorboard, wandb, trackio.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gradient_checkpointing:  # without re-entrance no input needs a gradient, so the vision tower gets none
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
+
+
+Arguments = tuple[ModelArguments, DataArguments, RecipeArguments]
+CLASSES = (ModelArguments, DataArguments, RecipeArguments)
+
+
+def parse_arguments(argv: list[str], description: str) -> Arguments:
+    """(model, data, recipe) from `[ARGS.json] [--field value ...]`. Raises UserError for what cannot be used."""
+    parser = _parser(description)
+    path = argv[0] if argv and not argv[0].startswith("-") else None
+    values = read_args_file(path) if path else {}
+    values |= {"output_dir": output_folder(path)} if path and not values.get("output_dir") else {}
+    flags, values = _null_flags(argv[1:] if path else argv, values)
+    parser.set_defaults(**values)
+    given, unknown = parser.parse_known_args(flags)
+    if unknown:
+        _refuse_unknown(unknown[0].lstrip("-").split("=")[0], "the command line")
+    if given.output_dir is None:
+        raise UserError(f"no args file and no --output_dir; try `python train_fold.py {DEMO}`, or --help")
+    _check_machine(given)
+    if given.loss not in ("token", "letter"):
+        raise UserError(f"loss {given.loss!r} does not exist; it is token or letter")
+    try:
+        return tuple(_build(kind, vars(given)) for kind in CLASSES)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path or 'the command line'}: {error}") from None
+
+
+def read_args_file(path: str | Path) -> dict:
+    """The values of an args file, those of the file that it `extends` included. Its own come first."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: an args file is one JSON object, such as {{\"fold\": 0}}")
+    base = values.pop("extends", None)
+    for key in values:
+        if key not in field_names():
+            _refuse_unknown(key, path)
+    if base is None:
+        return values
+    if Path(path).resolve() == (Path(path).parent / base).resolve():
+        raise UserError(f"{path}: extends itself; name the file that holds what the folds share")
+    return read_args_file(Path(path).parent / base) | values
+
+
+def data_arguments(path: str | Path) -> DataArguments:
+    """What an args file says about the data, for scripts that need nothing else of it."""
+    return _build(DataArguments, read_args_file(path))
+
+
+def output_folder(path: str | Path) -> str:
+    """checkpoints/demo/fold0 for args/demo/fold0.json: the args file's place names the run."""
+    parts = Path(path).with_suffix("").parts
+    return str(Path("checkpoints", *(parts[parts.index("args") + 1 :] if "args" in parts else parts[-1:])))
+
+
+def folds_file(data: DataArguments) -> Path:
+    return Path(data.folds_csv) if data.folds_csv else Path(data.train_csv).with_name("folds.csv")
+
+
+def resolved(arguments: Arguments) -> dict:
+    """Every field of ours and each of transformers' that is not at its default: an args file that repeats the run."""
+    ours = {name for kind in CLASSES for name in kind.__dict__.get("__annotations__", {})}
+    plain = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    values = {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.init}
+    kept = {name: value for name, value in values.items() if name in ours or value != plain.get(name, value)}
+    return json.loads(json.dumps(kept, default=lambda value: getattr(value, "value", str(value))))
+
+
+def field_names() -> set[str]:
+    return {f.name for kind in CLASSES for f in dataclasses.fields(kind) if f.init}
+
+
+def _parser(description: str) -> HfArgumentParser:
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        pass
+
+    parser = HfArgumentParser(
+        CLASSES,
+        usage="python train_fold.py ARGS.json [--field value ...]",
+        description=description,
+        epilog="Every field of transformers.TrainingArguments can be given as well.",
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    ours = {name for kind in CLASSES for name in kind.__dict__.get("__annotations__", {})} | {"help"}
+    for action in parser._actions:
+        if action.dest not in ours or any(option.startswith(("--no_", "--no-")) for option in action.option_strings):
+            action.help = argparse.SUPPRESS
+        action.option_strings = [o for o in action.option_strings if "-" not in o.lstrip("-")] or action.option_strings
+    parser.error = lambda message: _raise(UserError(f"{message}; see `python train_fold.py --help`"))
+    return parser
+
+
+def _raise(error: Exception):
+    raise error
+
+
+def _null_flags(flags: list[str], values: dict) -> tuple[list[str], dict]:
+    """`--fold null` on the command line, which argparse has no word for, becomes a None among the values."""
+    kept, index = [], 0
+    while index < len(flags):
+        if flags[index].startswith("--") and flags[index + 1 : index + 2] in (["null"], ["none"], ["None"]):
+            name = flags[index][2:].replace("-", "_")
+            if name in field_names() and name != "report_to":
+                values = values | {name: None}
+                index += 2
+                continue
+        kept.append(flags[index])
+        index += 1
+    return kept, values
+
+
+def _refuse_unknown(key: str, place: str | Path):
+    near = difflib.get_close_matches(key, sorted(field_names()), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "see `python train_fold.py --help`"
+    raise UserError(f"{place}: unknown field {key!r}; {hint}")
+
+
+def _check_machine(given: argparse.Namespace) -> None:
+    """What the fields ask of the machine, before anything is loaded."""
+    if torch.cuda.is_available():
+        return
+    for name in ("load_in_4bit", "fp16", "bf16"):
+        if getattr(given, name):
+            raise UserError(f"{name} needs a CUDA GPU and there is none here; on a CPU try the demo, {DEMO}")
+
+
+def _build(kind: type, values: dict):
+    return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values})

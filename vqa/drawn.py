@@ -1,0 +1,212 @@
+"""Drawn pictures and questions about them: the world of the tiny model and of the demo contest.
+
+Two domains share the shapes and differ in words and looks. `HOME` is what the tiny model is trained on; `CONTEST` is
+the demo: other question wordings, other names for half of the things, textured paper, outlines and tilted shapes. So
+the tiny model answers the contest in part, and training on the contest's rows has something to teach.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (245, 140, 20),
+    "yellow": (250, 220, 50),
+    "green": (40, 150, 60),
+    "blue": (40, 90, 210),
+    "purple": (140, 60, 170),
+    "black": (25, 25, 25),
+    "brown": (125, 75, 35),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+CELLS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
+SIZES = ((240, 180), (180, 240), (208, 208))
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The words of each language, the templates of each kind of question, and how pictures are drawn.
+
+    words: language -> kind -> canonical name -> the names in use. questions: language -> kind -> templates.
+    """
+
+    words: dict[str, dict[str, dict[str, tuple[str, ...]]]]
+    questions: dict[str, dict[str, tuple[str, ...]]]
+    paper: bool
+
+
+def _names(kind: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(words.split("/")) for name, words in kind.items()}
+
+
+HOME = Domain(
+    words={
+        "en": {
+            "colour": _names({c: c for c in COLOURS}),
+            "shape": _names({s: s for s in SHAPES}),
+            "place": _names({p: p for p in CELLS}),
+            "count": _names({str(n): str(n) for n in range(1, 5)}),
+        },
+        "ko": {
+            "colour": _names(dict(zip(COLOURS, "빨강 주황 노랑 초록 파랑 보라 검정 갈색".split()))),
+            "shape": _names(dict(zip(SHAPES, "원 네모 세모 별 십자 고리".split()))),
+            "place": _names(dict(zip(CELLS, "왼쪽 위/오른쪽 위/왼쪽 아래/오른쪽 아래".split("/")))),
+            "count": _names({str(n): f"{n}개" for n in range(1, 5)}),
+        },
+    },
+    questions={
+        "en": {
+            "colour": ("What colour is the {shape}?", "Which colour does the {shape} have?"),
+            "shape": ("What shape is the {colour} one?", "Which shape is {colour}?"),
+            "place": ("Where is the {shape}?", "Where is the {colour} {shape}?"),
+            "count": ("How many shapes are there?", "How many shapes do you see?"),
+        },
+        "ko": {
+            "colour": ("{shape}의 색은 무엇인가요?", "{shape} 모양은 무슨 색인가요?"),
+            "shape": ("{colour} 도형은 어떤 모양인가요?", "{colour}인 것은 무슨 모양인가요?"),
+            "place": ("{shape} 모양은 어디에 있나요?", "{colour} {shape} 모양은 어디에 있나요?"),
+            "count": ("도형은 모두 몇 개인가요?", "도형이 몇 개 있나요?"),
+        },
+    },
+    paper=False,
+)
+
+CONTEST = Domain(
+    words={
+        "en": {
+            "colour": _names(
+                dict(zip(COLOURS, "red orange/amber yellow green/emerald blue purple/violet black/jet brown".split()))
+            ),
+            "shape": _names(
+                {
+                    "circle": "circle/disc",
+                    "square": "square/box",
+                    "triangle": "triangle",
+                    "star": "star",
+                    "cross": "cross/plus sign",
+                    "ring": "ring",
+                }
+            ),
+            "place": _names(
+                {
+                    "top left": "upper left corner",
+                    "top right": "upper right corner",
+                    "bottom left": "lower left corner",
+                    "bottom right": "lower right corner",
+                }
+            ),
+            "count": _names(dict(zip("1234", "one two three four".split()))),
+        },
+        "ko": {
+            "colour": _names(dict(zip(COLOURS, "빨강 주황/귤색 노랑 초록/풀색 파랑 보라/포도색 검정/먹색 갈색".split()))),
+            "shape": _names(dict(zip(SHAPES, "원/동그라미 네모/상자 세모 별 십자/더하기표 고리".split()))),
+            "place": _names(dict(zip(CELLS, "좌측 상단/우측 상단/좌측 하단/우측 하단".split("/")))),
+            "count": _names(dict(zip("1234", "하나 둘 셋 넷".split()))),
+        },
+    },
+    questions={
+        "en": {
+            "colour": ("Pick the colour of the {shape}.", "In this picture, what is the colour of the {shape}?"),
+            "shape": ("Name the {colour} figure.", "Which figure was painted {colour}?"),
+            "place": ("In which part of the sheet is the {shape}?", "Find the {colour} {shape} on the sheet."),
+            "count": ("Count the figures on the sheet.", "What is the number of figures on the sheet?"),
+        },
+        "ko": {
+            "colour": ("{shape}에 칠한 색을 고르세요.", "사진 속 {shape}의 색깔은?"),
+            "shape": ("{colour}으로 칠한 도형을 고르세요.", "사진에서 {colour} 도형의 이름은?"),
+            "place": ("{shape} 모양이 있는 위치를 고르세요.", "사진에서 {colour} {shape}의 위치는?"),
+            "count": ("사진에 있는 도형의 개수는?", "종이에 그린 도형을 모두 세어 보세요."),
+        },
+    },
+    paper=True,
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    shape: str
+    colour: str
+    place: str
+
+
+def draw_scene(
+    rng: random.Random, domain: Domain, size: tuple[int, int] | None = None
+) -> tuple[Image.Image, list[Thing]]:
+    """A picture of one to four things, no two alike in shape or colour, and what stands in it."""
+    count = rng.randint(1, 4)
+    cells = rng.sample(list(CELLS), count)
+    shapes, colours = rng.sample(SHAPES, count), rng.sample(list(COLOURS), count)
+    things = [Thing(*parts) for parts in zip(shapes, colours, cells)]
+    size = size or rng.choice(SIZES)
+    image = _paper(rng, size) if domain.paper else Image.new("RGB", size, tuple(rng.randint(222, 255) for _ in range(3)))
+    for thing in things:
+        _draw(ImageDraw.Draw(image), rng, thing, size, domain.paper)
+    return (image.filter(ImageFilter.GaussianBlur(0.6)) if domain.paper else image), things
+
+
+def ask(rng: random.Random, things: list[Thing], domain: Domain) -> tuple[str, str, list[str]]:
+    """(question, right answer, every wrong answer) about a scene, in Korean or English."""
+    words = domain.words[language := rng.choice(("ko", "en"))]
+    kind = rng.choice(("colour", "shape", "place", "count"))
+    thing = rng.choice(things)
+    truth = str(len(things)) if kind == "count" else getattr(thing, kind)
+    said = {part: rng.choice(words[part][getattr(thing, part)]) for part in ("colour", "shape")}
+    question = rng.choice(domain.questions[language][kind]).format(**said)
+    wrong = [rng.choice(names) for name, names in words[kind].items() if name != truth]
+    return question, rng.choice(words[kind][truth]), wrong
+
+
+def four_choices(rng: random.Random, right: str, wrong: list[str]) -> tuple[list[str], int]:
+    """Four choices in random order and the index of the right one."""
+    choices = rng.sample(wrong, 3) + [right]
+    rng.shuffle(choices)
+    return choices, choices.index(right)
+
+
+def _paper(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """Tinted paper with a slope of light and grain."""
+    width, height = size
+    grain = np.random.default_rng(rng.getrandbits(32))
+    tint = np.array([rng.randint(200, 250) for _ in range(3)], dtype=float)
+    angle, depth = rng.uniform(0, 2 * math.pi), rng.uniform(10, 40)
+    x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
+    light = (x * math.cos(angle) + y * math.sin(angle)) * depth
+    pixels = tint + light[..., None] + grain.normal(0, rng.uniform(3, 9), (height, width, 1))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _draw(canvas: ImageDraw.ImageDraw, rng: random.Random, thing: Thing, size: tuple[int, int], paper: bool) -> None:
+    """One thing in its quarter of the picture, a little off its middle."""
+    width, height = size[0] / 2, size[1] / 2
+    column, row = CELLS[thing.place]
+    radius = min(width, height) * rng.uniform(0.26, 0.38)
+    x = (column + 0.5) * width + rng.uniform(-0.1, 0.1) * width
+    y = (row + 0.5) * height + rng.uniform(-0.1, 0.1) * height
+    spread = 28 if paper else 14
+    fill = tuple(max(0, min(255, part + rng.randint(-spread, spread))) for part in COLOURS[thing.colour])
+    turn = math.radians(rng.uniform(-14, 14)) if paper else 0.0
+    line = {"outline": (60, 60, 60), "width": 2} if paper and rng.random() < 0.7 else {}
+
+    def points(*polar: tuple[float, float]) -> list[tuple[float, float]]:
+        return [(x + radius * r * math.sin(a + turn), y - radius * r * math.cos(a + turn)) for a, r in polar]
+
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if thing.shape == "circle":
+        canvas.ellipse(box, fill=fill, **line)
+    elif thing.shape == "ring":
+        canvas.ellipse(box, outline=fill, width=max(4, round(radius * 0.38)))
+    elif thing.shape == "square":
+        canvas.polygon(points(*[(math.pi * (0.25 + k / 2), 1.15) for k in range(4)]), fill=fill, **line)
+    elif thing.shape == "triangle":
+        canvas.polygon(points(*[(math.pi * 2 * k / 3, 1.15) for k in range(3)]), fill=fill, **line)
+    elif thing.shape == "star":
+        canvas.polygon(points(*[(math.pi * k / 5, 1.2 if k % 2 == 0 else 0.5) for k in range(10)]), fill=fill, **line)
+    else:  # cross: each arm is two corners a third as wide as the whole
+        arms = [(math.pi * k / 2 + side * 0.32, 1.06) for k in range(4) for side in (-1, 1)]
+        inner = [(math.pi * (k / 2 + 0.25), 0.47) for k in range(4)]
+        corners = [corner for k in range(4) for corner in (arms[2 * k], arms[2 * k + 1], inner[k])]
+        canvas.polygon(points(*corners), fill=fill, **line)

@@ -1,0 +1,114 @@
+"""The base model, the adapter on its language half, and adapters read back from a fold's folder."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from vqa.errors import UserError, first_few
+from vqa.windows import group_windows
+
+# By regex, not by bare names: those would also match the MLPs of the vision tower, which stays as it is.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+# Giving this list drops bitsandbytes' own default, so it has to name the output layer as well as the vision tower.
+NOT_IN_4BIT = ["lm_head", "visual", "model.visual"]
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 from Ampere on, float16 on older GPUs, float32 without one.
+
+    By compute capability: `torch.cuda.is_bf16_supported()` is true on a T4 as well, where bf16 is slow emulation.
+    """
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+
+
+def load_processor(model: str):
+    """The model's processor, tokenizer and image processor in one."""
+    check_model_path(model)
+    return AutoProcessor.from_pretrained(model)
+
+
+def load_base(model: str, load_in_4bit: bool = False, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """The frozen base model on this process's device, in `dtype` (`compute_dtype()` if not given), SDPA attention."""
+    check_model_path(model)
+    dtype = dtype or compute_dtype()
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=NOT_IN_4BIT,
+    )
+    # Under DDP each process holds a copy of its own, on its own GPU.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    base = AutoModelForImageTextToText.from_pretrained(
+        model,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        device_map={"": device},
+        **({"quantization_config": quantised} if load_in_4bit else {}),
+    )
+    base.config.use_cache = False
+    return group_windows(base.requires_grad_(False))
+
+
+def check_model_path(model: str) -> None:
+    """Stop where `model` is neither a folder with a model nor a name that a hub, or its cache, could answer to."""
+    if (Path(model) / "config.json").is_file():
+        return
+    looks_local = Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/", "checkpoints/"))
+    try:
+        if not looks_local:
+            from huggingface_hub import hf_hub_download
+
+            hf_hub_download(model, "config.json")
+            return
+    except Exception as error:  # whatever went wrong, the model is not to be had
+        reason = f"{type(error).__name__} from the model hub"
+    else:
+        reason = "no config.json there"
+    raise UserError(
+        f"model {model!r} is neither a model folder nor reachable ({reason}); give --model the folder that holds its "
+        "config.json (on Kaggle: add the model as an input and give its path under /kaggle/input)"
+    )
+
+
+def add_adapter(base: torch.nn.Module, rank: int, alpha: int, dropout: float) -> PeftModel:
+    """A fresh LoRA adapter on the language model; its parameters are float32, as fp16 training needs them."""
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(base, config)
+
+
+def load_adapter(model: torch.nn.Module, folder: str | Path, name: str = "default") -> PeftModel:
+    """Attach the adapter in `folder` as `name` and make it the active one. Unmatched weights are an error."""
+    if isinstance(model, PeftModel):
+        model.load_adapter(folder, adapter_name=name)
+        model.set_adapter(name)
+    else:
+        model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    wanted = set(get_peft_model_state_dict(model, adapter_name=name))
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        found = set(file.keys())
+    if wanted != found:  # PEFT only warns, and predicts with an adapter of zeros
+        raise UserError(
+            f"{folder}: the adapter does not fit this base model: {len(wanted ^ found)} weights without a counterpart "
+            f"({first_few(sorted(wanted ^ found))}); give the base model that it was trained on"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def base_of(folder: str | Path) -> str:
+    """The base model that an adapter was trained on, as it is written in the adapter."""
+    return json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]

@@ -1,0 +1,132 @@
+"""Read and check the contest's CSV files: the one place where rows come from."""
+
+import csv
+import io
+import re
+from pathlib import Path
+
+import pandas as pd
+from datasets import Dataset
+
+from vqa.errors import UserError, first_few
+from vqa.prompt import LETTERS
+
+
+def read_rows(path: str | Path, image_root: str | Path | None = None, with_answer: bool = False) -> Dataset:
+    """Rows of a contest CSV (`id,path,question,a,b,...` and `answer`), checked.
+
+    Returns a Dataset with `id`, `image` (path of the file), `question`, `choices` (list of the texts offered) and,
+    `with_answer`, `answer` (index into `choices`). Raises UserError, naming file and row, for whatever cannot be used.
+    """
+    table = read_table(path, ("id", "path", "question", "a", "b") + (("answer",) if with_answer else ()))
+    names = _choice_columns(path, list(table.columns))
+    _check_ids(path, table["id"])
+    root = Path(image_root) if image_root else Path(path).parent
+    rows, escaping = [], []
+    for number, cells in enumerate(table.to_dict("records"), start=1):
+        place = f"{path}: row {number} (id {cells['id']})"
+        row = {
+            "id": cells["id"],
+            "image": str(root / cells["path"]),
+            "question": cells["question"],
+            "choices": _offered(place, [cells[name] for name in names]),
+        }
+        if not cells["path"].strip() or _escapes(cells["path"]):
+            escaping.append(f"{cells['path']!r} (id {cells['id']})")
+        if not cells["question"].strip():
+            raise UserError(f"{place}: the question is empty; write one or drop the row")
+        if with_answer:
+            row["answer"] = _answer(place, cells["answer"], len(row["choices"]))
+        rows.append(row)
+    if escaping:
+        raise UserError(
+            f"{path}: {len(escaping)} image paths are empty or lead out of {root}: {first_few(escaping)}; "
+            "write them relative to that folder, or give another one as --image_root"
+        )
+    return Dataset.from_list(rows)
+
+
+def read_table(path: str | Path, required: tuple[str, ...]) -> pd.DataFrame:
+    """A CSV file as text cells, nothing interpreted ("NA" stays "NA"), with the columns `required` in it."""
+    text = _decode(Path(path))
+    try:
+        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skipinitialspace=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error) as error:
+        raise UserError(f"{path}: not a table of comma-separated values ({error}); save it as CSV again") from None
+    if missing := [name for name in required if name not in table.columns]:
+        raise UserError(
+            f"{path}: column {first_few(missing, 10)} is missing (the header has {', '.join(table.columns)}); "
+            "add it or rename the one that stands for it"
+        )
+    if table.empty:
+        raise UserError(f"{path}: no rows below the header; give a file that has some")
+    if not isinstance(table.index, pd.RangeIndex) or table.isna().any(axis=None):
+        raise UserError(f"{path}: some rows have not as many cells as the header; quote the fields that hold commas")
+    return table
+
+
+def _decode(path: Path) -> str:
+    """The file's text, which has to be UTF-8 (with or without a byte order mark)."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the path of the contest's CSV") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not raw.strip():
+        raise UserError(f"{path}: the file is empty; copy it again")
+    remedy = "save it again as UTF-8 (in Excel: 'CSV UTF-8')"
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:200]:
+        raise UserError(f"{path}: the file is UTF-16; {remedy}")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}: line {line} is not UTF-8, probably CP949 (EUC-KR); {remedy}") from None
+
+
+def _choice_columns(path: str | Path, columns: list[str]) -> list[str]:
+    """The choice columns, `a` up to the last letter before the first gap; a letter beyond the gap is a mistake."""
+    letters = [letter for letter in LETTERS if letter in columns]
+    if letters != list(LETTERS[: len(letters)]):
+        gap = next(letter for letter in LETTERS if letter not in columns)
+        raise UserError(f"{path}: there is a choice column {letters[-1]!r} but no {gap!r}; name the choices in order")
+    return letters
+
+
+def _check_ids(path: str | Path, ids: pd.Series) -> None:
+    if empty := [number for number, value in enumerate(ids, start=1) if not value.strip()]:
+        raise UserError(f"{path}: {len(empty)} rows have no id (row {first_few(empty)}); give each one its own")
+    if len(twice := list(ids[ids.duplicated()].unique())):
+        raise UserError(f"{path}: {len(twice)} ids stand there twice: {first_few(twice)}; give each row its own")
+
+
+def _escapes(path: str) -> bool:
+    """Whether a relative path leads out of its folder, however it is written on whichever system."""
+    parts = re.split(r"[/\\]", path)
+    depth = 0
+    for part in parts:
+        depth += {"..": -1, ".": 0, "": 0}.get(part, 1)
+        if depth < 0:
+            return True
+    return parts[0] == "" or bool(re.match(r"[A-Za-z]:", path))
+
+
+def _offered(place: str, cells: list[str]) -> list[str]:
+    """The choices of a row: at least two, and the blank ones, if any, last."""
+    filled = [bool(cell.strip()) for cell in cells]
+    count = sum(filled)
+    if count < 2:
+        raise UserError(f"{place}: only {count} choices are filled in; at least two are needed")
+    if not all(filled[:count]):
+        gap = LETTERS[filled.index(False)]
+        raise UserError(f"{place}: choice {gap} is blank but a later one is not; move the choices up")
+    return cells[:count]
+
+
+def _answer(place: str, cell: str, offered: int) -> int:
+    """The index of an answer letter, which has to be one that the row offers."""
+    letter = cell.strip().lower()
+    if len(letter) != 1 or letter not in LETTERS[:offered]:
+        raise UserError(f"{place}: answer {cell!r} is not offered; it has to be one of {', '.join(LETTERS[:offered])}")
+    return LETTERS.index(letter)

@@ -1,0 +1,97 @@
+"""The one score: a row is answered by one forward pass that reads the logits of the letters it offers."""
+
+from collections.abc import Callable, Sequence
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Features, List, Value
+from scipy.stats import binomtest
+from sklearn.metrics import accuracy_score, log_loss
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from vqa.prompt import LETTERS
+
+MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered")  # ours; the model would swallow them without a word
+
+
+def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: int = 1) -> torch.Tensor:
+    """Logits (rows, keep, vocabulary), float32, at the last `keep` positions of a left-padded batch."""
+    inputs = {key: value for key, value in batch.items() if key not in MODEL_KEYS_LEFT_OUT}
+    return model(**inputs, logits_to_keep=keep).logits.float()
+
+
+def letter_logits(logits: torch.Tensor, letter_ids: list[int], offered: torch.Tensor) -> torch.Tensor:
+    """Logits (rows, 10) of the letters out of logits (rows, vocabulary); -inf at letters that a row does not offer."""
+    return logits[:, letter_ids].masked_fill(~offered, float("-inf"))
+
+
+@torch.inference_mode()
+def score_rows(
+    model: torch.nn.Module,
+    rows: list[dict],
+    collate: Callable,
+    letter_ids: list[int],
+    batch_size: int,
+    label: str | None = None,
+    workers: int = 0,
+) -> np.ndarray:
+    """Probabilities, float64 (rows, 10), of each row's choices in the order of the CSV; 0 where none is offered.
+
+    A row with an `order` is shown permuted and its probabilities are mapped back. Rows of like length share a batch,
+    whatever their order. `label` names the progress bar; without one there is none.
+    """
+    if not rows:
+        return np.zeros((0, len(LETTERS)))
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]) + sum(map(len, rows[i]["choices"])))
+    loader = DataLoader([rows[i] for i in by_length], batch_size, collate_fn=collate, num_workers=workers)
+    shown = []
+    with tqdm(total=len(rows), desc=label, unit=" rows", disable=label is None) as bar:
+        for batch in loader:
+            batch = {key: value.to(device) for key, value in batch.items()}
+            with torch.autocast(device.type, torch.float16, enabled=_in_fp16(model)):
+                logits = answer_logits(model, batch)[:, -1]
+            letters = letter_logits(logits, letter_ids, batch["offered"]).double().softmax(-1)
+            shown.append(letters.cpu().numpy())
+            bar.update(len(letters))
+    model.train(was_training)
+    probabilities = np.zeros((len(rows), len(LETTERS)))
+    for i, values in zip(by_length, np.concatenate(shown)):
+        order = rows[i].get("order") or range(len(LETTERS))
+        probabilities[i, list(order)] = values[: len(order)]
+    return probabilities
+
+
+def _in_fp16(model: torch.nn.Module) -> bool:
+    """fp16 weights with an fp32 adapter beside them need autocast to meet; training does the same."""
+    return any(p.dtype == torch.float16 for p in model.parameters()) and torch.cuda.is_available()
+
+
+class LetterScore(evaluate.Metric):
+    """Letter accuracy, in [0, 1], and letter log-loss, in nats, by scikit-learn. Needs no network."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = Features({"predictions": List(Value("float64")), "references": Value("int64")})
+        return evaluate.MetricInfo(description=self.__doc__, citation="", features=features)
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        predictions = np.asarray(predictions)
+        return {
+            "accuracy": float(accuracy_score(references, predictions.argmax(1))),
+            "log_loss": float(log_loss(references, predictions, labels=range(predictions.shape[1]))),
+        }
+
+
+def letter_metrics(probabilities: np.ndarray, answers: Sequence[int]) -> dict[str, float]:
+    """{"accuracy", "log_loss"} of probabilities (rows, letters) against the answers' indices (rows,)."""
+    return LetterScore(keep_in_memory=True).compute(predictions=probabilities, references=answers)
+
+
+def accuracy_interval(right: int, rows: int) -> tuple[float, float]:
+    """95 % interval of an accuracy of `right` out of `rows` (Wilson's, by scipy)."""
+    interval = binomtest(right, rows).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
