@@ -1,7 +1,7 @@
 """Rows -> a padded batch whose labels cover the assistant's answer and nothing else.
 
-    collate = Collator(processor, image_size=384)                      # prompts, for scoring
-    collate = Collator(processor, image_size=384, with_answer=True)    # prompts and answers, for training
+collate = Collator(processor, image_size=384)                      # prompts, for scoring
+collate = Collator(processor, image_size=384, with_answer=True)    # prompts and answers, for training
 """
 
 import torch
@@ -82,6 +82,8 @@ class Collator:
             tail = self.processor.tokenizer(text[len(prompt) :]).input_ids
             start = input_ids.shape[1] - len(tail)
             if input_ids[i, start:].tolist() != tail:
-                raise ValueError(f"the answer {text[len(prompt) :]!r} is not tokenised on its own as it is in the chat")
+                raise ValueError(
+                    f"the answer {text[len(prompt) :]!r} is not tokenised on its own as it is in the chat"
+                )
             labels[i, start : start + 2] = input_ids[i, start : start + 2]
         return labels

@@ -1,14 +1,14 @@
 """Write the folds file that training reads: `id,fold`, stratified by answer, byte-identical images in one fold.
 
-    python make_folds.py args/fold0.json                 # three folds of that file's train_csv
-    python make_folds.py args/fold0.json --folds 5       # any args file of the contest will do
+python make_folds.py args/fold0.json                 # three folds of that file's train_csv
+python make_folds.py args/fold0.json --folds 5       # any args file of the contest will do
 """
 
 import argparse
 
 import pandas as pd
 
-from vqa.arguments import data_arguments, folds_file
+from vqa.arguments import DataArguments, folds_file, read_args_file, section
 from vqa.errors import run
 from vqa.folds import assign_folds, write_folds
 from vqa.images import check_images
@@ -18,7 +18,7 @@ from vqa.rows import read_rows
 
 def main() -> None:
     args = parse_args()
-    data = data_arguments(args.args_file)
+    data = section(DataArguments, read_args_file(args.args_file))
     rows = read_rows(data.train_csv, data.image_root, with_answer=True)
     check_images(rows.to_list(), data.train_csv)
     folds = assign_folds(rows["answer"], rows["image"], args.folds, args.seed)

@@ -1,8 +1,8 @@
 """Train one fold: an args file -> adapters, metrics and out-of-fold probabilities in checkpoints/<name>/.
 
-    accelerate launch train_fold.py args/fold0.json
-    accelerate launch train_fold.py args/fold0.json --learning_rate 1e-4 --max_train_rows 200
-    python train_fold.py args/demo/fold0.json          # the demo; no GPU needed
+accelerate launch train_fold.py args/fold0.json
+accelerate launch train_fold.py args/fold0.json --learning_rate 1e-4 --max_train_rows 200
+python train_fold.py args/demo/fold0.json          # the demo; no GPU needed
 """
 
 import sys
@@ -10,29 +10,31 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from callbacks import EMACallback, SWACallback, WeightAverage
 from collator import Collator
-from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_arguments, resolved
+from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_arguments
 from vqa.errors import UserError, run
 from vqa.files import write_json
 from vqa.folds import read_folds, split_fold
 from vqa.images import check_images
-from vqa.model import add_adapter, load_base, load_processor
+from vqa.model import add_adapter, load_base, load_processor, model_dtype
 from vqa.prompt import letter_ids
 from vqa.rows import read_rows
 from vqa.training import FoldTrainer, TellEpoch, TrainRows
 
 
 def main() -> None:
-    arguments = model_args, data, recipe = parse_arguments(sys.argv[1:], __doc__)
+    model_args, data, recipe, resolved = parse_arguments(sys.argv[1:], __doc__)
     set_seed(recipe.seed)
+    checkpoint = checkpoint_to_resume(recipe)
     train_rows, valid_rows = read_fold(data, recipe)
     processor = load_processor(model_args.model)
     ids = letter_ids(processor)
-    base = load_base(model_args.model, model_args.load_in_4bit)
+    base = load_base(model_args.model, model_args.load_in_4bit, model_dtype(recipe.fp16, recipe.bf16))
     model = add_adapter(base, model_args.lora_rank, model_args.lora_alpha, model_args.lora_dropout)
 
     rows = TrainRows(train_rows, data.shuffle_choices, recipe.seed)
@@ -49,8 +51,8 @@ def main() -> None:
         prompts=Collator(processor, data.image_size, data.instruction),
     )
     start = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(recipe))
-    finish(trainer, arguments, time.time() - start)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    finish(trainer, resolved, time.time() - start)
 
 
 def read_fold(data: DataArguments, recipe: RecipeArguments) -> tuple[list[dict], list[dict]]:
@@ -87,7 +89,7 @@ def checkpoint_to_resume(recipe: RecipeArguments) -> str | None:
     return wanted
 
 
-def finish(trainer: FoldTrainer, arguments: tuple, seconds: float) -> None:
+def finish(trainer: FoldTrainer, resolved: dict, seconds: float) -> None:
     """Write what the fold's folder still lacks; metrics.json comes last and says that the fold is complete."""
     recipe = trainer.args
     if not trainer.eval_dataset:
@@ -96,7 +98,7 @@ def finish(trainer: FoldTrainer, arguments: tuple, seconds: float) -> None:
                 trainer.export(name)
     if not trainer.is_world_process_zero():
         return
-    write_json(Path(recipe.output_dir, "args.json"), resolved(arguments))
+    write_json(Path(recipe.output_dir, "args.json"), resolved)
     metric = recipe.metric_for_best_model
     sign = 1 if recipe.greater_is_better else -1
     best = max(trainer.best, key=lambda name: sign * trainer.best[name][metric], default="raw")
@@ -106,13 +108,14 @@ def finish(trainer: FoldTrainer, arguments: tuple, seconds: float) -> None:
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "rows_per_second": round(len(trainer.train_dataset) * recipe.num_train_epochs / seconds, 2),
+        "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
         "best": best,
         "weights": trainer.best,
     }
     write_json(Path(recipe.output_dir, "metrics.json"), metrics)
     for name, scores in trainer.best.items():
-        mark = "  <- best" if name == best else ""
-        print(f"{name:4} accuracy {scores['accuracy']:.4f}  log-loss {scores['log_loss']:.4f}  step {scores['step']}{mark}")
+        step = f"step {scores['step']}" + ("  <- best" if name == best else "")
+        print(f"{name:4} accuracy {scores['accuracy']:.4f}  log-loss {scores['log_loss']:.4f}  {step}")
     print(f"{recipe.output_dir}: adapters, args.json, metrics.json" + (", oof.csv" if trainer.eval_dataset else ""))
 
 

@@ -8,10 +8,12 @@ they are. Every picture and question is drawn by vqa/drawn.py; the weights are w
 """
 
 import argparse
+import copy
 import functools
 import itertools
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -74,19 +76,29 @@ def main() -> None:
     set_seed(args.seed)
     processor = make_processor(args.seed)
     model = make_model(processor)
+    if args.start_from:
+        model = group_windows(Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start_from, dtype=torch.float32))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
     train(model, processor, args)
-    model.to(torch.bfloat16).save_pretrained(args.output_dir)  # stored as the 3B and 7B are
-    processor.save_pretrained(args.output_dir)
+
+
+def save(model, processor, folder: str) -> None:
+    """Write the model folder, whole, in the bfloat16 that the 3B and 7B are stored in."""
+    part = Path(f"{folder}.part")
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(part)
+    processor.save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch_size", type=int, default=256, help="pictures a step")
-    parser.add_argument("--turns", type=int, default=8, help="questions a picture")
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="from 1e-3 on it collapses to guessing")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures a step")
+    parser.add_argument("--learning_rate", type=float, default=8e-4, help="from 1e-3 on it collapses to guessing")
     parser.add_argument("--workers", type=int, default=torch.get_num_threads())
+    parser.add_argument("--save_every", type=int, default=200, help="steps between two looks at the weights")
+    parser.add_argument("--start_from", help="go on from the weights in this folder")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output_dir", default="checkpoints/tiny")
     return parser.parse_args()
@@ -107,10 +119,16 @@ def make_processor(seed: int) -> Qwen2_5_VLProcessor:
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = normalizers.NFC(), qwen.pre_tokenizer, decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    )
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokenizer = Qwen2Tokenizer(
-        vocab=bpe.get_vocab(), merges=merges, eos_token="<|im_end|>", extra_special_tokens=SPECIAL, model_max_length=4096
+        vocab=bpe.get_vocab(),
+        merges=merges,
+        eos_token="<|im_end|>",
+        extra_special_tokens=SPECIAL,
+        model_max_length=4096,
     )
     return Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE
@@ -157,14 +175,17 @@ def make_model(processor) -> Qwen2_5_VLForConditionalGeneration:
 class DrawnBatches(torch.utils.data.Dataset):
     """Item `i` is the i-th batch, drawn from seed and i alone, so the number of workers changes nothing.
 
-    Each row is one picture and several questions about it, turn after turn of one chat, with every answer labelled:
-    a picture teaches more that way. All pictures of a batch have one size, so that the vision tower takes them as one
-    stack of frames; they travel as bytes and are normalised on the device; positions are worked out here.
+    All pictures of a batch have one size, so that the vision tower takes them as one stack of frames; they travel as
+    bytes and are normalised on the device; positions are worked out here: what remains there is arithmetic.
     """
 
     def __init__(self, processor, model, args: argparse.Namespace):
         self.tokenizer, self.rope_index, self.args = processor.tokenizer, model.model.get_rope_index, args
         self.render = functools.partial(render, processor)
+        self.pad, self.image, self.newline = self.tokenizer.convert_tokens_to_ids(
+            ["<|endoftext|>", "<|image_pad|>", "Ċ"]
+        )
+        self.letters = set(letter_ids(processor))
 
     def __len__(self) -> int:
         return self.args.steps
@@ -172,83 +193,106 @@ class DrawnBatches(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = random.Random(f"{self.args.seed} {index}")
         size = rng.choice(SIZES)
-        width, height = target_size(*size, image_size=rng.randint(116, 164))
+        width, height = target_size(*size, image_size=rng.randint(116, 150))
         scenes = [draw_scene(rng, HOME, size) for _ in range(self.args.batch_size)]
-        chats = [self.chat(rng, things, width * height // 28**2) for _, things in scenes]
-        longest = max(len(ids) for ids, _ in chats)
-        ids = torch.full((len(chats), longest), self.tokenizer.pad_token_id)
+        chats = [self.chat(rng, scene, width * height // 28**2) for _, scene in scenes]
+        longest = max(len(prompt + reply) for prompt, reply, _ in chats)
+        ids = torch.full((len(chats), longest), self.pad)
         labels = torch.full_like(ids, -100)
-        for i, (chat, chat_labels) in enumerate(chats):
-            ids[i, -len(chat) :], labels[i, -len(chat) :] = torch.tensor(chat), torch.tensor(chat_labels)
-        mask = (ids != self.tokenizer.pad_token_id).long()
-        is_image = (ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
+        own_letter, right_choice = [], []
+        for row, (prompt, reply, answer) in enumerate(chats):
+            ids[row, longest - len(prompt + reply) :] = torch.tensor(prompt + reply)
+            labels[row, longest - len(reply) :] = torch.tensor(reply)
+            if answer is not None:
+                start, last = longest - len(prompt + reply), longest - len(reply) - 1
+                for choice, (at, end) in enumerate(self.choice_tokens(prompt)):
+                    own_letter.append((row, start + end, start + at, prompt[at]))
+                    if choice == answer:
+                        right_choice.append((row, last, start + end, prompt[at + 2]))
+        mask = (ids != self.pad).long()
         grids = torch.tensor([[1, height // 14, width // 14]] * len(chats))
-        positions, _ = self.rope_index(ids, is_image, image_grid_thw=grids, attention_mask=mask)
+        positions, _ = self.rope_index(ids, (ids == self.image).int(), image_grid_thw=grids, attention_mask=mask)
         images = torch.stack([pil_to_tensor(image.resize((width, height))) for image, _ in scenes])
-        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        return batch | {"images": images, "frames": grids[:1] * torch.tensor([len(chats), 1, 1]), "labels": labels}
+        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+        hints = {"own_letter": torch.tensor(own_letter), "right_choice": torch.tensor(right_choice)}
+        return batch | hints | {"images": images, "frames": grids[:1] * torch.tensor([len(chats), 1, 1])}
 
-    def chat(self, rng: random.Random, things: list, image_tokens: int) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a chat about one picture."""
-        ids, labels = [], []
-        for turn in range(self.args.turns):
-            question, right, wrong = ask(rng, things, HOME)
-            if rng.random() < 0.7:
-                choices, answer = four_choices(rng, right, wrong)
-                text = messages({"question": question, "choices": choices}, {})[0]["content"][1]["text"]
-                right = LETTERS[answer]
-            else:  # answering in a word teaches it to see sooner than answering with a letter does
-                text = question
-            if turn == 0:
-                content = [{"type": "image"}, {"type": "text", "text": text}]
-                asked = self.render([{"role": "user", "content": content}])
-                asked = asked.replace("<|image_pad|>", "<|image_pad|>" * image_tokens)
-            else:
-                asked = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-            prompt, reply = self.tokenizer([asked, f"{right}<|im_end|>\n"]).input_ids
-            ids += prompt + reply
-            labels += [-100] * len(prompt) + reply[:-1] + [-100]  # all but the line break after the turn
-        return ids, labels
+    def chat(self, rng: random.Random, scene, image_tokens: int) -> tuple[list[int], list[int], int | None]:
+        """Tokens of the prompt and of the reply, and the right choice where the question offers some."""
+        question, right, wrong = ask(rng, scene, HOME)
+        text, answer = question, None
+        if rng.random() < 0.7:  # the others are answered in a word, which teaches seeing sooner
+            choices, answer = four_choices(rng, right, wrong)
+            text = messages({"question": question, "choices": choices}, {})[0]["content"][1]["text"]
+            right = LETTERS[answer]
+        prompt = self.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}])
+        prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * image_tokens)
+        return *self.tokenizer([prompt, f"{right}<|im_end|>"]).input_ids, answer
+
+    def choice_tokens(self, prompt: list[int]) -> list[tuple[int, int]]:
+        """(place of the letter, place of the last token before the line break) of each choice in a prompt."""
+        lines = [i for i in range(1, len(prompt)) if prompt[i] in self.letters and prompt[i - 1] != self.image]
+        lines = [i for i in lines if self.tokenizer.decode(prompt[i + 1]) == "."]
+        return [(i, prompt.index(self.newline, i) - 1) for i in lines]
 
 
 def train(model, processor, args: argparse.Namespace) -> None:
-    """AdamW and a cosine to zero; the bar shows the loss and the shares of letters and of other tokens that it gets right."""
+    """AdamW and a cosine to zero; the bar shows the loss and which share of letters and of other tokens is right."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")
     batches = DrawnBatches(processor, make_model(processor), args)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda")
+    loader = torch.utils.data.DataLoader(
+        batches, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda"
+    )
     model.to(device).train()
-    # Decaying embeddings would shrink those of the tokens that only the contest uses.
-    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embed_tokens" not in name]
-    spared = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed_tokens" in name]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": spared, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
+    model.model.language_model.set_attn_implementation("eager")  # the hints need to see the attention
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
+    letters, prepare = torch.tensor(letter_ids(processor), device=device), processor.image_processor
     bar = tqdm(loader, mininterval=5)
-    letters = torch.tensor(letter_ids(processor), device=device)
-    prepare = processor.image_processor
     for step, batch in enumerate(bar):
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         images, frames, labels = batch.pop("images"), batch.pop("frames"), batch.pop("labels")
+        hints = batch.pop("own_letter"), batch.pop("right_choice")
         images = prepare.rescale_and_normalize(
             images, True, prepare.rescale_factor, True, prepare.image_mean, prepare.image_std
         )
         patches = prepare.patchify(images, 14, merge_size=2, temporal_patch_size=2)[0].flatten(0, 1)
         features = model.model.visual(patches, grid_thw=frames).pooler_output
         ready = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
-        logits = model(**batch, mm_encoder_outputs=ready).logits[:, :-1]
-        logits, target = logits[labels[:, 1:] != -100], labels[labels != -100]
+        fade = max(0.0, 1 - step / (0.6 * args.steps))
+        shown = model.model(
+            **batch, mm_encoder_outputs=ready, output_attentions=fade > 0, output_hidden_states=fade > 0
+        )
+        logits = model.lm_head(shown.last_hidden_state[:, :-1][labels[:, 1:] != -100])
+        target = labels[labels != -100]
         loss = torch.nn.functional.cross_entropy(logits, target)
-        loss.backward()
+        (loss + 0.3 * fade * hint_loss(model, shown, *hints) if fade else loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0 or step == args.steps - 1:
+        last = step == args.steps - 1
+        if last or (step + 1) % args.save_every == 0:
+            save(model, processor, args.output_dir)
+        if last or step % 20 == 0:
             right, is_letter = (logits.argmax(-1) == target).float(), torch.isin(target, letters)
-            bar.set_postfix(
-                loss=f"{loss.item():.3f}", letters=f"{right[is_letter].mean():.3f}", others=f"{right[~is_letter].mean():.3f}"
-            )
+            parts = {"letters": right[is_letter], "others": right[~is_letter]}
+            bar.set_postfix(loss=f"{loss.item():.3f}", **{k: f"{v.mean():.3f}" for k, v in parts.items()})
+
+
+def hint_loss(model, shown, own_letter: torch.Tensor, right_choice: torch.Tensor) -> torch.Tensor:
+    """Show the model how a letter is found, which it would take millions of rows to find out by itself.
+
+    Each hint is rows of (row, place that looks, place looked at, token known there): the end of a choice looks at its
+    own letter (layer 2), the end of the prompt looks at the right choice (layer 5), and the hidden states in between
+    already spell the letter and the answer's first token. Faded out before the end, so the last word is the task's.
+    """
+    loss = 0.0
+    for (row, place, key, token), layer, heads in ((own_letter.T, 1, 1), (right_choice.T, 4, 2)):
+        attention = shown.attentions[layer][row, :heads, place, key]
+        spelled = model.lm_head(model.model.language_model.norm(shown.hidden_states[4][row, place]))
+        loss = loss - (attention + 1e-6).log().mean() + torch.nn.functional.cross_entropy(spelled, token)
+    return loss
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the `help` of its field, which is also what `python train_fold.py --help` prints
 import argparse
 import dataclasses
 import difflib
-import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,8 @@ from vqa.errors import UserError
 from vqa.files import read_json
 from vqa.prompt import INSTRUCTION
 
-# `gradient_checkpointing` is the name that every transformers from 5.20 on understands; 5.23 says on each run, and PEFT
-# once more, that it will be called otherwise in version 6.
+# Every transformers from 5.20 on understands the name `gradient_checkpointing`; 5.23 says on each run, and PEFT once
+# more, that it will be called otherwise in version 6.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
 
 DEMO = "args/demo/fold0.json"
@@ -76,17 +75,23 @@ class RecipeArguments(TrainingArguments):
     learning_rate: float = _field(2e-4, "Peak learning rate: QLoRA's usual one; ten times that of full fine-tuning.")
     lr_scheduler_type: str = _field("cosine", "Falls to zero by the end: the last steps settle, as contests reward.")
     warmup_steps: float = _field(0.05, "Steps of warm-up; below 1, a share of the run.")
-    per_device_train_batch_size: int = _field(8, "Rows a GPU takes at once: the first thing to halve when out of memory.")
+    per_device_train_batch_size: int = _field(
+        8, "Rows a GPU takes at once: the first thing to halve when out of memory."
+    )
     gradient_accumulation_steps: int = _field(2, "Batches per optimiser step: double it when halving the batch.")
     per_device_eval_batch_size: int = _field(16, "Rows a GPU scores at once.")
     max_grad_norm: float = _field(1.0, "Gradients are clipped to this norm.")
     fp16: bool = _field(False, "Mixed precision for GPUs before Ampere, such as the T4, which have no bf16.")
-    gradient_checkpointing: bool | None = _field(None, "Recompute activations in the backward pass: memory for a third of speed.")
+    gradient_checkpointing: bool | None = _field(
+        None, "Recompute activations in the backward pass: memory for a third of speed."
+    )
     eval_strategy: str = _field("epoch", "When to validate: epoch, steps (every eval_steps) or no.")
     save_strategy: str = _field("epoch", "When to write a checkpoint to resume from: epoch, steps (save_steps) or no.")
     save_total_limit: int | None = _field(2, "Checkpoints to keep; the best adapters are kept apart from them.")
     logging_steps: float = _field(10, "Optimiser steps between two lines of the training log.")
-    dataloader_num_workers: int = _field(0, "Processes that decode and resize images ahead of the GPU; 2 on a T4 host.")
+    dataloader_num_workers: int = _field(
+        0, "Processes that decode and resize images ahead of the GPU; 2 on a T4 host."
+    )
     remove_unused_columns: bool = _field(False, "Stays false: the collator reads the rows' own columns.")
     resume_from_checkpoint: str | None = _field(None, "A checkpoint folder to go on from, or `auto` for the newest.")
     seed: int = _field(42, "Seed of everything drawn at random; 42 by default.")
@@ -95,20 +100,25 @@ class RecipeArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns of it where there is no GPU
         if self.gradient_checkpointing:  # without re-entrance no input needs a gradient, so the vision tower gets none
             self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
 
 
-Arguments = tuple[ModelArguments, DataArguments, RecipeArguments]
 CLASSES = (ModelArguments, DataArguments, RecipeArguments)
 
 
-def parse_arguments(argv: list[str], description: str) -> Arguments:
-    """(model, data, recipe) from `[ARGS.json] [--field value ...]`. Raises UserError for what cannot be used."""
+def parse_arguments(argv: list[str], description: str) -> tuple[ModelArguments, DataArguments, RecipeArguments, dict]:
+    """(model, data, recipe, resolved) from `[ARGS.json] [--field value ...]`.
+
+    `resolved` is an args file that repeats the run: all of our fields, and those of transformers' that were set.
+    Raises UserError for what cannot be used.
+    """
     parser = _parser(description)
     path = argv[0] if argv and not argv[0].startswith("-") else None
     values = read_args_file(path) if path else {}
-    values |= {"output_dir": output_folder(path)} if path and not values.get("output_dir") else {}
+    if path and not values.get("output_dir"):  # the args file's place names the run
+        values["output_dir"] = str(folder_under("checkpoints", Path(path).with_suffix(""), below="args"))
     flags, values = _null_flags(argv[1:] if path else argv, values)
     parser.set_defaults(**values)
     given, unknown = parser.parse_known_args(flags)
@@ -116,11 +126,13 @@ def parse_arguments(argv: list[str], description: str) -> Arguments:
         _refuse_unknown(unknown[0].lstrip("-").split("=")[0], "the command line")
     if given.output_dir is None:
         raise UserError(f"no args file and no --output_dir; try `python train_fold.py {DEMO}`, or --help")
-    _check_machine(given)
+    check_machine(vars(given))
     if given.loss not in ("token", "letter"):
         raise UserError(f"loss {given.loss!r} does not exist; it is token or letter")
+    plain = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    kept = {k: v for k, v in vars(given).items() if k in _own_fields() or v != plain[k]}
     try:
-        return tuple(_build(kind, vars(given)) for kind in CLASSES)
+        return *(_build(kind, vars(given)) for kind in CLASSES), kept
     except (ValueError, TypeError) as error:
         raise UserError(f"{path or 'the command line'}: {error}") from None
 
@@ -129,7 +141,7 @@ def read_args_file(path: str | Path) -> dict:
     """The values of an args file, those of the file that it `extends` included. Its own come first."""
     values = read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path}: an args file is one JSON object, such as {{\"fold\": 0}}")
+        raise UserError(f'{path}: an args file is one JSON object, such as {{"fold": 0}}')
     base = values.pop("extends", None)
     for key in values:
         if key not in field_names():
@@ -141,32 +153,28 @@ def read_args_file(path: str | Path) -> dict:
     return read_args_file(Path(path).parent / base) | values
 
 
-def data_arguments(path: str | Path) -> DataArguments:
-    """What an args file says about the data, for scripts that need nothing else of it."""
-    return _build(DataArguments, read_args_file(path))
+def section(kind: type, values: dict):
+    """One dataclass out of an args file's values, for scripts that need nothing else of it."""
+    return _build(kind, values)
 
 
-def output_folder(path: str | Path) -> str:
-    """checkpoints/demo/fold0 for args/demo/fold0.json: the args file's place names the run."""
-    parts = Path(path).with_suffix("").parts
-    return str(Path("checkpoints", *(parts[parts.index("args") + 1 :] if "args" in parts else parts[-1:])))
+def folder_under(root: str, path: str | Path, below: str) -> Path:
+    """`path` moved under `root`: checkpoints/demo/fold0 for args/demo/fold0 and below="args"."""
+    parts = Path(path).parts
+    return Path(root, *(parts[parts.index(below) + 1 :] if below in parts else parts[-1:]))
 
 
 def folds_file(data: DataArguments) -> Path:
     return Path(data.folds_csv) if data.folds_csv else Path(data.train_csv).with_name("folds.csv")
 
 
-def resolved(arguments: Arguments) -> dict:
-    """Every field of ours and each of transformers' that is not at its default: an args file that repeats the run."""
-    ours = {name for kind in CLASSES for name in kind.__dict__.get("__annotations__", {})}
-    plain = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    values = {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.init}
-    kept = {name: value for name, value in values.items() if name in ours or value != plain.get(name, value)}
-    return json.loads(json.dumps(kept, default=lambda value: getattr(value, "value", str(value))))
-
-
 def field_names() -> set[str]:
     return {f.name for kind in CLASSES for f in dataclasses.fields(kind) if f.init}
+
+
+def _own_fields() -> set[str]:
+    """The fields that this module declares, be it only to give one of transformers' another default."""
+    return {name for kind in CLASSES for name in kind.__annotations__}
 
 
 def _parser(description: str) -> HfArgumentParser:
@@ -181,7 +189,7 @@ def _parser(description: str) -> HfArgumentParser:
         formatter_class=Formatter,
         allow_abbrev=False,
     )
-    ours = {name for kind in CLASSES for name in kind.__dict__.get("__annotations__", {})} | {"help"}
+    ours = _own_fields() | {"help"}
     for action in parser._actions:
         if action.dest not in ours or any(option.startswith(("--no_", "--no-")) for option in action.option_strings):
             action.help = argparse.SUPPRESS
@@ -215,12 +223,12 @@ def _refuse_unknown(key: str, place: str | Path):
     raise UserError(f"{place}: unknown field {key!r}; {hint}")
 
 
-def _check_machine(given: argparse.Namespace) -> None:
-    """What the fields ask of the machine, before anything is loaded."""
+def check_machine(values: dict) -> None:
+    """Stop where the fields ask for what this machine has not, before anything is loaded."""
     if torch.cuda.is_available():
         return
     for name in ("load_in_4bit", "fp16", "bf16"):
-        if getattr(given, name):
+        if values.get(name):
             raise UserError(f"{name} needs a CUDA GPU and there is none here; on a CPU try the demo, {DEMO}")
 
 

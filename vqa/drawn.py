@@ -23,7 +23,7 @@ COLOURS = {
     "brown": (125, 75, 35),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-CELLS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
+CORNERS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 SIZES = ((240, 180), (180, 240), (208, 208))
 
 
@@ -48,27 +48,27 @@ HOME = Domain(
         "en": {
             "colour": _names({c: c for c in COLOURS}),
             "shape": _names({s: s for s in SHAPES}),
-            "place": _names({p: p for p in CELLS}),
+            "place": _names({p: p for p in CORNERS}),
             "count": _names({str(n): str(n) for n in range(1, 5)}),
         },
         "ko": {
             "colour": _names(dict(zip(COLOURS, "빨강 주황 노랑 초록 파랑 보라 검정 갈색".split()))),
             "shape": _names(dict(zip(SHAPES, "원 네모 세모 별 십자 고리".split()))),
-            "place": _names(dict(zip(CELLS, "왼쪽 위/오른쪽 위/왼쪽 아래/오른쪽 아래".split("/")))),
+            "place": _names(dict(zip(CORNERS, "왼쪽 위/오른쪽 위/왼쪽 아래/오른쪽 아래".split("/")))),
             "count": _names({str(n): f"{n}개" for n in range(1, 5)}),
         },
     },
     questions={
         "en": {
-            "colour": ("What colour is the {shape}?", "Which colour does the {shape} have?"),
-            "shape": ("What shape is the {colour} one?", "Which shape is {colour}?"),
-            "place": ("Where is the {shape}?", "Where is the {colour} {shape}?"),
+            "colour": ("What colour is it?", "What colour is the {shape}?"),
+            "shape": ("What shape is it?", "Which shape is {colour}?"),
+            "place": ("Where is the {shape}?", "Where is it?"),
             "count": ("How many shapes are there?", "How many shapes do you see?"),
         },
         "ko": {
-            "colour": ("{shape}의 색은 무엇인가요?", "{shape} 모양은 무슨 색인가요?"),
-            "shape": ("{colour} 도형은 어떤 모양인가요?", "{colour}인 것은 무슨 모양인가요?"),
-            "place": ("{shape} 모양은 어디에 있나요?", "{colour} {shape} 모양은 어디에 있나요?"),
+            "colour": ("무슨 색인가요?", "{shape}의 색은 무엇인가요?"),
+            "shape": ("무슨 모양인가요?", "{colour} 도형은 어떤 모양인가요?"),
+            "place": ("어디에 있나요?", "{shape} 모양은 어디에 있나요?"),
             "count": ("도형은 모두 몇 개인가요?", "도형이 몇 개 있나요?"),
         },
     },
@@ -102,9 +102,11 @@ CONTEST = Domain(
             "count": _names(dict(zip("1234", "one two three four".split()))),
         },
         "ko": {
-            "colour": _names(dict(zip(COLOURS, "빨강 주황/귤색 노랑 초록/풀색 파랑 보라/포도색 검정/먹색 갈색".split()))),
+            "colour": _names(
+                dict(zip(COLOURS, "빨강 주황/귤색 노랑 초록/풀색 파랑 보라/포도색 검정/먹색 갈색".split()))
+            ),
             "shape": _names(dict(zip(SHAPES, "원/동그라미 네모/상자 세모 별 십자/더하기표 고리".split()))),
-            "place": _names(dict(zip(CELLS, "좌측 상단/우측 상단/좌측 하단/우측 하단".split("/")))),
+            "place": _names(dict(zip(CORNERS, "좌측 상단/우측 상단/좌측 하단/우측 하단".split("/")))),
             "count": _names(dict(zip("1234", "하나 둘 셋 넷".split()))),
         },
     },
@@ -127,34 +129,41 @@ CONTEST = Domain(
 
 
 @dataclass(frozen=True)
-class Thing:
+class Scene:
+    """One to four copies of one shape in one colour, each in a corner of its own."""
+
     shape: str
     colour: str
-    place: str
+    corners: tuple[str, ...]
 
 
-def draw_scene(
-    rng: random.Random, domain: Domain, size: tuple[int, int] | None = None
-) -> tuple[Image.Image, list[Thing]]:
-    """A picture of one to four things, no two alike in shape or colour, and what stands in it."""
-    count = rng.randint(1, 4)
-    cells = rng.sample(list(CELLS), count)
-    shapes, colours = rng.sample(SHAPES, count), rng.sample(list(COLOURS), count)
-    things = [Thing(*parts) for parts in zip(shapes, colours, cells)]
+def draw_scene(rng: random.Random, domain: Domain, size: tuple[int, int] | None = None) -> tuple[Image.Image, Scene]:
+    """A picture and what stands in it."""
+    corners = tuple(rng.sample(list(CORNERS), rng.choice((1, 1, 2, 3, 4))))
+    scene = Scene(rng.choice(SHAPES), rng.choice(list(COLOURS)), corners)
     size = size or rng.choice(SIZES)
-    image = _paper(rng, size) if domain.paper else Image.new("RGB", size, tuple(rng.randint(222, 255) for _ in range(3)))
-    for thing in things:
-        _draw(ImageDraw.Draw(image), rng, thing, size, domain.paper)
-    return (image.filter(ImageFilter.GaussianBlur(0.6)) if domain.paper else image), things
+    image = (
+        _paper(rng, size) if domain.paper else Image.new("RGB", size, tuple(rng.randint(222, 255) for _ in range(3)))
+    )
+    for corner in corners:
+        _draw(ImageDraw.Draw(image), rng, scene, corner, size, domain.paper)
+    return (image.filter(ImageFilter.GaussianBlur(0.6)) if domain.paper else image), scene
 
 
-def ask(rng: random.Random, things: list[Thing], domain: Domain) -> tuple[str, str, list[str]]:
+def ask(rng: random.Random, scene: Scene, domain: Domain) -> tuple[str, str, list[str]]:
     """(question, right answer, every wrong answer) about a scene, in Korean or English."""
-    words = domain.words[language := rng.choice(("ko", "en"))]
-    kind = rng.choice(("colour", "shape", "place", "count"))
-    thing = rng.choice(things)
-    truth = str(len(things)) if kind == "count" else getattr(thing, kind)
-    said = {part: rng.choice(words[part][getattr(thing, part)]) for part in ("colour", "shape")}
+    language = rng.choice(("ko", "en"))
+    words = domain.words[language]
+    kind = rng.choice(
+        ("colour", "shape", "count", "place") if len(scene.corners) == 1 else ("colour", "shape", "count")
+    )
+    truth = {
+        "colour": scene.colour,
+        "shape": scene.shape,
+        "count": str(len(scene.corners)),
+        "place": scene.corners[0],
+    }[kind]
+    said = {part: rng.choice(words[part][getattr(scene, part)]) for part in ("colour", "shape")}
     question = rng.choice(domain.questions[language][kind]).format(**said)
     wrong = [rng.choice(names) for name, names in words[kind].items() if name != truth]
     return question, rng.choice(words[kind][truth]), wrong
@@ -179,15 +188,17 @@ def _paper(rng: random.Random, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _draw(canvas: ImageDraw.ImageDraw, rng: random.Random, thing: Thing, size: tuple[int, int], paper: bool) -> None:
-    """One thing in its quarter of the picture, a little off its middle."""
+def _draw(
+    canvas: ImageDraw.ImageDraw, rng: random.Random, scene: Scene, corner: str, size: tuple[int, int], paper: bool
+) -> None:
+    """One copy in its quarter of the picture, a little off its middle."""
     width, height = size[0] / 2, size[1] / 2
-    column, row = CELLS[thing.place]
+    column, row = CORNERS[corner]
     radius = min(width, height) * rng.uniform(0.26, 0.38)
     x = (column + 0.5) * width + rng.uniform(-0.1, 0.1) * width
     y = (row + 0.5) * height + rng.uniform(-0.1, 0.1) * height
     spread = 28 if paper else 14
-    fill = tuple(max(0, min(255, part + rng.randint(-spread, spread))) for part in COLOURS[thing.colour])
+    fill = tuple(max(0, min(255, part + rng.randint(-spread, spread))) for part in COLOURS[scene.colour])
     turn = math.radians(rng.uniform(-14, 14)) if paper else 0.0
     line = {"outline": (60, 60, 60), "width": 2} if paper and rng.random() < 0.7 else {}
 
@@ -195,15 +206,15 @@ def _draw(canvas: ImageDraw.ImageDraw, rng: random.Random, thing: Thing, size: t
         return [(x + radius * r * math.sin(a + turn), y - radius * r * math.cos(a + turn)) for a, r in polar]
 
     box = (x - radius, y - radius, x + radius, y + radius)
-    if thing.shape == "circle":
+    if scene.shape == "circle":
         canvas.ellipse(box, fill=fill, **line)
-    elif thing.shape == "ring":
+    elif scene.shape == "ring":
         canvas.ellipse(box, outline=fill, width=max(4, round(radius * 0.38)))
-    elif thing.shape == "square":
+    elif scene.shape == "square":
         canvas.polygon(points(*[(math.pi * (0.25 + k / 2), 1.15) for k in range(4)]), fill=fill, **line)
-    elif thing.shape == "triangle":
+    elif scene.shape == "triangle":
         canvas.polygon(points(*[(math.pi * 2 * k / 3, 1.15) for k in range(3)]), fill=fill, **line)
-    elif thing.shape == "star":
+    elif scene.shape == "star":
         canvas.polygon(points(*[(math.pi * k / 5, 1.2 if k % 2 == 0 else 0.5) for k in range(10)]), fill=fill, **line)
     else:  # cross: each arm is two corners a third as wide as the whole
         arms = [(math.pi * k / 2 + side * 0.32, 1.06) for k in range(4) for side in (-1, 1)]

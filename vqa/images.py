@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from qwen_vl_utils.vision_process import smart_resize
 from tqdm.auto import tqdm
 
@@ -52,6 +52,13 @@ def target_size(width: int, height: int, image_size: int, scale: float = 1.0, pa
     return width, height
 
 
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) that `open_image` will give, from the file's header alone."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else image.size
+
+
 def check_images(rows: list[dict], label: str) -> None:
     """Decode every image once and stop if any cannot be used: all of them are counted, the first few named.
 
@@ -59,7 +66,9 @@ def check_images(rows: list[dict], label: str) -> None:
     """
     paths = list(dict.fromkeys(row["image"] for row in rows))
     with ThreadPoolExecutor() as pool:
-        checks = tqdm(pool.map(_problem, paths), total=len(paths), desc=f"checking images of {label}", leave=False)
+        checks = tqdm(
+            pool.map(_problem, paths), total=len(paths), desc=f"checking images of {label}", leave=False, disable=None
+        )
         broken = [f"{path} ({problem})" for path, problem in zip(paths, checks) if problem]
     if broken:
         raise UserError(

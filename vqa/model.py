@@ -1,6 +1,5 @@
 """The base model, the adapter on its language half, and adapters read back from a fold's folder."""
 
-import json
 import os
 from pathlib import Path
 
@@ -18,11 +17,13 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 NOT_IN_4BIT = ["lm_head", "visual", "model.visual"]
 
 
-def compute_dtype() -> torch.dtype:
-    """bfloat16 from Ampere on, float16 on older GPUs, float32 without one.
+def model_dtype(fp16: bool = False, bf16: bool = False) -> torch.dtype:
+    """What the recipe asks for; otherwise bfloat16 from Ampere on, float16 on older GPUs, float32 without one.
 
     By compute capability: `torch.cuda.is_bf16_supported()` is true on a T4 as well, where bf16 is slow emulation.
     """
+    if fp16 or bf16:
+        return torch.float16 if fp16 else torch.bfloat16
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
@@ -34,10 +35,9 @@ def load_processor(model: str):
     return AutoProcessor.from_pretrained(model)
 
 
-def load_base(model: str, load_in_4bit: bool = False, dtype: torch.dtype | None = None) -> torch.nn.Module:
-    """The frozen base model on this process's device, in `dtype` (`compute_dtype()` if not given), SDPA attention."""
+def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype) -> torch.nn.Module:
+    """The frozen base model on this process's device, in `dtype`, with SDPA attention."""
     check_model_path(model)
-    dtype = dtype or compute_dtype()
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -107,8 +107,3 @@ def load_adapter(model: torch.nn.Module, folder: str | Path, name: str = "defaul
 
 def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
-
-
-def base_of(folder: str | Path) -> str:
-    """The base model that an adapter was trained on, as it is written in the adapter."""
-    return json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]

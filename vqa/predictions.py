@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from vqa.errors import UserError, first_few
-from vqa.files import whole
+from vqa.files import read_json, whole
 from vqa.prompt import LETTERS
 from vqa.rows import read_table
 
@@ -40,7 +40,9 @@ def read_predictions(path: str | Path) -> tuple[list[str], np.ndarray]:
     wrong = ~np.isfinite(values).all(1) | (values < 0).any(1) | (abs(values.sum(1) - 1) > 1e-6)
     if wrong.any():
         bad = list(table["id"][wrong])
-        raise UserError(f"{path}: {len(bad)} rows whose probabilities do not sum to 1: {first_few(bad)}; predict again")
+        raise UserError(
+            f"{path}: {len(bad)} rows whose probabilities do not sum to 1: {first_few(bad)}; predict again"
+        )
     return list(table["id"]), np.pad(values, ((0, 0), (0, len(LETTERS) - len(names))))
 
 
@@ -58,7 +60,9 @@ def join(files: Sequence[str | Path]) -> tuple[list[str], np.ndarray]:
         other, values = read_predictions(path)
         place = {row_id: i for i, row_id in enumerate(other)}
         if missing := [row_id for row_id in ids if row_id not in place]:
-            raise UserError(f"{path}: {len(missing)} ids of {files[0]} are missing: {first_few(missing)}; predict again")
+            raise UserError(
+                f"{path}: {len(missing)} ids of {files[0]} are missing: {first_few(missing)}; predict again"
+            )
         if len(other) > len(ids):
             extra = sorted(set(other) - set(ids))
             raise UserError(f"{path}: {len(extra)} ids are not in {files[0]}: {first_few(extra)}; predict again")
@@ -85,17 +89,39 @@ def letters(probabilities: np.ndarray) -> list[str]:
     return [LETTERS[i] for i in probabilities.argmax(1)]
 
 
-def write_submission(path: str | Path, ids: Sequence[str], probabilities: np.ndarray, sample: str | Path | None) -> None:
+def write_submission(
+    path: str | Path, ids: Sequence[str], probabilities: np.ndarray, sample: str | Path | None
+) -> None:
     """Write `id,answer`, in the order of the sample submission where one is given and with just its ids."""
     answers = dict(zip(ids, letters(probabilities)))
     order = list(ids)
     if sample is not None:
         order = list(read_table(sample, ("id",))["id"])
         if missing := [row_id for row_id in order if row_id not in answers]:
-            raise UserError(f"{sample}: {len(missing)} of its ids are not predicted: {first_few(missing)}; predict them")
+            raise UserError(
+                f"{sample}: {len(missing)} of its ids are not predicted: {first_few(missing)}; predict them"
+            )
         if extra := sorted(set(answers) - set(order)):
-            raise UserError(f"{sample}: {len(extra)} predicted ids are not in it: {first_few(extra)}; is it this contest's?")
+            raise UserError(
+                f"{sample}: {len(extra)} predicted ids are not in it: {first_few(extra)}; is it this contest's?"
+            )
     with whole(path) as temporary:
         pd.DataFrame({"id": order, "answer": [answers[row_id] for row_id in order]}).to_csv(
             temporary, index=False, lineterminator="\n"
         )
+
+
+def read_card(path: str | Path) -> dict:
+    """What predict.py noted beside a prediction file; empty where the file came without it."""
+    card = Path(path).with_suffix(".json")
+    return read_json(card) if card.is_file() else {}
+
+
+def validation_weights(files: Sequence[str | Path], by: str) -> list[float]:
+    """Weights that sum to 1: each file's out-of-fold accuracy, or the inverse of its out-of-fold log-loss."""
+    scores = [(read_card(path).get("validation") or {}).get(by) for path in files]
+    if unknown := [str(path) for path, score in zip(files, scores) if score is None]:
+        raise UserError(f"{first_few(unknown)}: no out-of-fold score beside it; use --method mean, or predict again")
+    raw = np.array(scores, dtype=float)
+    raw = raw if by == "accuracy" else 1 / np.maximum(raw, 1e-9)
+    return [float(weight) for weight in raw / raw.sum()]

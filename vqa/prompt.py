@@ -1,12 +1,12 @@
 """The one prompt: training, validation, prediction and every augmentation build their messages here.
 
-    <|im_start|>user
-    <|vision_start|><|image_pad|><|vision_end|>What colour is the circle?
-    a. red
-    b. blue
-    Answer with the letter only.<|im_end|>
-    <|im_start|>assistant
-    b<|im_end|>
+<|im_start|>user
+<|vision_start|><|image_pad|><|vision_end|>What colour is the circle?
+a. red
+b. blue
+Answer with the letter only.<|im_end|>
+<|im_start|>assistant
+b<|im_end|>
 """
 
 from vqa.errors import UserError
@@ -78,8 +78,10 @@ def letter_ids(processor) -> list[int]:
                 f"the training text (letter {letter!r}); use the template that came with the model"
             )
         tail = ids[len(prompt_ids) :]
-        if len(tail) < 2 or tokenizer.decode(tail[:1]) != letter or tokenizer.decode(tail[1:2]) not in special_tokens(
-            processor
+        if (
+            len(tail) < 2
+            or tokenizer.decode(tail[:1]) != letter
+            or tokenizer.decode(tail[1:2]) not in special_tokens(processor)
         ):
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path} does not write {letter!r} and the end of the turn as one "

@@ -48,11 +48,16 @@ def read_rows(path: str | Path, image_root: str | Path | None = None, with_answe
 
 def read_table(path: str | Path, required: tuple[str, ...]) -> pd.DataFrame:
     """A CSV file as text cells, nothing interpreted ("NA" stays "NA"), with the columns `required` in it."""
-    text = _decode(Path(path))
+    reader = csv.reader(io.StringIO(_decode(Path(path)), newline=""), strict=True)
+    remedy = "quote the fields that hold commas, quotes or line breaks"
     try:
-        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skipinitialspace=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error) as error:
-        raise UserError(f"{path}: not a table of comma-separated values ({error}); save it as CSV again") from None
+        header, *records = [cells for cells in reader if cells]
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: not comma-separated values ({error}); {remedy}") from None
+    for number, cells in enumerate(records, start=1):
+        if len(cells) != len(header):
+            raise UserError(f"{path}: row {number} has {len(cells)} cells, the header {len(header)}; {remedy}")
+    table = pd.DataFrame(records, columns=header, dtype=str)
     if missing := [name for name in required if name not in table.columns]:
         raise UserError(
             f"{path}: column {first_few(missing, 10)} is missing (the header has {', '.join(table.columns)}); "
@@ -60,8 +65,6 @@ def read_table(path: str | Path, required: tuple[str, ...]) -> pd.DataFrame:
         )
     if table.empty:
         raise UserError(f"{path}: no rows below the header; give a file that has some")
-    if not isinstance(table.index, pd.RangeIndex) or table.isna().any(axis=None):
-        raise UserError(f"{path}: some rows have not as many cells as the header; quote the fields that hold commas")
     return table
 
 

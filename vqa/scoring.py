@@ -50,7 +50,7 @@ def score_rows(
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]) + sum(map(len, rows[i]["choices"])))
     loader = DataLoader([rows[i] for i in by_length], batch_size, collate_fn=collate, num_workers=workers)
     shown = []
-    with tqdm(total=len(rows), desc=label, unit=" rows", disable=label is None) as bar:
+    with tqdm(total=len(rows), desc=label, unit=" rows", mininterval=1, leave=False, disable=label is None) as bar:
         for batch in loader:
             batch = {key: value.to(device) for key, value in batch.items()}
             with torch.autocast(device.type, torch.float16, enabled=_in_fp16(model)):

@@ -102,7 +102,9 @@ class FoldTrainer(Trainer):
         label = f"validating {name}" if rank == 0 and not self.args.disable_tqdm else None
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         model = self.accelerator.unwrap_model(self.model)
-        own = score_rows(model, self.eval_dataset[rank::processes], self.prompts, self.letter_ids, size, label, workers)
+        own = score_rows(
+            model, self.eval_dataset[rank::processes], self.prompts, self.letter_ids, size, label, workers
+        )
         probabilities = np.zeros((len(self.eval_dataset), own.shape[1]))
         for start, part in enumerate(gather_object([own])):
             probabilities[start::processes] = part

@@ -1,0 +1,29 @@
+# make demo: the whole job on the embedded default.  make test: the tests.  make lint: ruff.
+# Each makes .venv itself, and leaves it alone while requirements.lock has not changed.
+ready := .venv/.ready
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint lock
+
+demo: $(ready)
+	rm -rf data/demo checkpoints/demo outputs/demo
+	python data/make_demo.py
+	bash run.sh args/demo data/demo/test_answers.csv
+
+test: $(ready)
+	python -m pytest -q
+
+lint: $(ready)
+	ruff check .
+	ruff format --check .
+
+$(ready): requirements.lock
+	python3 -m venv .venv
+	command -v uv >/dev/null || .venv/bin/python -m pip install -q uv
+	uv pip install -q --python .venv/bin/python -r requirements.lock
+	touch $(ready)
+
+lock: # pin anew what requirements.txt asks for
+	uv pip compile -q --universal --python-version 3.11 requirements-dev.txt -o requirements.lock

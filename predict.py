@@ -1,0 +1,148 @@
+"""Adapters + a CSV -> one CSV of letter probabilities per fold, in outputs/.
+
+    python predict.py checkpoints/fold0 checkpoints/fold1 checkpoints/fold2
+    python predict.py checkpoints/fold? --scales 0.9 1.0 1.1 --orders 4 --output_dir outputs/tta
+    python predict.py --base args/fold0.json             # the untrained base model, to compare with
+
+Each fold is asked as it was trained: its prompt, image size and base model stand in its args.json. Test-time
+augmentation (TTA) averages the plain view with one view per further image scale and one per further order of the
+choices, mapped back to the choices before averaging.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from collator import Collator
+from vqa.arguments import DataArguments, ModelArguments, check_machine, folder_under, read_args_file, section
+from vqa.errors import UserError, run
+from vqa.files import read_json, write_json
+from vqa.images import check_images
+from vqa.model import is_adapter, load_adapter, load_base, load_processor, model_dtype
+from vqa.predictions import write_predictions
+from vqa.prompt import letter_ids
+from vqa.rows import read_rows
+from vqa.scoring import score_rows
+from vqa.views import make_views
+
+
+def main() -> None:
+    args = parse_args()
+    runs = [base_run(args.base)] if args.base else []
+    runs += [trained_run(folder, args.weights) for folder in args.folds]
+    check_alike(runs)
+    model_args, data = runs[0].model, runs[0].data
+    csv = args.csv or data.test_csv
+    rows = read_rows(csv, args.image_root or data.image_root).to_list()
+    check_images(rows, csv)
+
+    processor = load_processor(model_args.model)
+    ids = letter_ids(processor)
+    collate = Collator(processor, data.image_size, data.instruction)
+    views = make_views(rows, args.scales, args.orders, collate)
+    model = load_base(model_args.model, model_args.load_in_4bit, runs[0].dtype)
+    for item in runs:
+        if item.adapter:  # one base in memory for all of them
+            model = load_adapter(model, item.adapter, item.name)
+        start = time.time()
+        plain = total = None
+        for view in views:
+            label = f"{item.name}, {view.name}"
+            scored = score_rows(model, view.changed_rows(), collate, ids, args.batch_size, label, args.workers)
+            plain = scored if plain is None else plain
+            probabilities = plain.copy()
+            probabilities[view.changed] = scored
+            total = probabilities if total is None else total + probabilities
+        write_run(item, args.output_dir, csv, rows, total / len(views), views, time.time() - start)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folds", nargs="*", help="folders that train_fold.py wrote")
+    parser.add_argument("--base", metavar="ARGS.json", help="predict with the base model of an args file, untrained")
+    parser.add_argument("--csv", help="rows to predict (default: the test_csv that the folds were trained with)")
+    parser.add_argument("--image_root", help="folder that `path` is relative to (default: as in training)")
+    parser.add_argument("--weights", choices=("best", "raw", "ema", "swa"), default="best", help="(default: best)")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="image scales (default: 1.0)")
+    parser.add_argument("--orders", type=int, default=1, help="orders of the choices, by rotation (default: 1)")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows at once (default: 32)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
+    parser.add_argument("--output_dir", help="(default: outputs/, and the fold's own place below checkpoints/)")
+    args = parser.parse_args()
+    if not args.folds and not args.base:
+        raise UserError("no folds given; name the folders that train_fold.py wrote, such as checkpoints/fold0")
+    if min(args.scales) <= 0 or args.orders < 1:
+        raise UserError("--scales have to be above 0 and --orders at least 1")
+    return args
+
+
+@dataclass
+class Run:
+    """One set of weights to predict with, and how it was trained to be asked."""
+
+    name: str
+    adapter: Path | None
+    weights: str
+    validation: dict | None
+    output_dir: Path
+    model: ModelArguments
+    data: DataArguments
+    dtype: torch.dtype
+
+
+def trained_run(folder: str, weights: str) -> Run:
+    path = Path(folder)
+    if not (path / "metrics.json").is_file():
+        raise UserError(f"{folder}: no finished fold (it has no metrics.json); train it with train_fold.py first")
+    metrics = read_json(path / "metrics.json")
+    weights = metrics["best"] if weights == "best" else weights
+    adapter = path if weights == "raw" else path / weights
+    if not is_adapter(adapter):
+        raise UserError(f"{folder}: it has no {weights} weights; predict with --weights best, or train with them on")
+    output_dir = folder_under("outputs", path.parent, below="checkpoints")
+    return make_run(
+        path.resolve().name, adapter, weights, metrics["weights"].get(weights), output_dir, path / "args.json"
+    )
+
+
+def base_run(args_file: str) -> Run:
+    output_dir = folder_under("outputs", Path(args_file).parent, below="args")
+    return make_run("base", None, "base", None, output_dir, Path(args_file))
+
+
+def make_run(name, adapter, weights, validation, output_dir, args_file: Path) -> Run:
+    values = read_args_file(args_file)
+    check_machine(values)
+    dtype = model_dtype(values.get("fp16"), values.get("bf16"))
+    model, data = section(ModelArguments, values), section(DataArguments, values)
+    return Run(name, adapter, weights, validation, output_dir, model, data, dtype)
+
+
+def check_alike(runs: list[Run]) -> None:
+    """Folds that are predicted together share the base model in memory and the input that it gets."""
+    first = runs[0]
+    for other in runs[1:]:
+        for name, a, b in (
+            ("model", first.model.model, other.model.model),
+            ("image_size", first.data.image_size, other.data.image_size),
+            ("instruction", first.data.instruction, other.data.instruction),
+        ):
+            if a != b:
+                raise UserError(f"{first.name} has {name} {a!r} and {other.name} {b!r}; predict them in two commands")
+
+
+def write_run(item: Run, output_dir, csv, rows, probabilities, views, seconds: float) -> None:
+    """The prediction CSV, and beside it a JSON card saying where it comes from and how that validated."""
+    path = Path(output_dir or item.output_dir, f"{item.name}.csv")
+    write_predictions(path, rows, probabilities)
+    card = {"test_csv": str(csv), "adapter": item.adapter and str(item.adapter), "weights": item.weights}
+    card |= {"validation": item.validation, "views": [view.name for view in views], "seconds": round(seconds, 1)}
+    write_json(path.with_suffix(".json"), card)
+    print(f"{path}: {len(rows)} rows, {item.weights} weights, {len(views)} views, {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,88 @@
+"""The table at the end of run.sh: what each step of the way scored, with its interval, and what it cost.
+
+    python scores.py outputs/demo                                            # out-of-fold scores of the folds
+    python scores.py outputs/demo --truth data/demo/test_answers.csv         # test rows whose answers are known
+
+Nothing is trained or predicted here: the numbers are computed from the prediction files in the folder and in its tta/.
+The same numbers go to scores.json in that folder.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vqa.errors import UserError, first_few, run
+from vqa.files import write_json
+from vqa.predictions import METHODS, ensemble, join, read_card, read_predictions, validation_weights
+from vqa.prompt import LETTERS
+from vqa.rows import read_table
+from vqa.scoring import accuracy_interval, letter_metrics
+
+
+def main() -> None:
+    args = parse_args()
+    folder = Path(args.folder)
+    folds = sorted(folder.glob("fold*.csv"))
+    if not folds:
+        raise UserError(f"{folder}: no fold*.csv in it; predict with predict.py first")
+    table = test_scores(folder, folds, args.truth) if args.truth else validation_scores(folds)
+    seconds = read_seconds(folder / "seconds.csv")
+    print(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format))
+    if seconds:
+        print("\nseconds: " + ", ".join(f"{stage} {value}" for stage, value in seconds.items()))
+    write_json(folder / "scores.json", {"scores": table, "seconds": seconds})
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="where predict.py wrote, such as outputs/demo")
+    parser.add_argument("--truth", help="CSV of `id,answer` for the test rows, where they are known")
+    return parser.parse_args()
+
+
+def validation_scores(folds: list[Path]) -> list[dict]:
+    """Out-of-fold accuracy and log-loss of each fold, as training measured them."""
+    return [{"step": path.stem} | (read_card(path).get("validation") or {}) for path in folds]
+
+
+def test_scores(folder: Path, folds: list[Path], truth: str) -> list[dict]:
+    """One line a step: untrained base, each fold, each ensemble; the latter two without and with TTA."""
+    table = []
+    if (folder / "base.csv").is_file():
+        table.append(score("base model, untrained", *read_predictions(folder / "base.csv"), truth))
+    for suffix, files in (("", folds), (" + TTA", sorted((folder / "tta").glob("fold*.csv")))):
+        table += [score(path.stem + suffix, *read_predictions(path), truth) for path in files]
+        if len(files) > 1:
+            ids, stack = join(files)
+            weights = validation_weights(files, "log_loss")
+            table += [score(f"{method}{suffix}", ids, ensemble(stack, method, weights), truth) for method in METHODS]
+    return table
+
+
+def score(step: str, ids: list[str], probabilities: np.ndarray, truth: str) -> dict:
+    answers = read_table(truth, ("id", "answer"))
+    known = dict(zip(answers["id"], answers["answer"]))
+    if missing := [row_id for row_id in ids if row_id not in known]:
+        raise UserError(
+            f"{truth}: {len(missing)} predicted ids are not in it: {first_few(missing)}; give the whole file"
+        )
+    right = [LETTERS.index(known[row_id]) for row_id in ids]
+    metrics = letter_metrics(probabilities, right)
+    low, high = accuracy_interval(round(metrics["accuracy"] * len(ids)), len(ids))
+    return {"step": step, "rows": len(ids), "accuracy": metrics["accuracy"], "low": low, "high": high} | {
+        "log_loss": metrics["log_loss"]
+    }
+
+
+def read_seconds(path: Path) -> dict[str, int]:
+    """Stage -> seconds, as run.sh noted them."""
+    if not path.is_file():
+        return {}
+    table = read_table(path, ("stage", "seconds"))
+    return dict(zip(table["stage"], table["seconds"].astype(int)))
+
+
+if __name__ == "__main__":
+    run(main)

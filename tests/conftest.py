@@ -1,0 +1,95 @@
+"""What the tests share: the tiny model, a contest of a few drawn rows, and a way to run the scripts."""
+
+import csv
+import importlib
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from vqa.drawn import CONTEST, ask, draw_scene, four_choices
+from vqa.errors import run
+from vqa.model import load_base, load_processor
+from vqa.prompt import LETTERS, letter_ids
+from vqa.rows import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "checkpoints" / "tiny")
+HEADER = ["id", "path", "question", "a", "b", "c", "d", "answer"]
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return load_processor(TINY)
+
+
+@pytest.fixture(scope="session")
+def ids(processor):
+    return letter_ids(processor)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The tiny base model, frozen. Tests that change it load their own."""
+    return load_base(TINY, load_in_4bit=False, dtype=torch.float32).eval()
+
+
+def write_csv(path: Path, rows: list[list[str]], header: list[str] = HEADER) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    return path
+
+
+def draw_contest(folder: Path, count: int, seed: int = 0) -> Path:
+    """train.csv, test.csv (the same rows without answers), sample_submission.csv and pictures; answers even."""
+    (folder / "pictures").mkdir(parents=True)
+    rows = []
+    for number in range(count):
+        rng = random.Random(f"{seed} {number}")
+        image, scene = draw_scene(rng, CONTEST)
+        image.save(folder / "pictures" / f"{number}.jpg")
+        question, right, wrong = ask(rng, scene, CONTEST)
+        choices, answer = four_choices(rng, right, wrong)
+        wanted = number % 4
+        choices[answer], choices[wanted] = choices[wanted], choices[answer]
+        rows.append([f"row_{number:03d}", f"pictures/{number}.jpg", question, *choices, LETTERS[wanted]])
+    write_csv(folder / "test.csv", [row[:-1] for row in rows], HEADER[:-1])
+    write_csv(folder / "sample_submission.csv", [[row[0], "a"] for row in reversed(rows)], ["id", "answer"])
+    return write_csv(folder / "train.csv", rows)
+
+
+@pytest.fixture(scope="session")
+def contest(tmp_path_factory) -> Path:
+    """The folder of a contest of 24 rows. Not to be changed."""
+    folder = tmp_path_factory.mktemp("contest") / "data"
+    draw_contest(folder, 24)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(contest) -> list[dict]:
+    return read_rows(contest / "train.csv", with_answer=True).to_list()
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a script's main() with a command line, in this process: (exit code, stdout, stderr)."""
+
+    def call(name: str, *args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            run(importlib.import_module(name).main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call

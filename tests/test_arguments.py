@@ -1,0 +1,99 @@
+"""Args files: what extends what, what overrides what, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from vqa.arguments import field_names, folder_under, parse_arguments, read_args_file
+from vqa.errors import UserError
+
+
+@pytest.fixture
+def args_file(tmp_path):
+    """Write a dict as args/run/fold0.json and give its path."""
+
+    def write(values: dict, name: str = "fold0.json") -> str:
+        path = tmp_path / "args" / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+        return str(path)
+
+    return write
+
+
+def test_a_file_extends_another_and_its_own_values_win(args_file):
+    args_file({"learning_rate": 1e-3, "image_size": 140}, "base.json")
+    path = args_file({"extends": "base.json", "image_size": 112})
+    assert read_args_file(path) == {"learning_rate": 1e-3, "image_size": 112}
+
+
+def test_flags_override_the_file_and_defaults_fill_the_rest(args_file):
+    path = args_file({"image_size": 112, "num_train_epochs": 7})
+    model, data, recipe, resolved = parse_arguments([path, "--image_size", "84", "--loss", "letter"], "")
+    assert (data.image_size, recipe.num_train_epochs, recipe.loss, model.lora_rank) == (84, 7, "letter", 16)
+    assert (recipe.output_dir, recipe.seed, str(recipe.lr_scheduler_type.value)) == (
+        "checkpoints/run/fold0",
+        42,
+        "cosine",
+    )
+    assert resolved["image_size"] == 84 and resolved["loss"] == "letter"
+
+
+def test_what_a_fold_writes_as_its_args_repeats_it(args_file):
+    first = parse_arguments([args_file({"image_size": 112, "fold": None, "max_steps": 3})], "")
+    again = parse_arguments([args_file(json.loads(json.dumps(first[3])), "again.json")], "")
+    assert again[:2] == first[:2] and again[3] == first[3]
+
+
+@pytest.mark.parametrize("word", ["null", "none"])
+def test_null_can_be_said_on_the_command_line(args_file, word):
+    assert parse_arguments([args_file({"fold": 1}), "--fold", word], "")[1].fold is None
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "message"),
+    [
+        ({"image_sise": 3}, [], "unknown field 'image_sise'; did you mean 'image_size'"),
+        ({}, ["--learning_rat", "1"], "unknown field 'learning_rat'; did you mean 'learning_rate'"),
+        ({"lora_rank": "many"}, [], "lora_rank"),
+        ({}, ["--num_train_epochs", "few"], "num_train_epochs"),
+        ({"loss": "huber"}, [], "token or letter"),
+        ({"fp16": True}, [], "fp16 needs a CUDA GPU.*args/demo/fold0.json"),
+        ({"load_in_4bit": True}, [], "load_in_4bit needs a CUDA GPU.*args/demo/fold0.json"),
+        ({"eval_strategy": "sometimes"}, [], "sometimes"),
+        ({"extends": "fold0.json"}, [], "extends itself"),
+        ({"extends": "gone.json"}, [], "gone.json: no such file"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(args_file, monkeypatch, values, flags, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=message) as error:
+        parse_arguments([args_file(values), *flags], "")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_object_or_no_json_is_refused(args_file, tmp_path):
+    with pytest.raises(UserError, match="one JSON object"):
+        read_args_file(args_file([1]))
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_args_file(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "args").rglob("*.json")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_args_file_that_ships_is_valid(path, monkeypatch):
+    values = read_args_file(path)
+    assert set(values) <= field_names()
+    if path.name.startswith("fold"):
+        assert set(json.loads(path.read_text())) == {"extends", "fold"}, (
+            "fold files hold nothing that could drift apart"
+        )
+        assert values["fold"] == int(path.stem.removeprefix("fold"))
+
+
+def test_places_of_args_checkpoints_and_outputs_mirror_each_other():
+    assert folder_under("checkpoints", "args/demo/fold0", below="args") == Path("checkpoints/demo/fold0")
+    assert folder_under("outputs", "checkpoints", below="checkpoints") == Path("outputs")
+    assert folder_under("checkpoints", "/x/args/fold0", below="args") == Path("checkpoints/fold0")

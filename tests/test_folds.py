@@ -1,0 +1,74 @@
+"""The folds file: stratified, no image on both sides, the same for the same seed, refused where it does not match."""
+
+import numpy as np
+import pytest
+
+from vqa.errors import UserError
+from vqa.folds import assign_folds, read_folds, split_fold, write_folds
+
+ANSWERS = [i % 4 for i in range(120)]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """120 files, every tenth a copy of the one before it."""
+    paths = []
+    for i in range(120):
+        path = tmp_path / f"{i}.jpg"
+        path.write_bytes(str(i - 1 if i % 10 == 9 else i).encode())
+        paths.append(str(path))
+    return paths
+
+
+def test_each_fold_has_its_share_of_every_answer_and_copies_stay_together(images):
+    folds = assign_folds(ANSWERS, images, 3, 42)
+    for fold in range(3):
+        assert np.bincount(np.array(ANSWERS)[folds == fold]).tolist() == pytest.approx([10] * 4, abs=2)
+    for i in range(9, 120, 10):
+        assert folds[i] == folds[i - 1]
+
+
+def test_the_same_seed_gives_the_same_folds_and_another_gives_others(images):
+    first = assign_folds(ANSWERS, images, 3, 42)
+    assert (first == assign_folds(ANSWERS, images, 3, 42)).all()
+    assert (first != assign_folds(ANSWERS, images, 3, 43)).any()
+
+
+def test_what_is_written_is_read_back_whatever_the_order_of_the_ids(tmp_path):
+    write_folds(tmp_path / "folds.csv", ["x", "y", "z"], np.array([0, 2, 1]))
+    assert read_folds(tmp_path / "folds.csv", ["z", "x", "y"], "train.csv").tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,fold\nx,0\n", "1 ids of train.csv are not in it .y."),
+        ("id,fold\nx,0\ny,1\nz,1\n", "1 of its ids are not in train.csv .z."),
+        ("id,fold\nx,0\ny,one\n", "whole number"),
+        ("id,fold\nx,0\nx,1\n", "twice"),
+        ("id,part\nx,0\n", "column fold is missing"),
+    ],
+)
+def test_a_folds_file_that_does_not_match_is_refused(tmp_path, content, message):
+    (tmp_path / "folds.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_folds(tmp_path / "folds.csv", ["x", "y"], "train.csv")
+
+
+def test_a_missing_folds_file_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="python make_folds.py"):
+        read_folds(tmp_path / "folds.csv", ["x"], "train.csv")
+
+
+def test_a_fold_splits_the_rows_in_two_and_an_unknown_one_is_refused():
+    folds = np.array([0, 1, 2, 0, 1])
+    train, valid = split_fold(folds, 1, "folds.csv")
+    assert train.tolist() == [0, 2, 3] and valid.tolist() == [1, 4]
+    with pytest.raises(UserError, match="fold 3 is not in folds.csv, which has folds 0 to 2"):
+        split_fold(folds, 3, "folds.csv")
+
+
+@pytest.mark.parametrize("folds", [0, 1, 31, 500])
+def test_impossible_numbers_of_folds_are_refused(images, folds):
+    with pytest.raises(UserError, match="folds cannot"):
+        assign_folds(ANSWERS, images, folds, 42)

@@ -1,0 +1,97 @@
+"""Prediction files, ensembles and submissions."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import write_csv
+
+from vqa.errors import UserError
+from vqa.predictions import ensemble, is_submission, join, read_predictions, write_predictions, write_submission
+
+
+def write(path, ids, values):
+    rows = [{"id": row_id, "choices": ["x"] * values.shape[1]} for row_id in ids]
+    write_predictions(path, rows, np.pad(values, ((0, 0), (0, 10 - values.shape[1]))))
+    return path
+
+
+@pytest.fixture
+def stack():
+    return np.random.default_rng(0).dirichlet(np.ones(4), (3, 50))
+
+
+def test_what_is_written_is_read_back_exactly(tmp_path, stack):
+    path = write(tmp_path / "p.csv", [f"r{i}" for i in range(50)], stack[0])
+    ids, values = read_predictions(path)
+    assert ids == [f"r{i}" for i in range(50)]
+    assert (values[:, :4] == stack[0]).all() and values.shape == (50, 10)
+    assert path.read_text().splitlines()[0] == "id,answer,p_a,p_b,p_c,p_d"
+    assert list(pd.read_csv(path)["answer"]) == ["abcd"[i] for i in stack[0].argmax(1)]
+
+
+def test_files_are_joined_by_id_not_by_position(tmp_path, stack):
+    ids = [f"r{i}" for i in range(50)]
+    turned = np.arange(50)[::-1]
+    first = write(tmp_path / "1.csv", ids, stack[0])
+    second = write(tmp_path / "2.csv", [ids[i] for i in turned], stack[1][turned])
+    joined, values = join([first, second])
+    assert joined == ids and (values[1][:, :4] == stack[1]).all()
+
+
+def test_a_missing_and_an_extra_id_are_named(tmp_path, stack):
+    three = write(tmp_path / "3.csv", ["x", "y", "z"], stack[0][:3])
+    two = write(tmp_path / "2.csv", ["x", "y"], stack[0][:2])
+    with pytest.raises(UserError, match="2.csv: 1 ids of .*3.csv are missing: z"):
+        join([three, two])
+    with pytest.raises(UserError, match="3.csv: 1 ids are not in .*2.csv: z"):
+        join([two, three])
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([["x", "a", "0.5", "0.4"]], "sum to 1"),
+        ([["x", "a", "nan", "0.4"]], "sum to 1"),
+        ([["x", "a", "1.5", "-0.5"]], "sum to 1"),
+        ([["x", "a", "much", "0.4"]], "not a number"),
+        ([["x", "a", "0.5", "0.5"], ["x", "a", "0.5", "0.5"]], "twice"),
+    ],
+)
+def test_a_file_that_holds_no_probabilities_is_refused(tmp_path, cells, message):
+    with pytest.raises(UserError, match=message):
+        read_predictions(write_csv(tmp_path / "p.csv", cells, ["id", "answer", "p_a", "p_b"]))
+
+
+def test_mean_and_weighted_are_numpys_averages(stack):
+    assert ensemble(stack, "mean") == pytest.approx(sum(stack) / 3, abs=1e-15)
+    weights = [0.5, 0.3, 0.2]
+    by_hand = sum(weight * part for weight, part in zip(weights, stack))
+    assert ensemble(stack, "weighted", weights) == pytest.approx(by_hand, abs=1e-15)
+
+
+def test_majority_counts_votes_and_breaks_ties_by_the_mean_probability():
+    vote = ensemble(np.array([[[0.4, 0.3, 0.3]], [[0.4, 0.3, 0.3]], [[0.0, 0.1, 0.9]]]), "majority")
+    assert vote.argmax() == 0, "two votes beat one, however sure that one is"
+    tie = ensemble(np.array([[[0.4, 0.3, 0.3]], [[0.0, 0.1, 0.9]]]), "majority")
+    assert tie.argmax() == 2
+    assert vote.sum() == pytest.approx(1) and tie.sum() == pytest.approx(1)
+
+
+def test_majority_agrees_with_scipys_mode_where_there_is_one(stack):
+    from scipy.stats import mode
+
+    votes, counts = mode(stack.argmax(-1), axis=0)
+    clear = counts >= 2
+    assert clear.sum() > 10
+    assert (ensemble(stack, "majority").argmax(1)[clear] == votes[clear]).all()
+
+
+def test_a_submission_follows_the_sample(tmp_path):
+    sample = write_csv(tmp_path / "sample.csv", [["z", "a"], ["x", "a"]], ["id", "answer"])
+    write_submission(tmp_path / "s.csv", ["x", "z"], np.eye(4)[[1, 3]], sample)
+    assert (tmp_path / "s.csv").read_text() == "id,answer\nz,d\nx,b\n"
+    assert is_submission(tmp_path / "s.csv")
+    with pytest.raises(UserError, match="1 of its ids are not predicted: z"):
+        write_submission(tmp_path / "s.csv", ["x"], np.eye(4)[[1]], sample)
+    with pytest.raises(UserError, match="1 predicted ids are not in it: y"):
+        write_submission(tmp_path / "s.csv", ["x", "y", "z"], np.eye(4)[[1, 1, 1]], sample)

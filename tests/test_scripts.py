@@ -1,0 +1,235 @@
+"""The scripts by their command lines: the whole job, and what each refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import HEADER, ROOT, TINY, draw_contest, write_csv
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from collator import Collator
+from vqa.prompt import LETTERS
+from vqa.rows import read_rows
+from vqa.scoring import score_rows
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    words = [str(word) for word in words]
+    return subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two folds of a small contest, trained by the command lines of the README: (folder, its data, args of fold 0)."""
+    folder = tmp_path_factory.mktemp("job")
+    data = folder / "data"
+    draw_contest(data, 24)
+    base = {
+        "model": TINY,
+        "train_csv": str(data / "train.csv"),
+        "test_csv": str(data / "test.csv"),
+        "image_size": 112,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "disable_tqdm": True,
+        "learning_rate": 1e-3,
+    }
+    args = folder / "args"
+    args.mkdir()
+    (args / "base.json").write_text(json.dumps(base))
+    for fold in (0, 1):
+        path, output = args / f"fold{fold}.json", folder / "checkpoints" / f"fold{fold}"
+        path.write_text(json.dumps({"extends": "base.json", "fold": fold, "output_dir": str(output)}))
+    done = command(sys.executable, "make_folds.py", args / "fold0.json", "--folds", "2")
+    assert done.returncode == 0, done.stderr
+    done = command(sys.executable, "-m", "accelerate.commands.launch", "train_fold.py", args / "fold0.json")
+    assert done.returncode == 0, done.stderr
+    done = command(sys.executable, "train_fold.py", args / "fold1.json", "--loss", "letter")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_folds_folder_holds_what_the_design_says(trained):
+    fold = trained / "checkpoints" / "fold0"
+    for name in ("", "ema", "swa"):
+        assert (fold / name / "adapter_model.safetensors").is_file() and (
+            fold / name / "adapter_config.json"
+        ).is_file()
+        assert (fold / name / "oof.csv").read_text().startswith("id,answer,p_a,p_b,p_c,p_d\n")
+    metrics = json.loads((fold / "metrics.json").read_text())
+    assert set(metrics["weights"]) == {"raw", "ema", "swa"}
+    assert metrics["best"] == min(metrics["weights"], key=lambda name: metrics["weights"][name]["log_loss"])
+    assert (metrics["train_rows"], metrics["valid_rows"]) == (12, 12)
+    assert json.loads((fold / "args.json").read_text())["fold"] == 0
+
+
+@pytest.mark.parametrize("weights", ["", "ema", "swa"])
+def test_an_adapter_loads_with_peft_alone_and_reproduces_its_out_of_fold_file(trained, processor, ids, weights):
+    fold = trained / "checkpoints" / "fold0"
+    base = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, fold / weights).eval()
+    oof = pd.read_csv(fold / weights / "oof.csv")
+    rows = {row["id"]: row for row in read_rows(trained / "data" / "train.csv", with_answer=True).to_list()}
+    valid = [rows[row_id] for row_id in oof["id"]]
+    got = score_rows(model, valid, Collator(processor, 112), ids, 16)[:, :4]
+    assert np.abs(got - oof[["p_a", "p_b", "p_c", "p_d"]].to_numpy()).max() < 1e-6
+    accuracy = np.mean([LETTERS[row["answer"]] == letter for row, letter in zip(valid, oof["answer"])])
+    logged = json.loads((fold / "metrics.json").read_text())["weights"][weights or "raw"]["accuracy"]
+    assert accuracy == pytest.approx(logged)
+
+
+def test_the_out_of_fold_rows_are_the_fold_and_no_others(trained):
+    folds = pd.read_csv(trained / "data" / "folds.csv")
+    for fold in (0, 1):
+        oof = pd.read_csv(trained / "checkpoints" / f"fold{fold}" / "oof.csv")
+        assert sorted(oof["id"]) == sorted(folds["id"][folds["fold"] == fold])
+
+
+def test_training_changes_the_language_model_and_nothing_of_the_vision_tower(trained):
+    from safetensors.torch import load_file
+
+    weights = load_file(trained / "checkpoints" / "fold0" / "adapter_model.safetensors")
+    assert all("language_model" in name for name in weights) and not any("visual" in name for name in weights)
+    assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_predict_and_ensemble_by_their_command_lines(trained):
+    outputs = trained / "outputs"
+    folds = [trained / "checkpoints" / "fold0", trained / "checkpoints" / "fold1"]
+    extra = ["--scales", "0.8", "1.0", "--orders", "2", "--output_dir", outputs]
+    done = command(sys.executable, "predict.py", *folds, "--base", trained / "args" / "fold0.json", *extra)
+    assert done.returncode == 0, done.stderr
+    test_ids = list(pd.read_csv(trained / "data" / "test.csv")["id"])
+    for name in ("base", "fold0", "fold1"):
+        table = pd.read_csv(outputs / f"{name}.csv")
+        assert list(table["id"]) == test_ids
+        assert table[["p_a", "p_b", "p_c", "p_d"]].sum(axis=1).to_numpy() == pytest.approx(np.ones(24))
+    assert not (pd.read_csv(outputs / "fold0.csv")["p_a"] == pd.read_csv(outputs / "fold1.csv")["p_a"]).all()
+    card = json.loads((outputs / "fold0.json").read_text())
+    assert card["views"] == ["plain", "scale 0.8", "rotation 1"] and card["validation"]["log_loss"] > 0
+
+    files = sorted(str(path) for path in outputs.glob("fold*.csv"))
+    for method in ("mean", "majority", "weighted"):
+        done = command(sys.executable, "ensemble.py", *files, "--method", method)
+        assert done.returncode == 0, done.stderr
+        submission = pd.read_csv(outputs / "submission.csv")
+        assert list(submission["id"]) == list(pd.read_csv(trained / "data" / "sample_submission.csv")["id"])
+        assert set(submission["answer"]) <= set("abcd")
+    first = (outputs / "submission.csv").read_bytes()
+    again = sorted(str(path) for path in outputs.glob("*.csv") if path.name != "base.csv")
+    assert any("submission" in name for name in again)
+    done = command(sys.executable, "ensemble.py", *again, "--method", "weighted")
+    assert done.returncode == 0 and (outputs / "submission.csv").read_bytes() == first
+
+
+def test_prediction_gives_what_validation_logged(trained, script):
+    """predict.py on the validation rows of the fold, with the weights that validated best."""
+    fold = trained / "checkpoints" / "fold1"
+    best = json.loads((fold / "metrics.json").read_text())["best"]
+    oof = pd.read_csv(fold / ("" if best == "raw" else best) / "oof.csv")
+    train = pd.read_csv(trained / "data" / "train.csv").set_index("id").loc[oof["id"]].reset_index()
+    train.to_csv(trained / "data" / "valid.csv", index=False)
+    code, _, error = script(
+        "predict", fold, "--csv", trained / "data" / "valid.csv", "--output_dir", trained / "again"
+    )
+    assert code == 0, error
+    got = pd.read_csv(trained / "again" / "fold1.csv")
+    assert list(got["id"]) == list(oof["id"]) and list(got["answer"]) == list(oof["answer"])
+    columns = ["p_a", "p_b", "p_c", "p_d"]
+    assert np.abs(got[columns].to_numpy() - oof[columns].to_numpy()).max() < 1e-6
+
+
+def test_resuming_ends_with_the_bytes_of_the_uninterrupted_run(trained, script):
+    whole, part = trained / "checkpoints" / "fold0", trained / "resumed"
+    shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
+    code, _, error = script(
+        "train_fold", trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"
+    )
+    assert code == 0, error
+    for name in ("adapter_model.safetensors", "ema.safetensors", "swa.safetensors"):
+        assert (part / "checkpoint-4" / name).read_bytes() == (whole / "checkpoint-4" / name).read_bytes(), name
+
+
+def test_without_a_fold_every_row_is_trained_on_and_nothing_is_validated(trained, script):
+    output = trained / "all"
+    code, _, error = script("train_fold", trained / "args" / "fold0.json", "--fold", "null", "--output_dir", output)
+    assert code == 0, error
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert (metrics["train_rows"], metrics["valid_rows"], metrics["best"]) == (24, 0, "raw")
+    assert (output / "adapter_model.safetensors").is_file() and not (output / "oof.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["train_fold", "make_folds", "predict", "ensemble", "scores"])
+def test_help_teaches_and_ends_well(script, name):
+    code, output, _ = script(name, "--help")
+    assert code == 0 and f"python {name}.py" in output
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        ({"answer": "e"}, [], "answer 'e' is not offered"),
+        ({"path": "pictures/none.jpg"}, [], "1 of 24 images cannot be used"),
+        ({"path": "../../x.jpg"}, [], "lead out of"),
+        ({"id": "row_001"}, [], "ids stand there twice"),
+        ({}, ["--fold", "7"], "fold 7 is not in"),
+        ({}, ["--fp16", "true"], "args/demo/fold0.json"),
+        ({}, ["--load_in_4bit"], "args/demo/fold0.json"),
+        ({}, ["--learning_rte", "1"], "did you mean 'learning_rate'"),
+        ({}, ["--model", "no/such/model"], "neither a model folder nor reachable"),
+        ({}, ["--model", "Some/Model-3B"], "neither a model folder nor reachable"),
+        ({}, ["--max_train_rows", "0"], "max_train_rows is 0"),
+        ({}, ["--resume_from_checkpoint", "nowhere"], "not a checkpoint folder"),
+    ],
+)
+def test_training_refuses_bad_input_in_one_line_with_exit_code_2(
+    trained, script, tmp_path, monkeypatch, change, flags, message
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("train_fold.load_base", lambda *args: pytest.fail("a model was loaded"))
+    table = pd.read_csv(trained / "data" / "train.csv", dtype=str)
+    for column, value in change.items():
+        table.loc[2, column] = value
+    csv = write_csv(trained / "data" / "bad.csv", table.values.tolist(), HEADER)
+    folds = trained / "data" / "folds.csv"
+    args = [
+        trained / "args" / "fold0.json",
+        "--train_csv",
+        csv,
+        "--folds_csv",
+        folds,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    code, _, error = script("train_fold", *args, *flags)
+    assert (code, error.startswith("error: "), error.count("\n")) == (2, True, 1) and message in error, error
+
+
+def test_other_scripts_refuse_bad_input_too(trained, script, tmp_path):
+    for name, args, message in (
+        ("predict", [tmp_path], "no finished fold"),
+        ("predict", [], "no folds given"),
+        ("predict", [trained / "checkpoints" / "fold0", "--scales", "0"], "above 0"),
+        ("ensemble", [tmp_path / "x.csv"], "no such file"),
+        ("ensemble", [trained / "data" / "sample_submission.csv"], "none of the 1 files holds probabilities"),
+        ("ensemble", [trained / "data" / "train.csv"], "column p_a, p_b is missing"),
+        ("scores", [tmp_path], "no fold"),
+        ("make_folds", [tmp_path / "x.json"], "no such file"),
+    ):
+        code, _, error = script(name, *args)
+        assert (code, error.count("\n")) == (2, 1) and message in error, error

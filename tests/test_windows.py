@@ -1,0 +1,21 @@
+"""Grouped windows give what transformers' own loop gives."""
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from collator import Collator
+
+
+def test_the_vision_tower_gives_the_same_features_on_ragged_grids(model, processor, rows):
+    from conftest import TINY
+
+    original = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32).eval()
+    scales = [0.7, 1.0, 1.0, 1.6, 2.1, 3.0]  # up to several windows, cut ones among them
+    batch = Collator(processor, 140)([{**row, "scale": scale} for row, scale in zip(rows, scales)])
+    assert len(batch["image_grid_thw"].unique(dim=0)) > 3
+    with torch.no_grad():
+        ours, theirs = (
+            torch.cat(part.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output)
+            for part in (model, original)
+        )
+    assert torch.equal(ours, theirs)
