@@ -35,7 +35,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
 
-from vqa.drawn import CONTEST, HOME, SIZES, ask, draw_scene, four_choices  # noqa: E402
+from vqa.drawn import CONTEST, HOME, SHAPES, SIZES, ask, draw_scene, four_choices  # noqa: E402
 from vqa.images import target_size  # noqa: E402
 from vqa.prompt import LETTERS, letter_ids, messages, render  # noqa: E402
 from vqa.windows import group_windows  # noqa: E402
@@ -74,10 +74,12 @@ CHAT_TEMPLATE = """\
 def main() -> None:
     args = parse_args()
     set_seed(args.seed)
-    processor = make_processor(args.seed)
-    model = make_model(processor)
     if args.start_from:
+        processor = Qwen2_5_VLProcessor.from_pretrained(args.start_from)
         model = group_windows(Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start_from, dtype=torch.float32))
+    else:
+        processor = make_processor(args.seed)
+        model = make_model(processor)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
     train(model, processor, args)
 
@@ -215,6 +217,7 @@ class DrawnBatches(torch.utils.data.Dataset):
         images = torch.stack([pil_to_tensor(image.resize((width, height))) for image, _ in scenes])
         batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
         hints = {"own_letter": torch.tensor(own_letter), "right_choice": torch.tensor(right_choice)}
+        hints["shape"] = torch.tensor([SHAPES.index(scene.shape) for _, scene in scenes])
         return batch | hints | {"images": images, "frames": grids[:1] * torch.tensor([len(chats), 1, 1])}
 
     def chat(self, rng: random.Random, scene, image_tokens: int) -> tuple[list[int], list[int], int | None]:
@@ -245,14 +248,16 @@ def train(model, processor, args: argparse.Namespace) -> None:
     )
     model.to(device).train()
     model.model.language_model.set_attn_implementation("eager")  # the hints need to see the attention
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    probe = torch.nn.Linear(model.config.text_config.hidden_size, len(SHAPES)).to(device)
+    parameters = [*model.parameters(), *probe.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
     letters, prepare = torch.tensor(letter_ids(processor), device=device), processor.image_processor
     bar = tqdm(loader, mininterval=5)
     for step, batch in enumerate(bar):
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         images, frames, labels = batch.pop("images"), batch.pop("frames"), batch.pop("labels")
-        hints = batch.pop("own_letter"), batch.pop("right_choice")
+        hints, shape = (batch.pop("own_letter"), batch.pop("right_choice")), batch.pop("shape")
         images = prepare.rescale_and_normalize(
             images, True, prepare.rescale_factor, True, prepare.image_mean, prepare.image_std
         )
@@ -266,7 +271,10 @@ def train(model, processor, args: argparse.Namespace) -> None:
         logits = model.lm_head(shown.last_hidden_state[:, :-1][labels[:, 1:] != -100])
         target = labels[labels != -100]
         loss = torch.nn.functional.cross_entropy(logits, target)
-        (loss + 0.3 * fade * hint_loss(model, shown, *hints) if fade else loss).backward()
+        # The tower learns shapes sooner when asked for them at its own end, before the language model.
+        seen = torch.nn.functional.cross_entropy(probe(features.unflatten(0, (len(images), -1)).mean(1)), shape)
+        hint = hint_loss(model, shown, *hints) if fade else 0.0
+        (loss + 0.3 * fade * hint + 0.5 * fade * seen).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

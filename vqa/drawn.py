@@ -81,33 +81,24 @@ CONTEST = Domain(
             "colour": _names(
                 dict(zip(COLOURS, "red orange/amber yellow green/emerald blue purple/violet black/jet brown".split()))
             ),
-            "shape": _names(
-                {
-                    "circle": "circle/disc",
-                    "square": "square/box",
-                    "triangle": "triangle",
-                    "star": "star",
-                    "cross": "cross/plus sign",
-                    "ring": "ring",
-                }
-            ),
-            "place": _names(
-                {
-                    "top left": "upper left corner",
-                    "top right": "upper right corner",
-                    "bottom left": "lower left corner",
-                    "bottom right": "lower right corner",
-                }
-            ),
-            "count": _names(dict(zip("1234", "one two three four".split()))),
+            "shape": _names(dict(zip(SHAPES, "circle/disc square/box triangle star cross/plus ring".split()))),
+            "place": _names({place: f"{place}/{place} corner" for place in CORNERS}),
+            "count": _names(dict(zip("1234", "1/one 2/two 3/three 4/four".split()))),
         },
         "ko": {
             "colour": _names(
                 dict(zip(COLOURS, "빨강 주황/귤색 노랑 초록/풀색 파랑 보라/포도색 검정/먹색 갈색".split()))
             ),
             "shape": _names(dict(zip(SHAPES, "원/동그라미 네모/상자 세모 별 십자/더하기표 고리".split()))),
-            "place": _names(dict(zip(CORNERS, "좌측 상단/우측 상단/좌측 하단/우측 하단".split("/")))),
-            "count": _names(dict(zip("1234", "하나 둘 셋 넷".split()))),
+            "place": _names(
+                {
+                    "top left": "왼쪽 위/좌측 상단",
+                    "top right": "오른쪽 위/우측 상단",
+                    "bottom left": "왼쪽 아래/좌측 하단",
+                    "bottom right": "오른쪽 아래/우측 하단",
+                }
+            ),
+            "count": _names(dict(zip("1234", "1개/하나 2개/둘 3개/셋 4개/넷".split()))),
         },
     },
     questions={
