@@ -68,7 +68,7 @@ class WeightAverage(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step:  # a resumed run
-            tensors = load_file(self._file(args, state))
+            tensors = load_file(Path(args.resume_from_checkpoint, self.file_name))
             self.updates = int(tensors.pop("updates"))
             devices = {name: parameter.device for name, parameter in trainable(model)}
             self.average = {name: tensor.to(devices[name]) for name, tensor in tensors.items()}
@@ -80,10 +80,13 @@ class WeightAverage(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            save_file(self.average | {"updates": torch.tensor(self.updates)}, self._file(args, state))
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            save_file(self.average | {"updates": torch.tensor(self.updates)}, folder / self.file_name)
 
-    def _file(self, args, state) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}", f"{self.name}.safetensors")
+    @property
+    def file_name(self) -> str:
+        """The average's file in a checkpoint folder."""
+        return f"{self.name}.safetensors"
 
 
 class EMACallback(WeightAverage):

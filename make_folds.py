@@ -1,16 +1,20 @@
-"""Write the folds file that training reads: `id,fold`, stratified by answer, byte-identical images in one fold.
+"""Check the contest's data and write the folds file that training reads.
 
-python make_folds.py args/fold0.json                 # three folds of that file's train_csv
-python make_folds.py args/fold0.json --folds 5       # any args file of the contest will do
+    python make_folds.py args/fold0.json                         # three folds of that file's train_csv
+    python make_folds.py args/fold0.json --folds 5 --again       # others in their place
+
+`id,fold`, stratified by answer, byte-identical images in one fold. A folds file that is there and fits is kept: models
+trained on it have to go on with it.
 """
 
 import argparse
+from pathlib import Path
 
 import pandas as pd
 
 from vqa.arguments import DataArguments, folds_file, read_args_file, section
 from vqa.errors import run
-from vqa.folds import assign_folds, write_folds
+from vqa.folds import assign_folds, read_folds, write_folds
 from vqa.images import check_images
 from vqa.prompt import LETTERS
 from vqa.rows import read_rows
@@ -21,18 +25,25 @@ def main() -> None:
     data = section(DataArguments, read_args_file(args.args_file))
     rows = read_rows(data.train_csv, data.image_root, with_answer=True)
     check_images(rows.to_list(), data.train_csv)
-    folds = assign_folds(rows["answer"], rows["image"], args.folds, args.seed)
-    write_folds(folds_file(data), rows["id"], folds)
-    answers = [LETTERS[answer] for answer in rows["answer"]]
-    print(pd.crosstab(pd.Series(folds, name="fold"), pd.Series(answers, name="answer"), margins=True).to_string())
-    print(f"{folds_file(data)}: {len(folds)} rows in {args.folds} folds")
+    if Path(data.test_csv).is_file():  # better now than after the training
+        check_images(read_rows(data.test_csv, data.image_root).to_list(), data.test_csv)
+    path, ids, answers = folds_file(data), list(rows["id"]), list(rows["answer"])
+    if kept := path.is_file() and not args.again:
+        folds = read_folds(path, ids, data.train_csv)
+    else:
+        folds = assign_folds(answers, list(rows["image"]), args.folds, args.seed)
+        write_folds(path, ids, folds)
+    shown = pd.Series([LETTERS[answer] for answer in answers], name="answer")
+    print(pd.crosstab(pd.Series(folds, name="fold"), shown, margins=True).to_string())
+    print(f"{path}: {len(folds)} rows in {len(set(folds))} folds" + (", kept as it was" if kept else ""))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("args_file", help="an args file: its train_csv, image_root and folds_csv are used")
+    parser.add_argument("args_file", help="an args file: its train_csv, test_csv, image_root and folds_csv are used")
     parser.add_argument("--folds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the shuffle (default: 42)")
+    parser.add_argument("--again", action="store_true", help="make them anew where the file is there already")
     return parser.parse_args()
 
 

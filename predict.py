@@ -1,12 +1,12 @@
 """Adapters + a CSV -> one CSV of letter probabilities per fold, in outputs/.
 
     python predict.py checkpoints/fold0 checkpoints/fold1 checkpoints/fold2
-    python predict.py checkpoints/fold? --scales 0.9 1.0 1.1 --orders 4 --output_dir outputs/tta
+    python predict.py checkpoints/fold? --scales 0.9 1.0 1.1 --orders 4
     python predict.py --base args/fold0.json             # the untrained base model, to compare with
 
 Each fold is asked as it was trained: its prompt, image size and base model stand in its args.json. Test-time
 augmentation (TTA) averages the plain view with one view per further image scale and one per further order of the
-choices, mapped back to the choices before averaging.
+choices, mapped back to the choices before averaging. What the plain view alone says goes to plain/, to compare with.
 """
 
 import argparse
@@ -14,11 +14,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from collator import Collator
-from vqa.arguments import DataArguments, ModelArguments, check_machine, folder_under, read_args_file, section
-from vqa.errors import UserError, run
+from vqa.arguments import (
+    DataArguments,
+    ModelArguments,
+    RecipeArguments,
+    check_machine,
+    folder_under,
+    read_args_file,
+    section,
+)
+from vqa.errors import UserError, first_few, run
 from vqa.files import read_json, write_json
 from vqa.images import check_images
 from vqa.model import is_adapter, load_adapter, load_base, load_processor, model_dtype
@@ -35,6 +44,7 @@ def main() -> None:
     runs += [trained_run(folder, args.weights) for folder in args.folds]
     check_alike(runs)
     model_args, data = runs[0].model, runs[0].data
+    batch_size = args.batch_size or runs[0].batch_size
     csv = args.csv or data.test_csv
     rows = read_rows(csv, args.image_root or data.image_root).to_list()
     check_images(rows, csv)
@@ -44,19 +54,19 @@ def main() -> None:
     collate = Collator(processor, data.image_size, data.instruction)
     views = make_views(rows, args.scales, args.orders, collate)
     model = load_base(model_args.model, model_args.load_in_4bit, runs[0].dtype)
-    for item in runs:
-        if item.adapter:  # one base in memory for all of them
-            model = load_adapter(model, item.adapter, item.name)
-        start = time.time()
-        plain = total = None
-        for view in views:
+    for number, item in enumerate(runs):
+        if item.adapter:  # one base in memory for all of them; PEFT's names take no dots
+            model = load_adapter(model, item.adapter, f"run{number}")
+        start, views_used = time.time(), views if item.adapter else views[:1]  # the base is there to compare with
+        plain, summed, counts = None, 0.0, np.zeros((len(rows), 1))
+        for view in views_used:
             label = f"{item.name}, {view.name}"
-            scored = score_rows(model, view.changed_rows(), collate, ids, args.batch_size, label, args.workers)
-            plain = scored if plain is None else plain
-            probabilities = plain.copy()
-            probabilities[view.changed] = scored
-            total = probabilities if total is None else total + probabilities
-        write_run(item, args.output_dir, csv, rows, total / len(views), views, time.time() - start)
+            got = score_rows(model, view.changed_rows(), collate, ids, batch_size, label, args.workers)
+            plain = got if plain is None else plain
+            summed = summed + view.spread(got)  # a view that shows a row as it was does not count twice
+            counts[view.changed] += 1
+        card = {"test_csv": str(csv), "views": [view.name for view in views_used]}
+        write_run(item, args.output_dir, rows, plain, summed / counts, card, time.time() - start)
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weights", choices=("best", "raw", "ema", "swa"), default="best", help="(default: best)")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="image scales (default: 1.0)")
     parser.add_argument("--orders", type=int, default=1, help="orders of the choices, by rotation (default: 1)")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows at once (default: 32)")
+    parser.add_argument("--batch_size", type=int, help="rows at once (default: as in validation)")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
     parser.add_argument("--output_dir", help="(default: outputs/, and the fold's own place below checkpoints/)")
     args = parser.parse_args()
@@ -91,6 +101,7 @@ class Run:
     model: ModelArguments
     data: DataArguments
     dtype: torch.dtype
+    batch_size: int
 
 
 def trained_run(folder: str, weights: str) -> Run:
@@ -118,30 +129,35 @@ def make_run(name, adapter, weights, validation, output_dir, args_file: Path) ->
     check_machine(values)
     dtype = model_dtype(values.get("fp16"), values.get("bf16"))
     model, data = section(ModelArguments, values), section(DataArguments, values)
-    return Run(name, adapter, weights, validation, output_dir, model, data, dtype)
+    batch_size = values.get("per_device_eval_batch_size", RecipeArguments.per_device_eval_batch_size)
+    return Run(name, adapter, weights, validation, output_dir, model, data, dtype, int(batch_size))
 
 
 def check_alike(runs: list[Run]) -> None:
-    """Folds that are predicted together share the base model in memory and the input that it gets."""
+    """Folds that are predicted together share the base model in memory, the rows, and the input made of them."""
     first = runs[0]
     for other in runs[1:]:
-        for name, a, b in (
-            ("model", first.model.model, other.model.model),
-            ("image_size", first.data.image_size, other.data.image_size),
-            ("instruction", first.data.instruction, other.data.instruction),
-        ):
+        for name in ("model", "load_in_4bit", "dtype", "image_size", "instruction", "test_csv", "image_root"):
+            a, b = (getattr(run.model, name, getattr(run.data, name, run.dtype)) for run in (first, other))
             if a != b:
-                raise UserError(f"{first.name} has {name} {a!r} and {other.name} {b!r}; predict them in two commands")
+                raise UserError(f"{first.name} has {name} {a} and {other.name} {b}; predict them in two commands")
+    places = [str(run.output_dir / run.name) for run in runs]
+    if twice := sorted({place for place in places if places.count(place) > 1}):
+        raise UserError(f"two folders would both write {first_few(twice)}.csv; predict them in two commands")
 
 
-def write_run(item: Run, output_dir, csv, rows, probabilities, views, seconds: float) -> None:
-    """The prediction CSV, and beside it a JSON card saying where it comes from and how that validated."""
-    path = Path(output_dir or item.output_dir, f"{item.name}.csv")
+def write_run(item: Run, output_dir: str | None, rows, plain, probabilities, card: dict, seconds: float) -> None:
+    """The mean of the views and, in plain/, what the plain view says where there are more; beside each a JSON card."""
+    path = Path(output_dir or item.output_dir, f"{item.name}.csv" if item.adapter else "base/base.csv")
+    card |= {"adapter": item.adapter and str(item.adapter), "weights": item.weights, "validation": item.validation}
+    alone = path.parent / "plain" / path.name
+    alone.unlink(missing_ok=True)  # one of an earlier run would be taken for this run's
+    if len(card["views"]) > 1:
+        write_predictions(alone, rows, plain)
+        write_json(alone.with_suffix(".json"), card | {"views": card["views"][:1]})
     write_predictions(path, rows, probabilities)
-    card = {"test_csv": str(csv), "adapter": item.adapter and str(item.adapter), "weights": item.weights}
-    card |= {"validation": item.validation, "views": [view.name for view in views], "seconds": round(seconds, 1)}
-    write_json(path.with_suffix(".json"), card)
-    print(f"{path}: {len(rows)} rows, {item.weights} weights, {len(views)} views, {seconds:.1f} s")
+    write_json(path.with_suffix(".json"), card | {"seconds": round(seconds, 1)})
+    print(f"{path}: {len(rows)} rows, {item.weights} weights, {len(card['views'])} views, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

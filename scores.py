@@ -3,8 +3,8 @@
     python scores.py outputs/demo                                            # out-of-fold scores of the folds
     python scores.py outputs/demo --truth data/demo/test_answers.csv         # test rows whose answers are known
 
-Nothing is trained or predicted here: the numbers are computed from the prediction files in the folder and in its tta/.
-The same numbers go to scores.json in that folder.
+Nothing is trained or predicted here: the numbers are computed from the prediction files in the folder and in its
+plain/. The same numbers go to scores.json in that folder.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     if not folds:
         raise UserError(f"{folder}: no fold*.csv in it; predict with predict.py first")
     table = test_scores(folder, folds, args.truth) if args.truth else validation_scores(folds)
-    seconds = read_seconds(folder / "seconds.csv")
+    seconds = read_seconds(folder / "seconds.txt")
     print(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format))
     if seconds:
         print("\nseconds: " + ", ".join(f"{stage} {value}" for stage, value in seconds.items()))
@@ -44,15 +44,16 @@ def parse_args() -> argparse.Namespace:
 
 def validation_scores(folds: list[Path]) -> list[dict]:
     """Out-of-fold accuracy and log-loss of each fold, as training measured them."""
-    return [{"step": path.stem} | (read_card(path).get("validation") or {}) for path in folds]
+    return [(read_card(path).get("validation") or {}) | {"step": path.stem} for path in folds]
 
 
 def test_scores(folder: Path, folds: list[Path], truth: str) -> list[dict]:
     """One line a step: untrained base, each fold, each ensemble; the latter two without and with TTA."""
     table = []
-    if (folder / "base.csv").is_file():
-        table.append(score("base model, untrained", *read_predictions(folder / "base.csv"), truth))
-    for suffix, files in (("", folds), (" + TTA", sorted((folder / "tta").glob("fold*.csv")))):
+    if (folder / "base" / "base.csv").is_file():
+        table.append(score("base model, untrained", *read_predictions(folder / "base" / "base.csv"), truth))
+    plain = sorted((folder / "plain").glob("fold*.csv"))
+    for suffix, files in (("", plain), (" + TTA", folds)) if plain else (("", folds),):
         table += [score(path.stem + suffix, *read_predictions(path), truth) for path in files]
         if len(files) > 1:
             ids, stack = join(files)
@@ -68,7 +69,9 @@ def score(step: str, ids: list[str], probabilities: np.ndarray, truth: str) -> d
         raise UserError(
             f"{truth}: {len(missing)} predicted ids are not in it: {first_few(missing)}; give the whole file"
         )
-    right = [LETTERS.index(known[row_id]) for row_id in ids]
+    if odd := [row_id for row_id in ids if known[row_id].strip().lower() not in set(LETTERS)]:
+        raise UserError(f"{truth}: {len(odd)} answers are no letter from a to j: {first_few(odd)}; mend them")
+    right = [LETTERS.index(known[row_id].strip().lower()) for row_id in ids]
     metrics = letter_metrics(probabilities, right)
     low, high = accuracy_interval(round(metrics["accuracy"] * len(ids)), len(ids))
     return {"step": step, "rows": len(ids), "accuracy": metrics["accuracy"], "low": low, "high": high} | {

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from callbacks import EMACallback, SWACallback, WeightAverage
 from collator import Collator
 from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_arguments
-from vqa.errors import UserError, run
-from vqa.files import write_json
+from vqa.errors import UserError, first_few, run
+from vqa.files import read_json, write_json
 from vqa.folds import read_folds, split_fold
 from vqa.images import check_images
 from vqa.model import add_adapter, load_base, load_processor, model_dtype
@@ -30,7 +29,10 @@ from vqa.training import FoldTrainer, TellEpoch, TrainRows
 def main() -> None:
     model_args, data, recipe, resolved = parse_arguments(sys.argv[1:], __doc__)
     set_seed(recipe.seed)
-    checkpoint = checkpoint_to_resume(recipe)
+    if is_finished(recipe, resolved):
+        return
+    averages = make_averages(recipe)
+    recipe.resume_from_checkpoint = checkpoint_to_resume(recipe, averages)
     train_rows, valid_rows = read_fold(data, recipe)
     processor = load_processor(model_args.model)
     ids = letter_ids(processor)
@@ -38,7 +40,6 @@ def main() -> None:
     model = add_adapter(base, model_args.lora_rank, model_args.lora_alpha, model_args.lora_dropout)
 
     rows = TrainRows(train_rows, data.shuffle_choices, recipe.seed)
-    averages = make_averages(recipe)
     trainer = FoldTrainer(
         model,
         recipe,
@@ -50,9 +51,31 @@ def main() -> None:
         letter_ids=ids,
         prompts=Collator(processor, data.image_size, data.instruction),
     )
+    if trainer.is_world_process_zero():
+        write_json(Path(recipe.output_dir, "args.json"), resolved)
     start = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    finish(trainer, resolved, time.time() - start)
+    trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
+    finish(trainer, time.time() - start)
+
+
+def is_finished(recipe: RecipeArguments, resolved: dict) -> bool:
+    """Whether the fold's folder holds this very run, complete. Another run's folder is not written over."""
+    resume, resolved["resume_from_checkpoint"] = recipe.resume_from_checkpoint, None
+    folder = Path(recipe.output_dir)
+    if not (folder / "args.json").is_file():
+        return False
+    before = read_json(folder / "args.json")
+    differing = sorted(key for key in before.keys() | resolved.keys() if before.get(key) != resolved.get(key))
+    if not resume or differing:
+        what = f"a run with another {first_few(differing)}" if differing else "this run"
+        raise UserError(
+            f"{folder} holds {what} already; go on with it by --resume_from_checkpoint auto and the same args, give "
+            "another --output_dir, or remove the folder"
+        )
+    if (folder / "metrics.json").is_file():
+        print(f"{folder} is finished; nothing to train")
+        return True
+    return False
 
 
 def read_fold(data: DataArguments, recipe: RecipeArguments) -> tuple[list[dict], list[dict]]:
@@ -79,43 +102,50 @@ def make_averages(recipe: RecipeArguments) -> list[WeightAverage]:
     return averages + ([SWACallback(recipe.swa_start)] if recipe.swa_start < 1 else [])
 
 
-def checkpoint_to_resume(recipe: RecipeArguments) -> str | None:
-    """The checkpoint that the args name; with `auto` the newest in the fold's folder, if there is one."""
+def checkpoint_to_resume(recipe: RecipeArguments, averages: list[WeightAverage]) -> str | None:
+    """The checkpoint that the args name; with `auto` the newest complete one in the fold's folder, if there is one."""
     wanted = recipe.resume_from_checkpoint
+    needed = ["trainer_state.json", *(average.file_name for average in averages)]
+
+    def is_complete(folder: Path) -> bool:
+        return all((folder / name).is_file() for name in needed)
+
     if wanted == "auto":
-        return get_last_checkpoint(recipe.output_dir) if Path(recipe.output_dir).is_dir() else None
-    if wanted and not Path(wanted, "trainer_state.json").is_file():
-        raise UserError(f"resume_from_checkpoint: {wanted} is not a checkpoint folder; give one, or `auto`")
+        found = filter(is_complete, Path(recipe.output_dir).glob("checkpoint-*"))
+        newest = max(found, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+        return newest and str(newest)
+    if wanted and not is_complete(Path(wanted)):
+        raise UserError(f"resume_from_checkpoint: {wanted} is not a checkpoint folder with {first_few(needed)}")
     return wanted
 
 
-def finish(trainer: FoldTrainer, resolved: dict, seconds: float) -> None:
+def finish(trainer: FoldTrainer, seconds: float) -> None:
     """Write what the fold's folder still lacks; metrics.json comes last and says that the fold is complete."""
-    recipe = trainer.args
+    recipe, step = trainer.args, trainer.state.global_step
     if not trainer.eval_dataset:
         for name, weights in trainer.weight_sets():
             with weights:
                 trainer.export(name)
+    elif not trainer.best:  # eval_strategy "no", or eval_steps beyond the last step
+        trainer.evaluate()
     if not trainer.is_world_process_zero():
         return
-    write_json(Path(recipe.output_dir, "args.json"), resolved)
-    metric = recipe.metric_for_best_model
-    sign = 1 if recipe.greater_is_better else -1
-    best = max(trainer.best, key=lambda name: sign * trainer.best[name][metric], default="raw")
+    resumed_at = int(recipe.resume_from_checkpoint.split("-")[-1]) if recipe.resume_from_checkpoint else 0
+    rows_a_step = recipe.train_batch_size * recipe.gradient_accumulation_steps * recipe.world_size
     metrics = {
         "train_rows": len(trainer.train_dataset),
         "valid_rows": len(trainer.eval_dataset),
-        "steps": trainer.state.global_step,
+        "steps": step,
         "seconds": round(seconds, 1),
-        "rows_per_second": round(len(trainer.train_dataset) * recipe.num_train_epochs / seconds, 2),
+        "rows_per_second": round((step - resumed_at) * rows_a_step / seconds, 2),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
-        "best": best,
+        "best": trainer.best_weights(),
         "weights": trainer.best,
     }
     write_json(Path(recipe.output_dir, "metrics.json"), metrics)
     for name, scores in trainer.best.items():
-        step = f"step {scores['step']}" + ("  <- best" if name == best else "")
-        print(f"{name:4} accuracy {scores['accuracy']:.4f}  log-loss {scores['log_loss']:.4f}  {step}")
+        mark = f"step {scores['step']}" + ("  <- best" if name == metrics["best"] else "")
+        print(f"{name:4} accuracy {scores['accuracy']:.4f}  log-loss {scores['log_loss']:.4f}  {mark}")
     print(f"{recipe.output_dir}: adapters, args.json, metrics.json" + (", oof.csv" if trainer.eval_dataset else ""))
 
 

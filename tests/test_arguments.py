@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from vqa.arguments import field_names, folder_under, parse_arguments, read_args_file
+from vqa.arguments import CLASSES, check_machine, folder_under, parse_arguments, read_args_file, section
 from vqa.errors import UserError
 
 
@@ -30,7 +30,7 @@ def test_a_file_extends_another_and_its_own_values_win(args_file):
 
 
 def test_flags_override_the_file_and_defaults_fill_the_rest(args_file):
-    path = args_file({"image_size": 112, "num_train_epochs": 7})
+    path = args_file({"model": "m", "image_size": 112, "num_train_epochs": 7})
     model, data, recipe, resolved = parse_arguments([path, "--image_size", "84", "--loss", "letter"], "")
     assert (data.image_size, recipe.num_train_epochs, recipe.loss, model.lora_rank) == (84, 7, "letter", 16)
     assert (recipe.output_dir, recipe.seed, str(recipe.lr_scheduler_type.value)) == (
@@ -42,14 +42,14 @@ def test_flags_override_the_file_and_defaults_fill_the_rest(args_file):
 
 
 def test_what_a_fold_writes_as_its_args_repeats_it(args_file):
-    first = parse_arguments([args_file({"image_size": 112, "fold": None, "max_steps": 3})], "")
+    first = parse_arguments([args_file({"model": "m", "image_size": 112, "fold": None, "max_steps": 3})], "")
     again = parse_arguments([args_file(json.loads(json.dumps(first[3])), "again.json")], "")
     assert again[:2] == first[:2] and again[3] == first[3]
 
 
 @pytest.mark.parametrize("word", ["null", "none"])
 def test_null_can_be_said_on_the_command_line(args_file, word):
-    assert parse_arguments([args_file({"fold": 1}), "--fold", word], "")[1].fold is None
+    assert parse_arguments([args_file({"model": "m", "fold": 1}), "--fold", word], "")[1].fold is None
 
 
 @pytest.mark.parametrize(
@@ -60,18 +60,32 @@ def test_null_can_be_said_on_the_command_line(args_file, word):
         ({"lora_rank": "many"}, [], "lora_rank"),
         ({}, ["--num_train_epochs", "few"], "num_train_epochs"),
         ({"loss": "huber"}, [], "token or letter"),
+        ({"metric_for_best_model": "f1"}, [], "log_loss or accuracy"),
+        ({"model": None}, [], "no model given"),
         ({"fp16": True}, [], "fp16 needs a CUDA GPU.*args/demo/fold0.json"),
         ({"load_in_4bit": True}, [], "load_in_4bit needs a CUDA GPU.*args/demo/fold0.json"),
         ({"eval_strategy": "sometimes"}, [], "sometimes"),
         ({"extends": "fold0.json"}, [], "extends itself"),
         ({"extends": "gone.json"}, [], "gone.json: no such file"),
+        ({"extends": "other.json"}, [], "extends itself"),
     ],
 )
 def test_mistakes_are_named_in_one_line(args_file, monkeypatch, values, flags, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=message) as error:
-        parse_arguments([args_file(values), *flags], "")
+        args_file({"extends": "fold0.json"}, "other.json")
+        parse_arguments([args_file({"model": "m"} | values), *flags], "")
     assert "\n" not in str(error.value)
+
+
+def test_plain_python_with_several_gpus_is_sent_to_accelerate(args_file, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match="accelerate launch"):
+        check_machine({})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_machine({"fp16": True})
 
 
 def test_a_file_that_is_no_object_or_no_json_is_refused(args_file, tmp_path):
@@ -84,8 +98,10 @@ def test_a_file_that_is_no_object_or_no_json_is_refused(args_file, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "args").rglob("*.json")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_args_file_that_ships_is_valid(path, monkeypatch):
-    values = read_args_file(path)
-    assert set(values) <= field_names()
+    monkeypatch.setattr("vqa.arguments.check_machine", lambda values: None)  # fp16 presets are for GPUs
+    values = read_args_file(path) | {"fp16": False}
+    model, data, recipe = (section(kind, values | {"output_dir": "x"}) for kind in CLASSES)
+    assert model.model and data.image_size > 0 and recipe.loss in ("token", "letter")
     if path.name.startswith("fold"):
         assert set(json.loads(path.read_text())) == {"extends", "fold"}, (
             "fold files hold nothing that could drift apart"

@@ -96,6 +96,17 @@ def test_only_trainable_parameters_are_averaged_in_float32_whatever_they_are_in(
     callback.update(model)
     assert "0.bias" not in callback.average and len(callback.average) == 3
     assert {tensor.dtype for tensor in callback.average.values()} == {torch.float32}
+    with torch.no_grad():
+        model[1].weight.fill_(1.0)
+    callback = EMACallback(decay=0.999)
+    callback.update(model)
+    callback.updates = 100_000  # warmed up
+    with torch.no_grad():
+        model[1].weight.fill_(1.5)
+    for _ in range(1000):
+        callback.update(model)
+    # 1.5 - 0.5 * 0.999 ** 1000; in bfloat16 the average would stand still at 1
+    assert callback.average["1.weight"].mean().item() == pytest.approx(1.3162, abs=1e-3)
 
 
 def test_the_model_holds_the_average_within_the_block_and_its_own_weights_after():
@@ -115,7 +126,7 @@ def test_an_average_survives_a_checkpoint(tmp_path):
     model, callback = small_model(), EMACallback()
     run(callback, model)
     (tmp_path / f"checkpoint-{STEPS}").mkdir()
-    args = SimpleNamespace(output_dir=str(tmp_path))
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}"))
     state = SimpleNamespace(global_step=STEPS, max_steps=STEPS, is_world_process_zero=True)
     callback.on_save(args, state, None)
     fresh = EMACallback()

@@ -75,6 +75,8 @@ def test_a_row_with_fewer_choices_offers_only_their_letters(processor, rows):
 
 
 def test_the_image_is_resized_once_to_the_budget_and_not_again(processor, rows):
+    processor = copy.deepcopy(processor)
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}  # would shrink it once more
     batch = Collator(processor, 140)(rows[:8])
     grids = batch["image_grid_thw"][:, 1:] * 14
     assert (grids.prod(1) <= 140**2).all() and (grids % 28 == 0).all()

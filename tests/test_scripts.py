@@ -115,13 +115,25 @@ def test_predict_and_ensemble_by_their_command_lines(trained):
     done = command(sys.executable, "predict.py", *folds, "--base", trained / "args" / "fold0.json", *extra)
     assert done.returncode == 0, done.stderr
     test_ids = list(pd.read_csv(trained / "data" / "test.csv")["id"])
-    for name in ("base", "fold0", "fold1"):
+    for name in ("base/base", "fold0", "fold1", "plain/fold0"):
         table = pd.read_csv(outputs / f"{name}.csv")
         assert list(table["id"]) == test_ids
         assert table[["p_a", "p_b", "p_c", "p_d"]].sum(axis=1).to_numpy() == pytest.approx(np.ones(24))
     assert not (pd.read_csv(outputs / "fold0.csv")["p_a"] == pd.read_csv(outputs / "fold1.csv")["p_a"]).all()
     card = json.loads((outputs / "fold0.json").read_text())
     assert card["views"] == ["plain", "scale 0.8", "rotation 1"] and card["validation"]["log_loss"] > 0
+
+    (outputs / "seconds.txt").write_text("stage,seconds\ntrain,7\n")
+    truth = trained / "data" / "train.csv"
+    done = command(sys.executable, "scores.py", outputs, "--truth", truth)
+    assert done.returncode == 0 and "fold1 + TTA" in done.stdout, done.stderr
+    scores = {line["step"]: line for line in json.loads((outputs / "scores.json").read_text())["scores"]}
+    right = pd.read_csv(outputs / "fold0.csv").merge(pd.read_csv(truth), on="id", suffixes=("", "_true"))
+    assert scores["fold0 + TTA"]["accuracy"] == (right["answer"] == right["answer_true"]).mean()
+    assert {"base model, untrained", "mean", "majority", "weighted + TTA"} <= set(scores)
+    assert all(line["low"] <= line["accuracy"] <= line["high"] for line in scores.values())
+    done = command(sys.executable, "scores.py", outputs)
+    assert done.returncode == 0 and "fold0" in done.stdout and "train 7" in done.stdout, done.stderr
 
     files = sorted(str(path) for path in outputs.glob("fold*.csv"))
     for method in ("mean", "majority", "weighted"):
@@ -131,7 +143,7 @@ def test_predict_and_ensemble_by_their_command_lines(trained):
         assert list(submission["id"]) == list(pd.read_csv(trained / "data" / "sample_submission.csv")["id"])
         assert set(submission["answer"]) <= set("abcd")
     first = (outputs / "submission.csv").read_bytes()
-    again = sorted(str(path) for path in outputs.glob("*.csv") if path.name != "base.csv")
+    again = sorted(str(path) for path in outputs.glob("*.csv"))
     assert any("submission" in name for name in again)
     done = command(sys.executable, "ensemble.py", *again, "--method", "weighted")
     assert done.returncode == 0 and (outputs / "submission.csv").read_bytes() == first
@@ -163,6 +175,38 @@ def test_resuming_ends_with_the_bytes_of_the_uninterrupted_run(trained, script):
     assert code == 0, error
     for name in ("adapter_model.safetensors", "ema.safetensors", "swa.safetensors"):
         assert (part / "checkpoint-4" / name).read_bytes() == (whole / "checkpoint-4" / name).read_bytes(), name
+    best = json.loads((whole / "best.json").read_text())
+    assert best["swa"]["step"] == 4, "SWA begins after half of the run"
+    for name in (name for name in best if best[name]["step"] == 4):
+        for file in ("adapter_model.safetensors", "oof.csv"):
+            place = file if name == "raw" else f"{name}/{file}"
+            assert (part / place).read_bytes() == (whole / place).read_bytes(), place
+
+
+def test_a_half_written_checkpoint_is_passed_over(trained, tmp_path):
+    from train_fold import checkpoint_to_resume, make_averages
+    from vqa.arguments import RecipeArguments
+
+    whole = trained / "checkpoints" / "fold0"
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-10")
+    recipe = RecipeArguments(output_dir=str(tmp_path), resume_from_checkpoint="auto")
+    averages = make_averages(recipe)
+    assert checkpoint_to_resume(recipe, averages).endswith("checkpoint-10")
+    (tmp_path / "checkpoint-10" / "swa.safetensors").unlink()
+    assert checkpoint_to_resume(recipe, averages).endswith("checkpoint-2")
+
+
+def test_another_run_is_not_written_over_and_a_finished_one_is_not_trained_again(trained, script):
+    args = trained / "args" / "fold0.json"
+    before = (trained / "checkpoints" / "fold0" / "metrics.json").read_bytes()
+    code, _, error = script("train_fold", args)
+    assert code == 2 and "holds this run already" in error
+    code, _, error = script("train_fold", args, "--learning_rate", "0.5", "--resume_from_checkpoint", "auto")
+    assert code == 2 and "a run with another learning_rate" in error
+    code, output, _ = script("train_fold", args, "--resume_from_checkpoint", "auto")
+    assert code == 0 and "is finished" in output
+    assert (trained / "checkpoints" / "fold0" / "metrics.json").read_bytes() == before
 
 
 def test_without_a_fold_every_row_is_trained_on_and_nothing_is_validated(trained, script):

@@ -9,6 +9,7 @@ the `help` of its field, which is also what `python train_fold.py --help` prints
 import argparse
 import dataclasses
 import difflib
+import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ def _field(default, text: str):
 
 @dataclass
 class ModelArguments:
-    model: str = _field("checkpoints/tiny", "Folder of the base model, or its name where a model hub is reachable.")
+    model: str | None = _field(None, "Folder of the base model, or its name where a model hub is reachable.")
     load_in_4bit: bool = _field(
         False, "Hold the base model in 4 bits (nf4, double quantisation): the 7B then fits a 16 GB GPU. CUDA only."
     )
@@ -127,17 +128,20 @@ def parse_arguments(argv: list[str], description: str) -> tuple[ModelArguments, 
     if given.output_dir is None:
         raise UserError(f"no args file and no --output_dir; try `python train_fold.py {DEMO}`, or --help")
     check_machine(vars(given))
-    if given.loss not in ("token", "letter"):
-        raise UserError(f"loss {given.loss!r} does not exist; it is token or letter")
+    if given.model is None:
+        raise UserError(f"no model given; name the base model's folder as `model` in {path} or as --model")
+    for name, choices in (("loss", ("token", "letter")), ("metric_for_best_model", ("log_loss", "accuracy"))):
+        if getattr(given, name) not in choices:
+            raise UserError(f"{name} {getattr(given, name)!r} does not exist; it is {' or '.join(choices)}")
     plain = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     kept = {k: v for k, v in vars(given).items() if k in _own_fields() or v != plain[k]}
     try:
-        return *(_build(kind, vars(given)) for kind in CLASSES), kept
+        return *(section(kind, vars(given)) for kind in CLASSES), kept
     except (ValueError, TypeError) as error:
         raise UserError(f"{path or 'the command line'}: {error}") from None
 
 
-def read_args_file(path: str | Path) -> dict:
+def read_args_file(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict:
     """The values of an args file, those of the file that it `extends` included. Its own come first."""
     values = read_json(path)
     if not isinstance(values, dict):
@@ -148,14 +152,10 @@ def read_args_file(path: str | Path) -> dict:
             _refuse_unknown(key, path)
     if base is None:
         return values
-    if Path(path).resolve() == (Path(path).parent / base).resolve():
-        raise UserError(f"{path}: extends itself; name the file that holds what the folds share")
-    return read_args_file(Path(path).parent / base) | values
-
-
-def section(kind: type, values: dict):
-    """One dataclass out of an args file's values, for scripts that need nothing else of it."""
-    return _build(kind, values)
+    chain = (*extended_by, Path(path).resolve())
+    if (Path(path).parent / base).resolve() in chain:
+        raise UserError(f"{path}: extends itself, by way of {base}; name the file that holds what the folds share")
+    return read_args_file(Path(path).parent / base, chain) | values
 
 
 def folder_under(root: str, path: str | Path, below: str) -> Path:
@@ -226,11 +226,18 @@ def _refuse_unknown(key: str, place: str | Path):
 def check_machine(values: dict) -> None:
     """Stop where the fields ask for what this machine has not, before anything is loaded."""
     if torch.cuda.is_available():
+        if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+            # Plain python would split each batch over the GPUs in threads, or put all of it on one of them.
+            raise UserError(
+                f"{torch.cuda.device_count()} GPUs are visible; start with `accelerate launch` to use them, or set "
+                "CUDA_VISIBLE_DEVICES=0 to use one"
+            )
         return
     for name in ("load_in_4bit", "fp16", "bf16"):
         if values.get(name):
-            raise UserError(f"{name} needs a CUDA GPU and there is none here; on a CPU try the demo, {DEMO}")
+            raise UserError(f"{name} needs a CUDA GPU and there is none here; on a CPU try `make demo` ({DEMO})")
 
 
-def _build(kind: type, values: dict):
+def section(kind: type, values: dict):
+    """One dataclass out of an args file's values; whatever belongs to another is left out."""
     return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values})

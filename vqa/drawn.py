@@ -1,8 +1,9 @@
 """Drawn pictures and questions about them: the world of the tiny model and of the demo contest.
 
 Two domains share the shapes and differ in words and looks. `HOME` is what the tiny model is trained on; `CONTEST` is
-the demo: other question wordings, other names for half of the things, textured paper, outlines and tilted shapes. So
-the tiny model answers the contest in part, and training on the contest's rows has something to teach.
+the demo: other names for the colours drawn and half of the shapes, other question wordings, grainy paper, outlines
+and tilted shapes. So the tiny model answers the contest in part, and training on the contest's rows has something to
+teach.
 """
 
 import math
@@ -29,13 +30,16 @@ SIZES = ((240, 180), (180, 240), (208, 208))
 
 @dataclass(frozen=True)
 class Domain:
-    """The words of each language, the templates of each kind of question, and how pictures are drawn.
+    """The words of each language, the templates of each kind of question, what is drawn, and how.
 
     words: language -> kind -> canonical name -> the names in use. questions: language -> kind -> templates.
+    colours, shapes: what stands in pictures; wrong choices come from all of them. paper: grain, outlines, tilt.
     """
 
     words: dict[str, dict[str, dict[str, tuple[str, ...]]]]
     questions: dict[str, dict[str, tuple[str, ...]]]
+    colours: tuple[str, ...]
+    shapes: tuple[str, ...]
     paper: bool
 
 
@@ -72,33 +76,24 @@ HOME = Domain(
             "count": ("도형은 모두 몇 개인가요?", "도형이 몇 개 있나요?"),
         },
     },
+    colours=tuple(COLOURS),
+    shapes=SHAPES,
     paper=False,
 )
 
 CONTEST = Domain(
     words={
-        "en": {
+        "en": HOME.words["en"]
+        | {
             "colour": _names(
-                dict(zip(COLOURS, "red orange/amber yellow green/emerald blue purple/violet black/jet brown".split()))
+                dict(zip(COLOURS, "red amber yellow emerald blue violet black brown".split()))  # three new ones
             ),
-            "shape": _names(dict(zip(SHAPES, "circle/disc square/box triangle star cross/plus ring".split()))),
-            "place": _names({place: f"{place}/{place} corner" for place in CORNERS}),
-            "count": _names(dict(zip("1234", "1/one 2/two 3/three 4/four".split()))),
+            "shape": _names(dict(zip(SHAPES, "disc box triangle star cross ring".split()))),
         },
-        "ko": {
-            "colour": _names(
-                dict(zip(COLOURS, "빨강 주황/귤색 노랑 초록/풀색 파랑 보라/포도색 검정/먹색 갈색".split()))
-            ),
-            "shape": _names(dict(zip(SHAPES, "원/동그라미 네모/상자 세모 별 십자/더하기표 고리".split()))),
-            "place": _names(
-                {
-                    "top left": "왼쪽 위/좌측 상단",
-                    "top right": "오른쪽 위/우측 상단",
-                    "bottom left": "왼쪽 아래/좌측 하단",
-                    "bottom right": "오른쪽 아래/우측 하단",
-                }
-            ),
-            "count": _names(dict(zip("1234", "1개/하나 2개/둘 3개/셋 4개/넷".split()))),
+        "ko": HOME.words["ko"]
+        | {
+            "colour": _names(dict(zip(COLOURS, "빨강 귤색 노랑 풀색 파랑 포도색 검정 갈색".split()))),
+            "shape": _names(dict(zip(SHAPES, "동그라미 상자 세모 별 십자 고리".split()))),
         },
     },
     questions={
@@ -106,15 +101,17 @@ CONTEST = Domain(
             "colour": ("Pick the colour of the {shape}.", "In this picture, what is the colour of the {shape}?"),
             "shape": ("Name the {colour} figure.", "Which figure was painted {colour}?"),
             "place": ("In which part of the sheet is the {shape}?", "Find the {colour} {shape} on the sheet."),
-            "count": ("Count the figures on the sheet.", "What is the number of figures on the sheet?"),
+            "count": ("How many figures are there?", "Count the figures on the sheet."),
         },
         "ko": {
             "colour": ("{shape}에 칠한 색을 고르세요.", "사진 속 {shape}의 색깔은?"),
             "shape": ("{colour}으로 칠한 도형을 고르세요.", "사진에서 {colour} 도형의 이름은?"),
             "place": ("{shape} 모양이 있는 위치를 고르세요.", "사진에서 {colour} {shape}의 위치는?"),
-            "count": ("사진에 있는 도형의 개수는?", "종이에 그린 도형을 모두 세어 보세요."),
+            "count": ("도형이 몇 개 그려져 있나요?", "종이에 그린 도형을 모두 세어 보세요."),
         },
     },
+    colours=("orange", "green", "purple"),
+    shapes=("circle", "square", "star", "cross"),
     paper=True,
 )
 
@@ -131,7 +128,7 @@ class Scene:
 def draw_scene(rng: random.Random, domain: Domain, size: tuple[int, int] | None = None) -> tuple[Image.Image, Scene]:
     """A picture and what stands in it."""
     corners = tuple(rng.sample(list(CORNERS), rng.choice((1, 1, 2, 3, 4))))
-    scene = Scene(rng.choice(SHAPES), rng.choice(list(COLOURS)), corners)
+    scene = Scene(rng.choice(domain.shapes), rng.choice(domain.colours), corners)
     size = size or rng.choice(SIZES)
     image = (
         _paper(rng, size) if domain.paper else Image.new("RGB", size, tuple(rng.randint(222, 255) for _ in range(3)))
@@ -171,11 +168,11 @@ def _paper(rng: random.Random, size: tuple[int, int]) -> Image.Image:
     """Tinted paper with a slope of light and grain."""
     width, height = size
     grain = np.random.default_rng(rng.getrandbits(32))
-    tint = np.array([rng.randint(200, 250) for _ in range(3)], dtype=float)
-    angle, depth = rng.uniform(0, 2 * math.pi), rng.uniform(10, 40)
+    tint = np.array([rng.randint(215, 250) for _ in range(3)], dtype=float)
+    angle, depth = rng.uniform(0, 2 * math.pi), rng.uniform(5, 20)
     x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
     light = (x * math.cos(angle) + y * math.sin(angle)) * depth
-    pixels = tint + light[..., None] + grain.normal(0, rng.uniform(3, 9), (height, width, 1))
+    pixels = tint + light[..., None] + grain.normal(0, rng.uniform(2, 6), (height, width, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -188,10 +185,10 @@ def _draw(
     radius = min(width, height) * rng.uniform(0.26, 0.38)
     x = (column + 0.5) * width + rng.uniform(-0.1, 0.1) * width
     y = (row + 0.5) * height + rng.uniform(-0.1, 0.1) * height
-    spread = 28 if paper else 14
+    spread = 20 if paper else 14
     fill = tuple(max(0, min(255, part + rng.randint(-spread, spread))) for part in COLOURS[scene.colour])
-    turn = math.radians(rng.uniform(-14, 14)) if paper else 0.0
-    line = {"outline": (60, 60, 60), "width": 2} if paper and rng.random() < 0.7 else {}
+    turn = math.radians(rng.uniform(-6, 6)) if paper else 0.0
+    line = {"outline": (60, 60, 60), "width": 2} if paper and rng.random() < 0.4 else {}
 
     def points(*polar: tuple[float, float]) -> list[tuple[float, float]]:
         return [(x + radius * r * math.sin(a + turn), y - radius * r * math.cos(a + turn)) for a, r in polar]

@@ -41,7 +41,7 @@ def write_folds(path: str | Path, ids: Sequence[str], folds: np.ndarray) -> None
 
 def read_folds(path: str | Path, ids: Sequence[str], csv_path: str | Path) -> np.ndarray:
     """Fold of each of `ids`, int (rows,). Raises UserError where the file does not hold exactly these ids."""
-    remake = f"make it anew with `python make_folds.py` for {csv_path}"
+    remake = f"make it anew for {csv_path}: `python make_folds.py ARGS.json --again`"
     if not Path(path).is_file():
         raise UserError(f"{path}: no folds file; {remake}")
     table = read_table(path, ("id", "fold"))
@@ -50,7 +50,8 @@ def read_folds(path: str | Path, ids: Sequence[str], csv_path: str | Path) -> np
     found = dict(zip(table["id"], table["fold"]))
     if missing := [row_id for row_id in ids if row_id not in found]:
         raise UserError(f"{path}: {len(missing)} ids of {csv_path} are not in it ({first_few(missing)}); {remake}")
-    if extra := [row_id for row_id in found if row_id not in set(ids)]:
+    known = set(ids)
+    if extra := [row_id for row_id in found if row_id not in known]:
         raise UserError(f"{path}: {len(extra)} of its ids are not in {csv_path} ({first_few(extra)}); {remake}")
     if not all(fold.isdigit() for fold in found.values()):
         raise UserError(f"{path}: a fold has to be a whole number from 0 on; {remake}")

@@ -58,6 +58,8 @@ def read_table(path: str | Path, required: tuple[str, ...]) -> pd.DataFrame:
         if len(cells) != len(header):
             raise UserError(f"{path}: row {number} has {len(cells)} cells, the header {len(header)}; {remedy}")
     table = pd.DataFrame(records, columns=header, dtype=str)
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns have the same name (the header has {', '.join(header)}); rename one")
     if missing := [name for name in required if name not in table.columns]:
         raise UserError(
             f"{path}: column {first_few(missing, 10)} is missing (the header has {', '.join(table.columns)}); "

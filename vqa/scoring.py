@@ -11,6 +11,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from vqa.errors import UserError, first_few
 from vqa.prompt import LETTERS
 
 MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered")  # ours; the model would swallow them without a word
@@ -44,7 +45,7 @@ def score_rows(
     """
     if not rows:
         return np.zeros((0, len(LETTERS)))
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, _half_precision(model)
     was_training = model.training
     model.eval()
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]) + sum(map(len, rows[i]["choices"])))
@@ -53,22 +54,29 @@ def score_rows(
     with tqdm(total=len(rows), desc=label, unit=" rows", mininterval=1, leave=False, disable=label is None) as bar:
         for batch in loader:
             batch = {key: value.to(device) for key, value in batch.items()}
-            with torch.autocast(device.type, torch.float16, enabled=_in_fp16(model)):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = answer_logits(model, batch)[:, -1]
             letters = letter_logits(logits, letter_ids, batch["offered"]).double().softmax(-1)
             shown.append(letters.cpu().numpy())
             bar.update(len(letters))
     model.train(was_training)
+    values_shown = np.concatenate(shown)
+    if broken := [rows[i]["id"] for i, values in zip(by_length, values_shown) if not np.isfinite(values).all()]:
+        raise UserError(
+            f"{len(broken)} rows have logits that are not finite: {first_few(broken)}; the learning rate was too "
+            "high, or the model overflows in fp16: try a GPU with bf16"
+        )
     probabilities = np.zeros((len(rows), len(LETTERS)))
-    for i, values in zip(by_length, np.concatenate(shown)):
+    for i, values in zip(by_length, values_shown):
         order = rows[i].get("order") or range(len(LETTERS))
         probabilities[i, list(order)] = values[: len(order)]
     return probabilities
 
 
-def _in_fp16(model: torch.nn.Module) -> bool:
-    """fp16 weights with an fp32 adapter beside them need autocast to meet; training does the same."""
-    return any(p.dtype == torch.float16 for p in model.parameters()) and torch.cuda.is_available()
+def _half_precision(model: torch.nn.Module) -> torch.dtype | None:
+    """The 16-bit dtype of the base, if it has one: beside its fp32 adapter it needs autocast, as training uses."""
+    dtypes = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    return dtypes.pop() if dtypes and next(model.parameters()).is_cuda else None
 
 
 class LetterScore(evaluate.Metric):

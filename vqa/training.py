@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from callbacks import WeightAverage
 from collator import IGNORE, Collator
+from vqa.files import read_json, write_json
 from vqa.predictions import write_predictions
 from vqa.scoring import answer_logits, letter_logits, letter_metrics, score_rows
 
@@ -61,6 +62,9 @@ class FoldTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.averages, self.letter_ids, self.prompts = averages, letter_ids, prompts
         self.best: dict[str, dict[str, float]] = {}
+        record = Path(self.args.output_dir, "best.json")
+        if self.args.resume_from_checkpoint and record.is_file():
+            self.best = read_json(record)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the vocabulary at the labels, or over the offered letters at the answer (`loss`).
@@ -111,11 +115,19 @@ class FoldTrainer(Trainer):
         return probabilities
 
     def _keep_if_best(self, name: str, scores: dict[str, float], probabilities: np.ndarray) -> None:
-        metric = self.args.metric_for_best_model.removeprefix("eval_")
-        sign = 1 if self.args.greater_is_better else -1
-        if name not in self.best or sign * scores[metric] > sign * self.best[name][metric]:
+        if name not in self.best or self._merit(scores) > self._merit(self.best[name]):
             self.best[name] = scores | {"step": self.state.global_step, "epoch": self.state.epoch}
             self.export(name, probabilities)
+            if self.args.should_save:
+                write_json(Path(self.args.output_dir, "best.json"), self.best)
+
+    def best_weights(self) -> str:
+        """The weights that validated best; raw where there was no validation."""
+        return max(self.best, key=lambda name: self._merit(self.best[name]), default="raw")
+
+    def _merit(self, scores: dict[str, float]) -> float:
+        value = scores[self.args.metric_for_best_model]
+        return value if self.args.greater_is_better else -value
 
     def export(self, name: str, probabilities: np.ndarray | None = None) -> None:
         """Write the adapter that the model now holds, in PEFT's form, and its out-of-fold file beside it."""

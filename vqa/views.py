@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+
 from collator import Collator
 from vqa.images import target_size, upright_size
 
@@ -17,6 +19,12 @@ class View:
 
     def changed_rows(self) -> list[dict]:
         return [self.rows[i] for i in self.changed]
+
+    def spread(self, probabilities: np.ndarray) -> np.ndarray:
+        """Probabilities of the changed rows (changed, letters) as those of all rows (rows, letters), others 0."""
+        spread = np.zeros((len(self.rows), probabilities.shape[1]))
+        spread[self.changed] = probabilities
+        return spread
 
 
 def make_views(rows: list[dict], scales: list[float], orders: int, collate: Collator) -> list[View]:
