@@ -29,7 +29,7 @@ def main() -> None:
         raise UserError(f"{folder}: no fold*.csv in it; predict with predict.py first")
     table = test_scores(folder, folds, args.truth) if args.truth else validation_scores(folds)
     seconds = read_seconds(folder / "seconds.txt")
-    print(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format))
+    print(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
     if seconds:
         print("\nseconds: " + ", ".join(f"{stage} {value}" for stage, value in seconds.items()))
     write_json(folder / "scores.json", {"scores": table, "seconds": seconds})
@@ -59,6 +59,7 @@ def test_scores(folder: Path, folds: list[Path], truth: str) -> list[dict]:
             ids, stack = join(files)
             weights = validation_weights(files, "log_loss")
             table += [score(f"{method}{suffix}", ids, ensemble(stack, method, weights), truth) for method in METHODS]
+            table[-len(METHODS) + METHODS.index("majority")]["log_loss"] = None  # shares of votes are no probabilities
     return table
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/random_model.py QWEN_FOLDER/config_3B.json /tmp/3b
 
-QWEN_FOLDER holds the config, and beside it Qwen's `vocab.json` and `merges.txt`.
+QWEN_FOLDER holds the config, and beside it Qwen's `vocab.json`, `merges.txt` and `added_tokens.json`.
 """
 
 import argparse
