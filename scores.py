@@ -44,7 +44,12 @@ def parse_args() -> argparse.Namespace:
 
 def validation_scores(folds: list[Path]) -> list[dict]:
     """Out-of-fold accuracy and log-loss of each fold, as training measured them."""
-    return [(read_card(path).get("validation") or {}) | {"step": path.stem} for path in folds]
+    return [{"step": path.stem} | known(path) for path in folds]
+
+
+def known(path: Path) -> dict[str, float]:
+    validation = read_card(path).get("validation") or {}
+    return {name: validation.get(name) for name in ("accuracy", "log_loss")}
 
 
 def test_scores(folder: Path, folds: list[Path], truth: str) -> list[dict]:
