@@ -8,6 +8,7 @@ plain/. The same numbers go to scores.json in that folder.
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -44,33 +45,30 @@ def parse_args() -> argparse.Namespace:
 
 def validation_scores(folds: list[Path]) -> list[dict]:
     """Out-of-fold accuracy and log-loss of each fold, as training measured them."""
-    return [{"step": path.stem} | known(path) for path in folds]
-
-
-def known(path: Path) -> dict[str, float]:
-    validation = read_card(path).get("validation") or {}
-    return {name: validation.get(name) for name in ("accuracy", "log_loss")}
+    found = [read_card(path).get("validation") or {} for path in folds]
+    names = ("accuracy", "log_loss")
+    return [{"step": path.stem} | {name: scores.get(name) for name in names} for path, scores in zip(folds, found)]
 
 
 def test_scores(folder: Path, folds: list[Path], truth: str) -> list[dict]:
     """One line a step: untrained base, each fold, each ensemble; the latter two without and with TTA."""
-    table = []
+    table, answers = [], read_table(truth, ("id", "answer"))
+    known = dict(zip(answers["id"], answers["answer"]))
+    score = functools.partial(score_step, truth=truth, known=known)
     if (folder / "base" / "base.csv").is_file():
-        table.append(score("base model, untrained", *read_predictions(folder / "base" / "base.csv"), truth))
+        table.append(score("base model, untrained", *read_predictions(folder / "base" / "base.csv")))
     plain = sorted((folder / "plain").glob("fold*.csv"))
     for suffix, files in (("", plain), (" + TTA", folds)) if plain else (("", folds),):
-        table += [score(path.stem + suffix, *read_predictions(path), truth) for path in files]
+        table += [score(path.stem + suffix, *read_predictions(path)) for path in files]
         if len(files) > 1:
             ids, stack = join(files)
             weights = validation_weights(files, "log_loss")
-            table += [score(f"{method}{suffix}", ids, ensemble(stack, method, weights), truth) for method in METHODS]
+            table += [score(f"{method}{suffix}", ids, ensemble(stack, method, weights)) for method in METHODS]
             table[-len(METHODS) + METHODS.index("majority")]["log_loss"] = None  # shares of votes are no probabilities
     return table
 
 
-def score(step: str, ids: list[str], probabilities: np.ndarray, truth: str) -> dict:
-    answers = read_table(truth, ("id", "answer"))
-    known = dict(zip(answers["id"], answers["answer"]))
+def score_step(step: str, ids: list[str], probabilities: np.ndarray, truth: str, known: dict[str, str]) -> dict:
     if missing := [row_id for row_id in ids if row_id not in known]:
         raise UserError(
             f"{truth}: {len(missing)} predicted ids are not in it: {first_few(missing)}; give the whole file"
