@@ -27,6 +27,7 @@ class Collator:
 
     The batch holds every key that the processor returns (`input_ids`, `attention_mask`, `mm_token_type_ids`,
     `pixel_values`, `image_grid_thw`), and
+        ids: the rows' ids, for messages that name a row;
         offered: bool (rows, 10), which letters the row offers;
     and with answers
         labels: int64 (rows, tokens), the token id at the answer's letter and at the end of the turn, -100 elsewhere;
@@ -58,6 +59,7 @@ class Collator:
                 text=texts, images=images, do_resize=False, padding=True, padding_side="left", return_tensors="pt"
             )
         )
+        batch["ids"] = [row["id"] for row in rows]
         batch["offered"] = torch.tensor([[i < len(row["choices"]) for i in range(len(LETTERS))] for row in rows])
         if self.with_answer:
             batch["labels"] = self.labels(batch["input_ids"], prompts, texts)

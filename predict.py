@@ -30,7 +30,8 @@ from vqa.arguments import (
 from vqa.errors import UserError, first_few, run
 from vqa.files import read_json, write_json
 from vqa.images import check_images
-from vqa.model import is_adapter, load_adapter, load_base, load_processor, model_dtype
+from vqa.model import is_adapter, load_adapter, load_base, load_processor
+from vqa.precision import model_dtype
 from vqa.predictions import write_predictions
 from vqa.prompt import letter_ids
 from vqa.rows import read_rows

@@ -20,7 +20,8 @@ from vqa.errors import UserError, first_few, run
 from vqa.files import read_json, write_json
 from vqa.folds import read_folds, split_fold
 from vqa.images import check_images
-from vqa.model import add_adapter, load_base, load_processor, model_dtype
+from vqa.model import add_adapter, load_base, load_processor
+from vqa.precision import model_dtype
 from vqa.prompt import letter_ids
 from vqa.rows import read_rows
 from vqa.training import FoldTrainer, TellEpoch, TrainRows

@@ -9,6 +9,8 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from vqa.errors import UserError, first_few
+from vqa.precision import attention_for_device, guard_fp16
+from vqa.vision import check_takes_features
 from vqa.windows import group_windows
 
 # By regex, not by bare names: those would also match the MLPs of the vision tower, which stays as it is.
@@ -17,26 +19,14 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 NOT_IN_4BIT = ["lm_head", "visual", "model.visual"]
 
 
-def model_dtype(fp16: bool = False, bf16: bool = False) -> torch.dtype:
-    """What the recipe asks for; otherwise bfloat16 from Ampere on, float16 on older GPUs, float32 without one.
-
-    By compute capability: `torch.cuda.is_bf16_supported()` is true on a T4 as well, where bf16 is slow emulation.
-    """
-    if fp16 or bf16:
-        return torch.float16 if fp16 else torch.bfloat16
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-
-
-def load_processor(model: str):
+def load_processor(model: str, trust_remote_code: bool = False):
     """The model's processor, tokenizer and image processor in one."""
     check_model_path(model)
-    return AutoProcessor.from_pretrained(model)
+    return AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
-def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype) -> torch.nn.Module:
-    """The frozen base model on this process's device, in `dtype`, with SDPA attention."""
+def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
+    """The frozen base model on this process's device, in `dtype`, with SDPA attention. Weights: safetensors only."""
     check_model_path(model)
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -50,11 +40,16 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype) -> torch.nn.Mo
     base = AutoModelForImageTextToText.from_pretrained(
         model,
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation=attention_for_device(),
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
         device_map={"": device},
         **({"quantization_config": quantised} if load_in_4bit else {}),
     )
     base.config.use_cache = False
+    check_takes_features(base)
+    if dtype == torch.float16:
+        guard_fp16(base)
     return group_windows(base.requires_grad_(False))
 
 
@@ -106,4 +101,4 @@ def load_adapter(model: torch.nn.Module, folder: str | Path, name: str = "defaul
 
 
 def is_adapter(folder: str | Path) -> bool:
-    return (Path(folder) / "adapter_config.json").is_file()
+    return all((Path(folder) / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors"))

@@ -10,15 +10,20 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, log_loss
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from vqa.errors import UserError, first_few
+from vqa.precision import half_autocast
 from vqa.prompt import LETTERS
+from vqa.vision import encode_images
 
-MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered")  # ours; the model would swallow them without a word
+MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered", "ids")  # ours; the model would swallow them without a word
 
 
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: int = 1) -> torch.Tensor:
     """Logits (rows, keep, vocabulary), float32, at the last `keep` positions of a left-padded batch."""
+    if "pixel_values" in batch and not is_fsdp_managed_module(model):  # FSDP's parts are whole in its forward only
+        batch = encode_images(model, batch)
     inputs = {key: value for key, value in batch.items() if key not in MODEL_KEYS_LEFT_OUT}
     return model(**inputs, logits_to_keep=keep).logits.float()
 
@@ -45,7 +50,7 @@ def score_rows(
     """
     if not rows:
         return np.zeros((0, len(LETTERS)))
-    device, dtype = next(model.parameters()).device, _half_precision(model)
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]) + sum(map(len, rows[i]["choices"])))
@@ -53,8 +58,8 @@ def score_rows(
     shown = []
     with tqdm(total=len(rows), desc=label, unit=" rows", mininterval=1, leave=False, disable=label is None) as bar:
         for batch in loader:
-            batch = {key: value.to(device) for key, value in batch.items()}
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            batch = {key: value if key == "ids" else value.to(device) for key, value in batch.items()}
+            with half_autocast(model):
                 logits = answer_logits(model, batch)[:, -1]
             letters = letter_logits(logits, letter_ids, batch["offered"]).double().softmax(-1)
             shown.append(letters.cpu().numpy())
@@ -71,12 +76,6 @@ def score_rows(
         order = rows[i].get("order") or range(len(LETTERS))
         probabilities[i, list(order)] = values[: len(order)]
     return probabilities
-
-
-def _half_precision(model: torch.nn.Module) -> torch.dtype | None:
-    """The 16-bit dtype of the base, if it has one: beside its fp32 adapter it needs autocast, as training uses."""
-    dtypes = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
-    return dtypes.pop() if dtypes and next(model.parameters()).is_cuda else None
 
 
 class LetterScore(evaluate.Metric):

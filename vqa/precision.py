@@ -1,0 +1,82 @@
+"""What makes 16 bits safe and quick on a T4, which has neither bf16 nor kernels for grouped queries."""
+
+from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
+
+import torch
+from torch.nn.functional import linear
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from vqa.families import last_projection
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def model_dtype(fp16: bool = False, bf16: bool = False) -> torch.dtype:
+    """What the recipe asks for; otherwise bfloat16 from Ampere on, float16 on older GPUs, float32 without one.
+
+    By compute capability: `torch.cuda.is_bf16_supported()` is true on a T4 as well, where bf16 is slow emulation.
+    """
+    if fp16 or bf16:
+        return torch.float16 if fp16 else torch.bfloat16
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if has_bf16() else torch.float16
+
+
+def has_bf16() -> bool:
+    """Whether the GPU computes in bf16 itself: Ampere (8.0) and later."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+
+
+def half_autocast(model: torch.nn.Module) -> AbstractContextManager:
+    """Autocast in the 16-bit dtype of the base, if it has one: its adapter and its guarded layer are in fp32."""
+    half = next((p for p in model.parameters() if p.dtype in HALF), None)
+    return nullcontext() if half is None else torch.autocast(half.device.type, half.dtype)
+
+
+def guard_fp16(model: torch.nn.Module) -> torch.nn.Module:
+    """Keep the output layer of the last vision block's MLP in fp32, outside autocast. Returns the model.
+
+    In Qwen2.5-VL it overflows fp16 for some images, and the answers turn to NaN (ggml-org/llama.cpp#17534,
+    vllm-project/vllm#13817). Weights in fp32 alone do not help, since autocast would compute in fp16 all the same.
+    """
+    layer = last_projection(model)
+    if layer is not None:
+        layer.float()
+        layer.forward = MethodType(_in_fp32, layer)
+    return model
+
+
+def _in_fp32(self: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear(hidden.float(), self.weight, self.bias)
+
+
+def _sdpa_expanded(module, query, key, value, attention_mask, **kwargs):
+    """SDPA with keys and values repeated for every query head, never by `enable_gqa`.
+
+    Before Ampere that flag leaves SDPA only its math kernel, which materialises the attention matrix.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    return sdpa_attention_forward(_Ungrouped(module), query, key, value, attention_mask, **kwargs)
+
+
+class _Ungrouped:
+    """An attention module as sdpa_attention_forward sees it when no heads are left to repeat."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.is_causal = getattr(module, "is_causal", True)
+        self.training = module.training
+
+
+AttentionInterface.register("sdpa_expanded", _sdpa_expanded)
+AttentionMaskInterface.register("sdpa_expanded", sdpa_mask)
+
+
+def attention_for_device() -> str:
+    """transformers' name of the attention to load a model with."""
+    return "sdpa_expanded" if torch.cuda.is_available() and not has_bf16() else "sdpa"
