@@ -13,8 +13,13 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(error)
         sys.exit(2)
+
+
+def tell(error: UserError) -> None:
+    """Print the error's one line."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def first_few(items: list, most: int = 3) -> str:

@@ -17,7 +17,7 @@ from vqa.precision import half_autocast
 from vqa.prompt import LETTERS
 from vqa.vision import encode_images
 
-MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered", "ids")  # ours; the model would swallow them without a word
+MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered", "ids", "weight")  # ours; the model would swallow them without a word
 
 
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: int = 1) -> torch.Tensor:

@@ -1,0 +1,32 @@
+"""What one process settles for all, where several train together (`accelerate launch`)."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from vqa.errors import UserError, tell
+
+T = TypeVar("T")
+
+
+def settled_once(decide: Callable[[], T]) -> T:
+    """What `decide` returns on the main process, on every process; with one process, a plain call.
+
+    The processes look at the disk at different moments, while one of them writes there, so each on its own could come
+    to another answer. A UserError is told once and ends all of them: first told, then passed on, since the launcher
+    ends the others as soon as one has ended.
+    """
+    outcome = [None, False]
+    if PartialState().is_main_process:
+        try:
+            outcome = [decide(), False]
+        except UserError as error:
+            tell(error)
+            outcome = [None, True]
+    answer, failed = broadcast_object_list(outcome)
+    if failed:
+        sys.exit(2)
+    return answer
