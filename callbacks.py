@@ -80,7 +80,7 @@ class WeightAverage(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")  # there already: the Trainer made it
             save_file(self.average | {"updates": torch.tensor(self.updates)}, folder / self.file_name)
 
     @property
@@ -108,22 +108,28 @@ class EMACallback(WeightAverage):
 
 
 class SWACallback(WeightAverage):
-    """Stochastic weight averaging (Izmailov et al., 2018): the equal mean of the weights after each step from `start`.
+    """Stochastic weight averaging (Izmailov et al., 2018): the equal mean of the weights of every `every`-th step.
 
-    `start` is a share of the run, in [0, 1).
+    `start`, below 1, is the share of the run after which it begins; from 1 on, the first step that is averaged.
     """
 
     name = "swa"
 
-    def __init__(self, start: float = 0.5):
+    def __init__(self, start: float = 0.5, every: int = 1):
         super().__init__()
-        self.start = start
+        self.start, self.every = start, every
 
     def weight(self) -> float:
         return 1.0 / (self.updates + 1)
 
     def is_due(self, args, state) -> bool:
-        return state.global_step > self.start * state.max_steps
+        since = state.global_step - first_step(self.start, state.max_steps)
+        return since >= 0 and since % self.every == 0
+
+
+def first_step(start: float, steps: int) -> int:
+    """The first step that is averaged, counted from 1: `start` itself, or the one after that share of `steps`."""
+    return int(start) if start >= 1 else int(start * steps) + 1
 
 
 def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

@@ -2,8 +2,10 @@
 
 import csv
 import importlib
+import json
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,3 +95,47 @@ def script(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    words = [str(word) for word in words]
+    return subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a small contest whose two folds were trained by the README's command lines. Not to be changed."""
+    folder = tmp_path_factory.mktemp("job")
+    data = folder / "data"
+    draw_contest(data, 24)
+    base = {
+        "model": TINY,
+        "train_csv": str(data / "train.csv"),
+        "test_csv": str(data / "test.csv"),
+        "image_size": 112,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "disable_tqdm": True,
+        "learning_rate": 1e-3,
+    }
+    args = folder / "args"
+    args.mkdir()
+    (args / "base.json").write_text(json.dumps(base))
+    for fold in (0, 1):
+        path, output = args / f"fold{fold}.json", folder / "checkpoints" / f"fold{fold}"
+        path.write_text(json.dumps({"extends": "base.json", "fold": fold, "output_dir": str(output)}))
+    done = command(sys.executable, "make_folds.py", args / "fold0.json", "--folds", "2")
+    assert done.returncode == 0, done.stderr
+    done = command(sys.executable, "-m", "accelerate.commands.launch", "train_fold.py", args / "fold0.json")
+    assert done.returncode == 0, done.stderr
+    done = command(sys.executable, "train_fold.py", args / "fold1.json", "--loss", "letter")
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,16 +1,14 @@
 """The scripts by their command lines: the whole job, and what each refuses."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import HEADER, ROOT, TINY, draw_contest, write_csv
+from conftest import HEADER, TINY, command, write_csv
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
@@ -18,49 +16,6 @@ from collator import Collator
 from vqa.prompt import LETTERS
 from vqa.rows import read_rows
 from vqa.scoring import score_rows
-
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def command(*words: str) -> subprocess.CompletedProcess:
-    words = [str(word) for word in words]
-    return subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Two folds of a small contest, trained by the command lines of the README: (folder, its data, args of fold 0)."""
-    folder = tmp_path_factory.mktemp("job")
-    data = folder / "data"
-    draw_contest(data, 24)
-    base = {
-        "model": TINY,
-        "train_csv": str(data / "train.csv"),
-        "test_csv": str(data / "test.csv"),
-        "image_size": 112,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "disable_tqdm": True,
-        "learning_rate": 1e-3,
-    }
-    args = folder / "args"
-    args.mkdir()
-    (args / "base.json").write_text(json.dumps(base))
-    for fold in (0, 1):
-        path, output = args / f"fold{fold}.json", folder / "checkpoints" / f"fold{fold}"
-        path.write_text(json.dumps({"extends": "base.json", "fold": fold, "output_dir": str(output)}))
-    done = command(sys.executable, "make_folds.py", args / "fold0.json", "--folds", "2")
-    assert done.returncode == 0, done.stderr
-    done = command(sys.executable, "-m", "accelerate.commands.launch", "train_fold.py", args / "fold0.json")
-    assert done.returncode == 0, done.stderr
-    done = command(sys.executable, "train_fold.py", args / "fold1.json", "--loss", "letter")
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 def test_a_folds_folder_holds_what_the_design_says(trained):
@@ -181,20 +136,6 @@ def test_resuming_ends_with_the_bytes_of_the_uninterrupted_run(trained, script):
         for file in ("adapter_model.safetensors", "oof.csv"):
             place = file if name == "raw" else f"{name}/{file}"
             assert (part / place).read_bytes() == (whole / place).read_bytes(), place
-
-
-def test_a_half_written_checkpoint_is_passed_over(trained, tmp_path):
-    from train_fold import checkpoint_to_resume, make_averages
-    from vqa.arguments import RecipeArguments
-
-    whole = trained / "checkpoints" / "fold0"
-    shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
-    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-10")
-    recipe = RecipeArguments(output_dir=str(tmp_path), resume_from_checkpoint="auto")
-    averages = make_averages(recipe)
-    assert checkpoint_to_resume(recipe, averages).endswith("checkpoint-10")
-    (tmp_path / "checkpoint-10" / "swa.safetensors").unlink()
-    assert checkpoint_to_resume(recipe, averages).endswith("checkpoint-2")
 
 
 def test_another_run_is_not_written_over_and_a_finished_one_is_not_trained_again(trained, script):

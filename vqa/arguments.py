@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from vqa.errors import UserError
 from vqa.files import read_json
+from vqa.precision import has_bf16
 from vqa.prompt import INSTRUCTION
 
 # Every transformers from 5.20 on understands the name `gradient_checkpointing`; 5.23 says on each run, and PEFT once
@@ -41,6 +42,7 @@ class ModelArguments:
     lora_rank: int = _field(16, "Rank of the adapter: 16 is ample for a contest of some thousand rows.")
     lora_alpha: int = _field(32, "Scale of the adapter; the usual choice is twice the rank.")
     lora_dropout: float = _field(0.05, "Dropout before the adapter: a few thousand rows are soon learned by heart.")
+    trust_remote_code: bool = _field(False, "Run code that comes with the model. No Qwen model needs it.")
 
 
 @dataclass
@@ -70,7 +72,14 @@ class RecipeArguments(TrainingArguments):
         "modelling; letter: cross-entropy over the letters that the row offers, which is what is scored.",
     )
     ema_decay: float = _field(0.99, "Decay of the EMA of the adapter, per optimiser step, warmed up; 0 turns it off.")
-    swa_start: float = _field(0.5, "Share of the run after which SWA averages the adapter; 1 turns it off.")
+    swa_start: float | None = _field(
+        0.5, "Where SWA begins: below 1, after that share of the run; from 1 on, at that step; null turns it off."
+    )
+    swa_every: int = _field(1, "Steps between two weights that SWA averages.")
+    swa_lr: float | None = _field(None, "Constant learning rate from SWA's beginning on; null keeps the schedule.")
+    max_hours: float | None = _field(
+        None, "Stop with a checkpoint before so many hours have passed: 11.5 for a notebook that dies after 12."
+    )
     output_dir: str | None = _field(None, "The fold's folder; args/demo/fold0.json gives checkpoints/demo/fold0.")
     num_train_epochs: float = _field(3.0, "Passes over the training rows.")
     learning_rate: float = _field(2e-4, "Peak learning rate: QLoRA's usual one; ten times that of full fine-tuning.")
@@ -88,8 +97,14 @@ class RecipeArguments(TrainingArguments):
     )
     eval_strategy: str = _field("epoch", "When to validate: epoch, steps (every eval_steps) or no.")
     save_strategy: str = _field("epoch", "When to write a checkpoint to resume from: epoch, steps (save_steps) or no.")
-    save_total_limit: int | None = _field(2, "Checkpoints to keep; the best adapters are kept apart from them.")
+    save_total_limit: int | None = _field(
+        2, "Checkpoints to keep, 2 or more: one has to last while the next is written. The best adapters are apart."
+    )
     logging_steps: float = _field(10, "Optimiser steps between two lines of the training log.")
+    logging_nan_inf_filter: bool = _field(False, "Stays false: a loss that is not finite is to be seen in the log.")
+    ddp_find_unused_parameters: bool | None = _field(
+        False, "Stays false: every adapter weight is used in every step, and looking for unused ones costs time."
+    )
     dataloader_num_workers: int = _field(
         0, "Processes that decode and resize images ahead of the GPU; 2 on a T4 host."
     )
@@ -109,11 +124,13 @@ class RecipeArguments(TrainingArguments):
 CLASSES = (ModelArguments, DataArguments, RecipeArguments)
 
 
-def parse_arguments(argv: list[str], description: str) -> tuple[ModelArguments, DataArguments, RecipeArguments, dict]:
+def parse_arguments(
+    argv: list[str], description: str, trains: bool = True
+) -> tuple[ModelArguments, DataArguments, RecipeArguments, dict]:
     """(model, data, recipe, resolved) from `[ARGS.json] [--field value ...]`.
 
     `resolved` is an args file that repeats the run: all of our fields, and those of transformers' that were set.
-    Raises UserError for what cannot be used.
+    Raises UserError for what cannot be used; without `trains`, the fields may ask for a GPU that is not here.
     """
     parser = _parser(description)
     path = argv[0] if argv and not argv[0].startswith("-") else None
@@ -127,12 +144,11 @@ def parse_arguments(argv: list[str], description: str) -> tuple[ModelArguments, 
         _refuse_unknown(unknown[0].lstrip("-").split("=")[0], "the command line")
     if given.output_dir is None:
         raise UserError(f"no args file and no --output_dir; try `python train_fold.py {DEMO}`, or --help")
-    check_machine(vars(given))
+    if trains:
+        check_machine(vars(given))
+    check_recipe(vars(given))
     if given.model is None:
         raise UserError(f"no model given; name the base model's folder as `model` in {path} or as --model")
-    for name, choices in (("loss", ("token", "letter")), ("metric_for_best_model", ("log_loss", "accuracy"))):
-        if getattr(given, name) not in choices:
-            raise UserError(f"{name} {getattr(given, name)!r} does not exist; it is {' or '.join(choices)}")
     plain = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     kept = {k: v for k, v in vars(given).items() if k in _own_fields() or v != plain[k]}
     try:
@@ -183,7 +199,7 @@ def _parser(description: str) -> HfArgumentParser:
 
     parser = HfArgumentParser(
         CLASSES,
-        usage="python train_fold.py ARGS.json [--field value ...]",
+        usage="python %(prog)s ARGS.json [--field value ...]",
         description=description,
         epilog="Every field of transformers.TrainingArguments can be given as well.",
         formatter_class=Formatter,
@@ -232,10 +248,25 @@ def check_machine(values: dict) -> None:
                 f"{torch.cuda.device_count()} GPUs are visible; start with `accelerate launch` to use them, or set "
                 "CUDA_VISIBLE_DEVICES=0 to use one"
             )
+        if values.get("bf16") and not has_bf16():
+            raise UserError("bf16 on this GPU would be slow emulation (it has no bf16 of its own); use fp16")
         return
     for name in ("load_in_4bit", "fp16", "bf16"):
         if values.get(name):
             raise UserError(f"{name} needs a CUDA GPU and there is none here; on a CPU try `make demo` ({DEMO})")
+
+
+def check_recipe(values: dict) -> None:
+    """Stop where fields contradict each other or this recipe."""
+    for name, choices in (("loss", ("token", "letter")), ("metric_for_best_model", ("log_loss", "accuracy"))):
+        if values[name] not in choices:
+            raise UserError(f"{name} {values[name]!r} does not exist; it is {' or '.join(choices)}")
+    if values["save_total_limit"] == 1:
+        raise UserError("save_total_limit 1 deletes the last checkpoint before the next is whole; give 2 or more")
+    if values["swa_lr"] is not None and values["swa_start"] is None:
+        raise UserError("swa_lr is given but swa_start is null; say where SWA begins, or leave swa_lr out")
+    if values["swa_lr"] is not None and values["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy"):
+        raise UserError(f"swa_lr needs a schedule by steps, and {values['lr_scheduler_type']} is none; use cosine")
 
 
 def section(kind: type, values: dict):

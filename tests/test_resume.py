@@ -1,0 +1,117 @@
+"""Whole checkpoints, and a stop in time: what a run that was cut off goes on from."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainerControl
+from transformers.trainer_callback import DefaultFlowCallback
+
+from vqa.errors import UserError
+from vqa.resume import COMPLETE, StopInTime, WholeCheckpoints, checkpoint_to_resume
+
+
+def checkpoint(folder, step: int, whole: bool = True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "trainer_state.json").write_text("{}")
+    if whole:
+        (path / COMPLETE).touch()
+    return str(path)
+
+
+def test_auto_takes_the_newest_whole_checkpoint_by_number(tmp_path):
+    assert checkpoint_to_resume("auto", tmp_path) is None
+    nine, ten = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
+    half = checkpoint(tmp_path, 11, whole=False)
+    assert nine != checkpoint_to_resume("auto", tmp_path) == ten
+    with pytest.raises(UserError, match="not a whole one"):
+        checkpoint_to_resume(half, tmp_path)
+    assert checkpoint_to_resume(None, tmp_path) is None
+
+
+def state(step: int, epoch: float, steps: int = 100) -> SimpleNamespace:
+    return SimpleNamespace(
+        global_step=step, epoch=epoch, max_steps=steps, is_world_process_zero=True, eval_steps=10, logging_steps=10,
+        save_steps=4,
+    )  # fmt: skip
+
+
+def flow(callbacks, event: str, args, now) -> TrainerControl:
+    """The flags after an event, as the Trainer's own flow callback and then `callbacks` set them."""
+    control = TrainerControl()
+    for callback in (DefaultFlowCallback(), *callbacks):
+        getattr(callback, event)(args, now, control)
+    return control
+
+
+def recipe(evaluate: str, save: str) -> SimpleNamespace:
+    names = {"logging_strategy": "no", "logging_first_step": False, "eval_delay": 0}
+    return SimpleNamespace(eval_strategy=evaluate, save_strategy=save, **names)
+
+
+def test_an_epochs_last_step_is_saved_after_the_epochs_evaluation():
+    args, callbacks = recipe("epoch", "steps"), [WholeCheckpoints()]
+    assert flow(callbacks, "on_step_end", args, state(4, 0.5)).should_save
+    assert not flow(callbacks, "on_step_end", args, state(8, 1.0)).should_save
+    end = flow(callbacks, "on_epoch_end", args, state(8, 1.0))
+    assert end.should_evaluate and end.should_save
+    assert not flow(callbacks, "on_epoch_end", args, state(18, 2.0)).should_save, "no step was to be saved there"
+
+
+def late() -> StopInTime:
+    stop = StopInTime(max_hours=1.0)
+    stop.deadline = time.time() - 1
+    return stop
+
+
+def test_a_stop_is_saved_and_adds_no_evaluation():
+    args, callbacks = recipe("epoch", "epoch"), [late(), WholeCheckpoints()]
+    control = flow(callbacks, "on_step_end", args, state(3, 0.375))
+    assert control.should_save and control.should_training_stop and callbacks[0].stopped
+    end = flow(callbacks, "on_epoch_end", args, state(3, 0.375))
+    assert not end.should_evaluate and not end.should_save
+
+
+def test_a_stop_at_an_epochs_end_comes_after_its_evaluation():
+    args, callbacks = recipe("epoch", "steps"), [late(), WholeCheckpoints()]
+    assert not flow(callbacks, "on_step_end", args, state(8, 1.0)).should_save
+    end = flow(callbacks, "on_epoch_end", args, state(8, 1.0))
+    assert end.should_evaluate and end.should_save
+
+
+def test_a_step_that_is_evaluated_is_not_stopped_before_its_evaluation():
+    stop = late()
+    control = flow([stop], "on_step_end", recipe("steps", "steps"), state(10, 0.5))
+    assert control.should_evaluate and not control.should_training_stop and not stop.stopped
+
+
+def test_what_an_evaluation_takes_has_to_fit_before_the_deadline():
+    args, stop = recipe("steps", "no"), StopInTime(max_hours=1.0)
+    stop.deadline = time.time() + 60
+    assert not flow([stop], "on_step_end", args, state(1, 0.1)).should_training_stop
+    stop.longest_evaluation = 120.0
+    assert flow([stop], "on_step_end", args, state(2, 0.2)).should_training_stop
+
+
+def test_hours_count_from_the_start_of_the_loop(monkeypatch):
+    monkeypatch.setenv("RUN_STARTED", str(time.time() - 7200))
+    assert StopInTime(max_hours=1.9).deadline < time.time() < StopInTime(max_hours=2.1).deadline
+    assert StopInTime(None).deadline == float("inf")
+
+
+def test_a_stopped_fold_goes_on_to_the_bytes_of_one_that_was_not(trained, script, monkeypatch, tmp_path):
+    """train_fold.py with no time left stops at its first step, says how to go on, and ends the same."""
+    whole, part = trained / "checkpoints" / "fold0", tmp_path / "fold0"
+    args = [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
+    code, output, error = script("train_fold", *args, "--max_hours", "0")
+    assert code == 3 and "stopped in time at step 1 of 4" in output, error
+    assert not (part / "metrics.json").exists() and (part / "checkpoint-1" / COMPLETE).is_file()
+    code, output, error = script("train_fold", *args)
+    assert code == 0, error
+    for name in ("adapter_model.safetensors", "ema.safetensors", "swa.safetensors"):
+        assert (part / "checkpoint-4" / name).read_bytes() == (whole / "checkpoint-4" / name).read_bytes(), name
+    assert (part / "oof.csv").read_bytes() == (whole / "oof.csv").read_bytes()
+    weights = [json.loads((folder / "metrics.json").read_text())["weights"] for folder in (whole, part)]
+    assert weights[0] == weights[1]

@@ -1,0 +1,25 @@
+"""Fingerprints of weights, to show that each fold starts from the same untouched base."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The first 16 hex digits of SHA-256 over names, shapes, dtypes and bytes of (name, tensor) in sorted order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def base_fingerprint(model: torch.nn.Module) -> str:
+    """Of everything that is not trained."""
+    return fingerprint((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+
+
+def adapter_fingerprint(model: torch.nn.Module) -> str:
+    """Of everything that is trained."""
+    return fingerprint((name, p) for name, p in model.named_parameters() if p.requires_grad)
