@@ -38,6 +38,8 @@ from vqa.rows import read_rows
 from vqa.scoring import score_rows
 from vqa.views import make_views
 
+WEIGHTS = ("raw", "ema", "swa")
+
 
 def main() -> None:
     args = parse_args()
@@ -50,11 +52,11 @@ def main() -> None:
     rows = read_rows(csv, args.image_root or data.image_root).to_list()
     check_images(rows, csv)
 
-    processor = load_processor(model_args.model)
+    processor = load_processor(model_args.model, model_args.trust_remote_code)
     ids = letter_ids(processor)
     collate = Collator(processor, data.image_size, data.instruction)
     views = make_views(rows, args.scales, args.orders, collate)
-    model = load_base(model_args.model, model_args.load_in_4bit, runs[0].dtype)
+    model = load_base(model_args.model, model_args.load_in_4bit, runs[0].dtype, model_args.trust_remote_code)
     for number, item in enumerate(runs):
         if item.adapter:  # one base in memory for all of them; PEFT's names take no dots
             model = load_adapter(model, item.adapter, f"run{number}")
@@ -76,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--base", metavar="ARGS.json", help="predict with the base model of an args file, untrained")
     parser.add_argument("--csv", help="rows to predict (default: the test_csv that the folds were trained with)")
     parser.add_argument("--image_root", help="folder that `path` is relative to (default: as in training)")
-    parser.add_argument("--weights", choices=("best", "raw", "ema", "swa"), default="best", help="(default: best)")
+    parser.add_argument("--weights", choices=("best", *WEIGHTS), default="best", help="(default: best)")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="image scales (default: 1.0)")
     parser.add_argument("--orders", type=int, default=1, help="orders of the choices, by rotation (default: 1)")
     parser.add_argument("--batch_size", type=int, help="rows at once (default: as in validation)")
@@ -98,6 +100,7 @@ class Run:
     adapter: Path | None
     weights: str
     validation: dict | None
+    base_weights: str | None
     output_dir: Path
     model: ModelArguments
     data: DataArguments
@@ -111,32 +114,37 @@ def trained_run(folder: str, weights: str) -> Run:
         raise UserError(f"{folder}: no finished fold (it has no metrics.json); train it with train_fold.py first")
     metrics = read_json(path / "metrics.json")
     weights = metrics["best"] if weights == "best" else weights
+    if weights not in WEIGHTS:  # it becomes a path
+        raise UserError(f"{folder}/metrics.json: {weights!r} names no weights; it is one of {', '.join(WEIGHTS)}")
     adapter = path if weights == "raw" else path / weights
     if not is_adapter(adapter):
         raise UserError(f"{folder}: it has no {weights} weights; predict with --weights best, or train with them on")
     output_dir = folder_under("outputs", path.parent, below="checkpoints")
-    return make_run(
-        path.resolve().name, adapter, weights, metrics["weights"].get(weights), output_dir, path / "args.json"
-    )
+    validation, base = metrics["weights"].get(weights), metrics.get("fingerprints", {}).get("base")
+    return make_run(path.resolve().name, adapter, weights, validation, base, output_dir, path / "args.json")
 
 
 def base_run(args_file: str) -> Run:
     output_dir = folder_under("outputs", Path(args_file).parent, below="args")
-    return make_run("base", None, "base", None, output_dir, Path(args_file))
+    return make_run("base", None, "base", None, None, output_dir, Path(args_file))
 
 
-def make_run(name, adapter, weights, validation, output_dir, args_file: Path) -> Run:
+def make_run(name, adapter, weights, validation, base_weights, output_dir, args_file: Path) -> Run:
     values = read_args_file(args_file)
     check_machine(values)
     dtype = model_dtype(values.get("fp16"), values.get("bf16"))
     model, data = section(ModelArguments, values), section(DataArguments, values)
     batch_size = values.get("per_device_eval_batch_size", RecipeArguments.per_device_eval_batch_size)
-    return Run(name, adapter, weights, validation, output_dir, model, data, dtype, int(batch_size))
+    return Run(name, adapter, weights, validation, base_weights, output_dir, model, data, dtype, int(batch_size))
 
 
 def check_alike(runs: list[Run]) -> None:
     """Folds that are predicted together share the base model in memory, the rows, and the input made of them."""
     first = runs[0]
+    bases = {run.name: run.base_weights for run in runs if run.base_weights}
+    if len(set(bases.values())) > 1:
+        told = ", ".join(f"{name}: {base}" for name, base in bases.items())
+        raise UserError(f"the folds did not start from the same base weights ({told}); train them again from one base")
     for other in runs[1:]:
         for name in ("model", "load_in_4bit", "dtype", "image_size", "instruction", "test_csv", "image_root"):
             a, b = (getattr(run.model, name, getattr(run.data, name, run.dtype)) for run in (first, other))

@@ -11,19 +11,23 @@ import torch
 
 @dataclass(frozen=True)
 class Family:
-    """vision: the vision tower's module within the model. last_projection: within the tower, the output layer of its
-    last block's MLP, which overflows fp16 for some images (vqa/precision.py)."""
+    """vision: the vision tower's module within the model.
+
+    Within the tower, last_projection: the output layer of its last block's MLP, which overflows fp16 for some images
+    (vqa/precision.py); last_norm: what reads that output.
+    """
 
     vision: str
     last_projection: str | None
+    last_norm: str | None
 
 
 FAMILIES = {
-    "qwen2_vl": Family("model.visual", "blocks.{last}.mlp.fc2"),
-    "qwen2_5_vl": Family("model.visual", "blocks.{last}.mlp.down_proj"),
-    "qwen3_vl": Family("model.visual", "blocks.{last}.mlp.linear_fc2"),
+    "qwen2_vl": Family("model.visual", "blocks.{last}.mlp.fc2", "merger.ln_q"),
+    "qwen2_5_vl": Family("model.visual", "blocks.{last}.mlp.down_proj", "merger.ln_q"),
+    "qwen3_vl": Family("model.visual", "blocks.{last}.mlp.linear_fc2", "merger.norm"),
 }
-OTHER = Family("model.visual", None)
+OTHER = Family("model.visual", None, None)
 
 
 def family_of(model: torch.nn.Module) -> Family:
@@ -35,7 +39,10 @@ def vision_tower(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_submodule(family_of(model).vision)
 
 
-def last_projection(model: torch.nn.Module) -> torch.nn.Linear | None:
-    """The output layer of the last vision block's MLP, where the family is known."""
-    path, tower = family_of(model).last_projection, vision_tower(model)
-    return path and tower.get_submodule(path.format(last=len(tower.blocks) - 1))
+def end_of_vision(model: torch.nn.Module) -> tuple[torch.nn.Linear, torch.nn.Module] | None:
+    """(output layer of the last vision block's MLP, norm that reads it), where the family is known."""
+    family, tower = family_of(model), vision_tower(model)
+    if family.last_projection is None:
+        return None
+    last = family.last_projection.format(last=len(tower.blocks) - 1)
+    return tower.get_submodule(last), tower.get_submodule(family.last_norm)

@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vqa.families import last_projection
+from vqa.families import end_of_vision
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -43,10 +43,10 @@ def guard_fp16(model: torch.nn.Module) -> torch.nn.Module:
     In Qwen2.5-VL it overflows fp16 for some images, and the answers turn to NaN (ggml-org/llama.cpp#17534,
     vllm-project/vllm#13817). Weights in fp32 alone do not help, since autocast would compute in fp16 all the same.
     """
-    layer = last_projection(model)
-    if layer is not None:
-        layer.float()
-        layer.forward = MethodType(_in_fp32, layer)
+    if end := end_of_vision(model):
+        projection, norm = end
+        projection.float().forward = MethodType(_in_fp32, projection)
+        norm.float()  # CUDA's autocast would do so by itself; a CPU's does not
     return model
 
 

@@ -1,0 +1,192 @@
+"""Qwen2-VL and Qwen3-VL, as tiny random models, pass what Qwen2.5-VL passes: labels, training, prediction, fp16."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from collator import IGNORE, Collator
+from vqa.errors import UserError
+from vqa.families import end_of_vision, vision_tower
+from vqa.model import add_adapter, load_base, load_processor
+from vqa.precision import guard_fp16, half_autocast
+from vqa.prompt import LETTERS, letter_ids
+from vqa.scoring import score_rows
+from vqa.vision import encode_images
+
+TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
+}
+VISION = {
+    "qwen2_vl": {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2},
+    "qwen3_vl": {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 48,
+        "deepstack_visual_indexes": [0],
+    },
+}
+FAMILIES = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, processor, tmp_path_factory) -> str:
+    """A model folder of each family; Qwen2.5-VL's is the embedded one."""
+    family, tokenizer = request.param, processor.tokenizer
+    if family == "qwen2_5_vl":
+        return TINY
+    path = tmp_path_factory.mktemp(family)
+    token = tokenizer.convert_tokens_to_ids
+    tokens = {f"{kind}_token_id": token(f"<|{kind}_pad|>") for kind in ("image", "video")}
+    tokens |= {f"vision_{edge}_token_id": token(f"<|vision_{edge}|>") for edge in ("start", "end")}
+    text = TEXT | {"vocab_size": len(tokenizer), "pad_token_id": token("<|endoftext|>")}
+    config = AutoConfig.for_model(family, text_config=text, vision_config=VISION[family], **tokens)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(path)
+    if family == "qwen2_vl":
+        made = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), processor.chat_template)
+    else:
+        images = Qwen2VLImageProcessor(patch_size=16)
+        made = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), processor.chat_template)
+    made.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    own = load_processor(folder)
+    return load_base(folder, load_in_4bit=False, dtype=torch.float32).eval(), own, letter_ids(own)
+
+
+def on_pixels(batch: dict) -> dict:
+    return {key: value for key, value in batch.items() if key not in ("ids", "offered", "answer", "labels")}
+
+
+def test_labels_cover_the_letter_and_the_end_of_the_turn(loaded, rows):
+    _, processor, _ = loaded
+    batch = Collator(processor, 140, with_answer=True)(rows[:3])
+    for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"]):
+        assert processor.tokenizer.decode(ids[labels != IGNORE]) == f"{LETTERS[row['answer']]}<|im_end|>"
+
+
+def test_an_images_tokens_fit_its_grid_and_the_pixel_budget(loaded, rows):
+    model, processor, _ = loaded
+    batch = Collator(processor, 140)(rows[:3])
+    own = processor.image_processor
+    tokens = (batch["input_ids"] == model.config.image_token_id).sum(1)
+    assert torch.equal(tokens, batch["image_grid_thw"].prod(1) // own.merge_size**2)
+    assert (batch["image_grid_thw"].prod(1) * own.patch_size**2 <= 140**2).all()
+
+
+def test_ready_features_give_the_logits_of_pixels(loaded, rows):
+    """Against the model's own forward, which encodes the images itself; rows of several sizes in one batch."""
+    model, processor, _ = loaded
+    batch = Collator(processor, 140)(rows[:4])
+    assert len(batch["image_grid_thw"].unique(dim=0)) > 1
+    with torch.no_grad():
+        wanted = model(**on_pixels(batch)).logits
+        encoded = encode_images(model, batch)
+        got = model(**on_pixels(encoded)).logits
+    assert "pixel_values" not in encoded and torch.equal(got, wanted)
+
+
+def test_the_adapter_lies_in_the_language_model_alone_and_learns(folder, rows):
+    processor = load_processor(folder)
+    base = load_base(folder, load_in_4bit=False, dtype=torch.float32)
+    model = add_adapter(base, 4, 8, 0.0)
+    adapted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert adapted and all("language_model" in name for name in adapted)
+    suffixes = {name.split(".lora_")[0].split(".")[-1] for name in adapted}
+    assert suffixes == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    batch = Collator(processor, 140, with_answer=True)(rows[:4])
+    model(**on_pixels(encode_images(model, batch)), labels=batch["labels"]).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert not any(p.grad is not None for p in vision_tower(base).parameters())
+
+
+def test_train_and_predict_by_the_scripts(folder, trained, script, tmp_path):
+    if folder == TINY:
+        pytest.skip("the other tests of the scripts do this")
+    fold, outputs = tmp_path / "fold0", tmp_path / "outputs"
+    args = [trained / "args" / "fold0.json", "--model", folder, "--output_dir", fold, "--learning_rate", "1e-2"]
+    code, _, error = script("train_fold", *args)
+    assert code == 0, error
+    best = json.loads((fold / "metrics.json").read_text())["best"]
+    oof = pd.read_csv(fold / ("" if best == "raw" else best) / "oof.csv")
+    code, _, error = script(
+        "predict", fold, "--csv", trained / "data" / "train.csv", "--output_dir", outputs, "--scales", "1.0", "1.4"
+    )
+    assert code == 0, error
+    plain = pd.read_csv(outputs / "plain" / "fold0.csv").set_index("id").loc[oof["id"]]
+    columns = ["p_a", "p_b", "p_c", "p_d"]
+    assert np.abs(plain[columns].to_numpy() - oof[columns].to_numpy()).max() < 1e-6
+
+
+def overflowing(folder: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A model whose last vision block writes values beyond 65,504, as Qwen2.5-VL's does for some images.
+
+    Its other layers are made to cope with such values: the block's input is small beside them.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    layer, _ = end_of_vision(model)
+    with torch.no_grad():
+        layer.weight.mul_(1e6 / layer.weight.abs().sum(1).max())
+        layer.bias.fill_(1e5)
+    return model.to(dtype)
+
+
+def test_the_fp16_guard_keeps_the_last_vision_block_finite_and_right(folder, rows):
+    batch = Collator(load_processor(folder), 140)(rows[:2])
+    exact, guarded, bare = (overflowing(folder, dtype) for dtype in (torch.float32, torch.float32, torch.float16))
+    projection, _ = end_of_vision(guarded)
+    weight, bias = projection.weight.clone(), projection.bias.clone()
+    guarded = guard_fp16(guarded.to(torch.float16))
+    with torch.no_grad():  # what a checkpoint in bf16 holds: values that fp16 weights could not
+        projection.weight.copy_(weight)
+        projection.bias.copy_(bias)
+
+    def features(model):
+        with torch.no_grad(), half_autocast(model):
+            return torch.cat(model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output)
+
+    assert not features(bare).isfinite().all(), "without the guard it overflows"
+    wanted, got = features(exact), features(guarded).float()
+    assert got.isfinite().all()
+    assert (got - wanted).norm() / wanted.norm() < 0.01
+
+
+def test_features_that_are_not_finite_name_their_rows(folder, rows):
+    processor = load_processor(folder)
+    model = load_base(folder, load_in_4bit=False, dtype=torch.float32)
+    batch = Collator(processor, 140)(rows[:3])
+    patches = batch["image_grid_thw"].prod(1)
+    batch["pixel_values"][int(patches[0]) : int(patches[0] + patches[1])] = float("inf")
+    with pytest.raises(UserError, match=f"features of {rows[1]['id']} are not finite"):
+        encode_images(model, batch)
+
+
+def test_scores_are_the_same_in_any_batch(loaded, rows):
+    model, processor, ids = loaded
+    collate = Collator(processor, 140)
+    one, many = (score_rows(model, rows[:6], collate, ids, size) for size in (1, 6))
+    assert np.abs(one - many).max() < 1e-5

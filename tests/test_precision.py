@@ -1,0 +1,65 @@
+"""16 bits on GPUs before Ampere: the dtype, the attention, and what is refused. The fp16 guard: test_families.py."""
+
+import pytest
+import torch
+from conftest import TINY
+from transformers import AutoModelForImageTextToText
+
+from collator import Collator
+from vqa.arguments import check_machine
+from vqa.errors import UserError
+from vqa.precision import attention_for_device, model_dtype
+from vqa.vision import encode_images
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stand in for a GPU of a compute capability; like torch on a T4, all of them claim bf16."""
+
+    def make(major: int, minor: int) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args: True)
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda *args: (major, minor))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "attention"),
+    [((7, 5), torch.float16, "sdpa_expanded"), ((8, 0), torch.bfloat16, "sdpa"), ((9, 0), torch.bfloat16, "sdpa")],
+)
+def test_the_dtype_goes_by_compute_capability_whatever_torch_claims(gpu, capability, dtype, attention):
+    gpu(*capability)
+    assert model_dtype() == dtype and attention_for_device() == attention
+    assert model_dtype(fp16=True) == torch.float16
+
+
+def test_bf16_on_a_t4_is_refused(gpu):
+    gpu(7, 5)
+    with pytest.raises(UserError, match="use fp16"):
+        check_machine({"bf16": True})
+    gpu(8, 0)
+    check_machine({"bf16": True})
+
+
+@pytest.mark.parametrize("count", [1, 4])  # one row has no padding, so no mask: there transformers would group queries
+def test_keys_and_values_are_expanded_instead_of_grouped(monkeypatch, model, processor, rows, count):
+    other = AutoModelForImageTextToText.from_pretrained(TINY, attn_implementation="sdpa_expanded").float().eval()
+    batch = encode_images(model, Collator(processor, 140)(rows[:count]))
+    batch = {key: value for key, value in batch.items() if key not in ("ids", "offered")}
+    asked, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def listen(query, key, value, **kwargs):
+        asked.append((kwargs.get("enable_gqa", False), query.shape[1] == key.shape[1]))
+        return sdpa(query, key, value, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", listen)
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        grouped, asked[:] = list(asked), []
+        got = other(**batch).logits
+    if count == 1:
+        assert any(gqa for gqa, _ in grouped), "transformers groups queries here, so there is something to avoid"
+    assert asked and all(not gqa and same_heads for gqa, same_heads in asked)
+    assert torch.allclose(got, wanted, atol=1e-4)

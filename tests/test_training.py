@@ -1,0 +1,126 @@
+"""The fold's Trainer: its schedule, its scaler, and where it stops."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import GradScalerKwargs
+from conftest import TINY
+from torch.utils.data import DataLoader
+from transformers import get_cosine_schedule_with_warmup
+
+from collator import Collator
+from vqa.arguments import RecipeArguments
+from vqa.errors import UserError
+from vqa.model import add_adapter, load_base
+from vqa.resume import COMPLETE, WholeCheckpoints
+from vqa.training import MAX_NON_FINITE, SCALER_START, FoldTrainer, TellEpoch, TrainRows
+
+
+@pytest.fixture
+def make_trainer(processor, ids, rows, tmp_path):
+    def make(callbacks=(), **fields) -> FoldTrainer:
+        usual = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+        recipe = RecipeArguments(**usual | {"use_cpu": True, "disable_tqdm": True, "eval_strategy": "no"} | fields)
+        return FoldTrainer(
+            add_adapter(load_base(TINY, False, torch.float32), 4, 8, 0.0),
+            recipe,
+            data_collator=Collator(processor, 112, with_answer=True),
+            train_dataset=TrainRows(rows[:8], True, 42),
+            eval_dataset=[],
+            callbacks=list(callbacks),
+            averages=[],
+            letter_ids=ids,
+            prompts=Collator(processor, 112),
+        )
+
+    return make
+
+
+def optimizer(rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+
+
+@pytest.mark.parametrize("begin", [0.5, 51])
+def test_the_learning_rate_is_held_from_the_step_at_which_swa_begins(make_trainer, begin):
+    trainer = make_trainer(learning_rate=2e-4, swa_lr=5e-5, swa_start=begin, warmup_steps=10)
+    ours, usual = optimizer(2e-4), optimizer(2e-4)
+    scheduler = trainer.create_scheduler(100, ours)
+    cosine = get_cosine_schedule_with_warmup(usual, 10, 100)
+    for step in range(1, 101):
+        wanted = usual.param_groups[0]["lr"] if step < 51 else 5e-5
+        assert ours.param_groups[0]["lr"] == pytest.approx(wanted, abs=1e-12), step
+        for one, schedule in ((ours, scheduler), (usual, cosine)):
+            one.step()
+            schedule.step()
+
+
+def test_losses_that_are_not_finite_stop_the_run_with_the_remedy(make_trainer, monkeypatch):
+    trainer, seen = make_trainer(max_steps=50), []
+
+    def broken(model, batch, keep=1):
+        seen.append(batch["ids"])
+        return torch.full((4, keep, 2000), float("nan"), requires_grad=True)
+
+    monkeypatch.setattr("vqa.training.answer_logits", broken)
+    with pytest.raises(UserError, match=f"{MAX_NON_FINITE} times in a row, the last time for row_00") as error:
+        trainer.train()
+    assert len(seen) == MAX_NON_FINITE and "lower the learning rate" in str(error.value)
+
+
+def test_a_single_loss_that_is_not_finite_does_not(make_trainer):
+    trainer = make_trainer()
+    for value in [float("nan")] * (MAX_NON_FINITE - 1) + [1.0] + [float("inf")] * (MAX_NON_FINITE - 1):
+        trainer._check_finite(torch.tensor(value), ["row"])
+
+
+def test_the_scaler_starts_where_the_first_steps_are_not_lost(make_trainer):
+    handlers = make_trainer()._build_accelerator_args()["kwargs_handlers"]
+    assert [h.init_scale for h in handlers if isinstance(h, GradScalerKwargs)] == [SCALER_START]
+    assert SCALER_START < torch.amp.GradScaler("cpu").get_scale()
+
+
+def test_skipped_steps_are_those_at_which_the_schedule_stood_still(make_trainer):
+    trainer = make_trainer()
+    trainer.optimizer = optimizer(1e-3)
+    trainer.lr_scheduler = trainer.create_scheduler(100, trainer.optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    parameter = trainer.optimizer.param_groups[0]["params"][0]
+    for step in range(10):
+        loss = (parameter * (float("inf") if step in (0, 1, 6) else 1.0)).sum()
+        scaler.scale(loss).backward()
+        before = scaler.get_scale()
+        scaler.step(trainer.optimizer)
+        scaler.update()
+        if scaler.get_scale() >= before:  # as accelerate tells whether a step was taken
+            trainer.lr_scheduler.step()
+        trainer.optimizer.zero_grad()
+        trainer.state.global_step += 1
+    assert trainer.skipped_steps() == 3
+
+
+def test_choices_are_shuffled_anew_each_epoch_in_workers_that_outlive_it(rows):
+    dataset = TrainRows(rows[:6], True, 42)
+    loader = DataLoader(dataset, None, num_workers=1, persistent_workers=True)
+    orders = []
+    for epoch in (0.0, 1.0, 0.0):
+        TellEpoch(dataset).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+        orders.append([row["order"] for row in loader])
+    assert orders[0] == orders[2] != orders[1]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders[0])
+
+
+def test_a_checkpoint_is_not_whole_while_it_is_written_anew(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer([WholeCheckpoints()], max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    assert (folder / COMPLETE).is_file() and json.loads((folder / "trainer_state.json").read_text())
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_rng_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer._save_checkpoint(trainer.model, None)
+    assert not (folder / COMPLETE).exists()
