@@ -1,11 +1,11 @@
-# make demo: the whole job on the embedded default.  make test: the tests.  make lint: ruff.
+# make demo: the whole job on the embedded default.  make test: the tests.  make lint: ruff.  make soak: kill and resume.
 # Each makes .venv itself, and leaves it alone while requirements.lock has not changed.
 ready := .venv/.ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint lock
+.PHONY: demo test lint soak lock
 
 demo: $(ready)
 	rm -rf data/demo checkpoints/demo outputs/demo
@@ -14,6 +14,11 @@ demo: $(ready)
 
 test: $(ready)
 	python -m pytest -q
+
+soak: $(ready) # kill a fold of the demo ten times and compare; SOAK="--kills 3 --seed 7" for others
+	test -f data/demo/train.csv || python data/make_demo.py
+	python make_folds.py args/demo/fold0.json
+	python tests/soak.py $(SOAK)
 
 lint: $(ready)
 	ruff check .
