@@ -11,43 +11,51 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import set_seed
+from transformers import enable_full_determinism, set_seed
 
 from callbacks import EMACallback, SWACallback, WeightAverage
 from collator import Collator
 from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_arguments
 from vqa.errors import UserError, first_few, run
 from vqa.files import read_json, write_json
+from vqa.fingerprint import adapter_fingerprint, base_fingerprint
 from vqa.folds import read_folds, split_fold
 from vqa.images import check_images
 from vqa.model import add_adapter, load_base, load_processor
 from vqa.precision import model_dtype
+from vqa.processes import settled_once
 from vqa.prompt import letter_ids
+from vqa.resume import StopInTime, WholeCheckpoints, checkpoint_to_resume
 from vqa.rows import read_rows
 from vqa.training import FoldTrainer, TellEpoch, TrainRows
 
 
 def main() -> None:
     model_args, data, recipe, resolved = parse_arguments(sys.argv[1:], __doc__)
-    set_seed(recipe.seed)
-    if is_finished(recipe, resolved):
+    (enable_full_determinism if recipe.full_determinism else set_seed)(recipe.seed)
+    resolved |= {"resume_from_checkpoint": None, "max_hours": None}  # they change nothing of what is trained
+    if settled_once(lambda: is_finished(recipe, resolved)):
         return
     averages = make_averages(recipe)
-    recipe.resume_from_checkpoint = checkpoint_to_resume(recipe, averages)
-    train_rows, valid_rows = read_fold(data, recipe)
-    processor = load_processor(model_args.model)
+    wanted, folder = recipe.resume_from_checkpoint, recipe.output_dir
+    recipe.resume_from_checkpoint = settled_once(lambda: checkpoint_to_resume(wanted, folder))
+    train_rows, valid_rows = settled_once(lambda: read_fold(data, recipe.seed))
+    if data.fold is None:
+        recipe.eval_strategy = "no"
+    processor = load_processor(model_args.model, model_args.trust_remote_code)
     ids = letter_ids(processor)
-    base = load_base(model_args.model, model_args.load_in_4bit, model_dtype(recipe.fp16, recipe.bf16))
+    dtype = model_dtype(recipe.fp16, recipe.bf16)
+    base = load_base(model_args.model, model_args.load_in_4bit, dtype, model_args.trust_remote_code)
     model = add_adapter(base, model_args.lora_rank, model_args.lora_alpha, model_args.lora_dropout)
 
-    rows = TrainRows(train_rows, data.shuffle_choices, recipe.seed)
+    rows, stop = TrainRows(train_rows, data.shuffle_choices, recipe.seed), StopInTime(recipe.max_hours)
     trainer = FoldTrainer(
         model,
         recipe,
         data_collator=Collator(processor, data.image_size, data.instruction, with_answer=True),
         train_dataset=rows,
         eval_dataset=valid_rows,
-        callbacks=[TellEpoch(rows), *averages],
+        callbacks=[TellEpoch(rows), stop, *averages, WholeCheckpoints()],
         averages=averages,
         letter_ids=ids,
         prompts=Collator(processor, data.image_size, data.instruction),
@@ -55,19 +63,21 @@ def main() -> None:
     if trainer.is_world_process_zero():
         write_json(Path(recipe.output_dir, "args.json"), resolved)
     start = time.time()
+    weights_before = fingerprints(model)
     trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
-    finish(trainer, time.time() - start)
+    if stop.stopped:
+        say_how_to_go_on(trainer)
+    finish(trainer, weights_before, time.time() - start)
 
 
 def is_finished(recipe: RecipeArguments, resolved: dict) -> bool:
     """Whether the fold's folder holds this very run, complete. Another run's folder is not written over."""
-    resume, resolved["resume_from_checkpoint"] = recipe.resume_from_checkpoint, None
     folder = Path(recipe.output_dir)
     if not (folder / "args.json").is_file():
         return False
     before = read_json(folder / "args.json")
     differing = sorted(key for key in before.keys() | resolved.keys() if before.get(key) != resolved.get(key))
-    if not resume or differing:
+    if not recipe.resume_from_checkpoint or differing:
         what = f"a run with another {first_few(differing)}" if differing else "this run"
         raise UserError(
             f"{folder} holds {what} already; go on with it by --resume_from_checkpoint auto and the same args, give "
@@ -79,20 +89,18 @@ def is_finished(recipe: RecipeArguments, resolved: dict) -> bool:
     return False
 
 
-def read_fold(data: DataArguments, recipe: RecipeArguments) -> tuple[list[dict], list[dict]]:
-    """(training rows, validation rows) of the fold; no validation rows and no validation where fold is null."""
+def read_fold(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
+    """(training rows, validation rows) of the fold; no validation rows where fold is null."""
     dataset = read_rows(data.train_csv, data.image_root, with_answer=True)
     rows = dataset.to_list()
     train, valid = np.arange(len(rows)), np.array([], dtype=int)
-    if data.fold is None:
-        recipe.eval_strategy = "no"
-    else:
+    if data.fold is not None:
         folds_csv = folds_file(data)
         train, valid = split_fold(read_folds(folds_csv, dataset["id"], data.train_csv), data.fold, folds_csv)
     if data.max_train_rows is not None:
         if data.max_train_rows < 1:
             raise UserError(f"max_train_rows is {data.max_train_rows}; give 1 or more, or leave it out for all rows")
-        train = np.sort(np.random.default_rng(recipe.seed).permutation(train)[: data.max_train_rows])
+        train = np.sort(np.random.default_rng(seed).permutation(train)[: data.max_train_rows])
     train_rows, valid_rows = [rows[i] for i in train], [rows[i] for i in valid]
     check_images(train_rows + valid_rows, data.train_csv)
     return train_rows, valid_rows
@@ -100,28 +108,30 @@ def read_fold(data: DataArguments, recipe: RecipeArguments) -> tuple[list[dict],
 
 def make_averages(recipe: RecipeArguments) -> list[WeightAverage]:
     averages = [EMACallback(recipe.ema_decay)] if recipe.ema_decay > 0 else []
-    return averages + ([SWACallback(recipe.swa_start)] if recipe.swa_start < 1 else [])
+    return averages + ([SWACallback(recipe.swa_start, recipe.swa_every)] if recipe.swa_start is not None else [])
 
 
-def checkpoint_to_resume(recipe: RecipeArguments, averages: list[WeightAverage]) -> str | None:
-    """The checkpoint that the args name; with `auto` the newest complete one in the fold's folder, if there is one."""
-    wanted = recipe.resume_from_checkpoint
-    needed = ["trainer_state.json", *(average.file_name for average in averages)]
-
-    def is_complete(folder: Path) -> bool:
-        return all((folder / name).is_file() for name in needed)
-
-    if wanted == "auto":
-        found = filter(is_complete, Path(recipe.output_dir).glob("checkpoint-*"))
-        newest = max(found, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-        return newest and str(newest)
-    if wanted and not is_complete(Path(wanted)):
-        raise UserError(f"resume_from_checkpoint: {wanted} is not a checkpoint folder with {first_few(needed)}")
-    return wanted
+def fingerprints(model: torch.nn.Module) -> dict[str, str]:
+    """Of the base and of the fresh adapter: what every fold has to start from."""
+    return {"base": base_fingerprint(model), "initial_adapter": adapter_fingerprint(model)}
 
 
-def finish(trainer: FoldTrainer, seconds: float) -> None:
+def say_how_to_go_on(trainer: FoldTrainer) -> None:
+    """End a run that was stopped in time, with exit code 3."""
+    state, recipe = trainer.state, trainer.args
+    if trainer.is_world_process_zero():
+        print(
+            f"stopped in time at step {state.global_step} of {state.max_steps} with a checkpoint in "
+            f"{recipe.output_dir}; keep that folder, and go on by the same command with --resume_from_checkpoint auto "
+            "(bash run.sh does so by itself)"
+        )
+    sys.exit(3)
+
+
+def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float) -> None:
     """Write what the fold's folder still lacks; metrics.json comes last and says that the fold is complete."""
+    if base_fingerprint(trainer.model) != weights_before["base"]:
+        raise RuntimeError("training has changed weights of the base model, which is to stay as it is")
     recipe, step = trainer.args, trainer.state.global_step
     if not trainer.eval_dataset:
         for name, weights in trainer.weight_sets():
@@ -140,6 +150,8 @@ def finish(trainer: FoldTrainer, seconds: float) -> None:
         "seconds": round(seconds, 1),
         "rows_per_second": round((step - resumed_at) * rows_a_step / seconds, 2),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
+        "fingerprints": weights_before,
+        "skipped_steps": trainer.skipped_steps(),
         "best": trainer.best_weights(),
         "weights": trainer.best,
     }

@@ -111,10 +111,13 @@ class RecipeArguments(TrainingArguments):
     remove_unused_columns: bool = _field(False, "Stays false: the collator reads the rows' own columns.")
     resume_from_checkpoint: str | None = _field(None, "A checkpoint folder to go on from, or `auto` for the newest.")
     seed: int = _field(42, "Seed of everything drawn at random; 42 by default.")
+    full_determinism: bool = _field(False, "Give the same bytes in every run on a GPU too, as on a CPU; slower.")
     metric_for_best_model: str = _field("log_loss", "What chooses the best adapter: log_loss or accuracy, of letters.")
     report_to: str = _field("none", "Where to log: none, tensorboard, wandb, trackio.")
 
     def __post_init__(self):
+        # Without a GPU processes find each other only when told that the CPU is meant; each would train on its own.
+        self.use_cpu |= "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
         super().__post_init__()
         self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns of it where there is no GPU
         if self.gradient_checkpointing:  # without re-entrance no input needs a gradient, so the vision tower gets none

@@ -8,22 +8,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import GradScalerKwargs, gather_object
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
-from callbacks import WeightAverage
+from callbacks import WeightAverage, first_step
 from collator import IGNORE, Collator
+from vqa.errors import UserError, first_few
 from vqa.files import read_json, write_json
 from vqa.predictions import write_predictions
+from vqa.resume import COMPLETE
 from vqa.scoring import answer_logits, letter_logits, letter_metrics, score_rows
+
+MAX_NON_FINITE = 5
+SCALER_START = 2.0**12
 
 
 class TrainRows(torch.utils.data.Dataset):
     """Training rows; with `shuffle` each shows its choices in an order drawn from seed, row and epoch alone."""
 
     def __init__(self, rows: list[dict], shuffle: bool, seed: int):
-        self.rows, self.shuffle, self.seed, self.epoch = rows, shuffle, seed, 0
+        self.rows, self.shuffle, self.seed = rows, shuffle, seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive an epoch
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -33,7 +39,7 @@ class TrainRows(torch.utils.data.Dataset):
         if not self.shuffle:
             return row
         order = list(range(len(row["choices"])))
-        random.Random(f"{self.seed} {row['id']} {self.epoch}").shuffle(order)
+        random.Random(f"{self.seed} {row['id']} {int(self.epoch)}").shuffle(order)
         return {**row, "order": order}
 
 
@@ -44,7 +50,7 @@ class TellEpoch(TrainerCallback):
         self.rows = rows
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.rows.epoch = int(state.epoch or 0)
+        self.rows.epoch.fill_(int(state.epoch or 0))
 
 
 class FoldTrainer(Trainer):
@@ -56,30 +62,98 @@ class FoldTrainer(Trainer):
         prompts: collator of prompts without answers, as prediction uses it.
     """
 
-    loss_is_scaled_for_ga = False  # compute_loss gives the mean of a batch
+    loss_is_scaled_for_ga = True  # compute_loss divides by the rows of the whole step
+    non_finite = 0  # losses in a row
 
     def __init__(self, *args, averages: list[WeightAverage], letter_ids, prompts: Collator, **kwargs):
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # or the Trainer would count labels; get_batch_samples counts rows
         self.averages, self.letter_ids, self.prompts = averages, letter_ids, prompts
         self.best: dict[str, dict[str, float]] = {}
         record = Path(self.args.output_dir, "best.json")
         if self.args.resume_from_checkpoint and record.is_file():
             self.best = read_json(record)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of one optimiser step on this process, and the number of rows in that step on all processes.
+
+        Where an epoch's rows do not divide evenly among the processes, accelerate fills its last batches up with the
+        epoch's first rows. Those get `weight` 0: every row counts once an epoch, whatever the number of processes.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            batch["weight"] = torch.ones(len(batch["ids"]), device=device)
+        if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
+            size, rank = self.args.train_batch_size, self.accelerator.process_index
+            missing = -len(self.train_dataset) % (size * self.accelerator.num_processes)
+            filled_from = size * (self.accelerator.num_processes - rank) - missing  # accelerate shares out in order
+            batches[-1]["weight"][max(0, filled_from) :] = 0
+        rows = torch.stack([batch["weight"].sum() for batch in batches]).sum()
+        return batches, self.accelerator.reduce(rows)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the vocabulary at the labels, or over the offered letters at the answer (`loss`).
 
-        Logits are computed from the first labelled position on, not for the whole sequence.
+        A mean over rows: of this batch, or this batch's share of the step's mean where the step's number of rows is
+        given (`num_items_in_batch`). Logits are computed from the first labelled position on, not for the whole
+        sequence.
         """
         labels = inputs["labels"]
         first = int((labels != IGNORE).any(0).nonzero()[0])  # left padding puts every answer at the same column
         logits = answer_logits(model, inputs, keep=labels.shape[1] - first + 1)[:, :-1]
         if self.args.loss == "letter":
             offered = letter_logits(logits[:, 0], self.letter_ids, inputs["offered"])
-            loss = cross_entropy(offered, inputs["answer"])
+            losses = cross_entropy(offered, inputs["answer"], reduction="none")
         else:
-            loss = cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten(), ignore_index=IGNORE)
+            labels = labels[:, first:]
+            losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+            losses = losses.sum(1) / (labels != IGNORE).sum(1)
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:  # times the processes, whose gradients are averaged
+            loss = (losses * inputs["weight"]).sum() / num_items_in_batch * self.accelerator.num_processes
+        self._check_finite(loss.detach(), inputs["ids"])
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _check_finite(self, loss: torch.Tensor, ids: list[str]) -> None:
+        """Stop when the loss is not finite again and again. The fp16 scaler skips such steps without a word."""
+        self.non_finite = 0 if loss.isfinite() else self.non_finite + 1
+        if self.non_finite == MAX_NON_FINITE:
+            raise UserError(
+                f"step {self.state.global_step + 1}: the loss was not finite {MAX_NON_FINITE} times in a row, the last "
+                f"time for {first_few(ids)}; lower the learning rate, go on from an earlier checkpoint, or use bf16"
+            )
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The recipe's schedule; with `swa_lr` held at that learning rate from the step on at which SWA begins."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.swa_lr is not None:
+            begin, held = first_step(self.args.swa_start, num_training_steps), self.args.swa_lr
+            scheduler.lr_lambdas = [  # step k of the run, counted from 1, is taken at lambda(k - 1)
+                lambda step, usual=usual, peak=peak: held / peak if step + 1 >= begin else usual(step)
+                for usual, peak in zip(scheduler.lr_lambdas, scheduler.base_lrs)
+            ]
+        return scheduler
+
+    def skipped_steps(self) -> int:
+        """Steps that the fp16 loss scaler skipped: the schedule, which checkpoints keep, does not move at those."""
+        return self.state.global_step - self.lr_scheduler.last_epoch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.fp16 and "loss" in logs:
+            logs["skipped_steps"] = self.skipped_steps()
+        super().log(logs, start_time)
+
+    def _build_accelerator_args(self, **kwargs) -> dict:
+        """The scaler starts low enough to let the first steps through; by default it skips some of a short run."""
+        built = super()._build_accelerator_args(**kwargs)
+        built["kwargs_handlers"].append(GradScalerKwargs(init_scale=SCALER_START))
+        return built
+
+    def _save_checkpoint(self, model, trial):
+        """As the Trainer does; one that is written anew is not whole meanwhile."""
+        Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", COMPLETE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Score the validation fold with the raw weights and with each average, as predict.py will."""
