@@ -30,13 +30,18 @@ def main() -> None:
     parser.add_argument("config", help="config.json of the shape")
     parser.add_argument("output_dir")
     args = parser.parse_args()
-    qwen_processor(Path(args.config).parent).save_pretrained(args.output_dir)
-    values = read_json(args.config)
+    write_random_model(Path(args.config), args.output_dir)
+
+
+def write_random_model(config_file: Path, output_dir: str | Path) -> None:
+    """Weights (on the GPU where there is one), config and processor, as a model folder. The 7B takes 17 GB."""
+    qwen_processor(config_file.parent).save_pretrained(output_dir)
+    values = read_json(config_file)
     torch.manual_seed(42)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(args.output_dir, max_shard_size="4GB")
+    model.save_pretrained(output_dir, max_shard_size="4GB")
 
 
 def qwen_processor(folder: Path) -> Qwen2_5_VLProcessor:

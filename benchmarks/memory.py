@@ -1,0 +1,232 @@
+"""Measure the peak GPU memory and the time of real training steps, beside the estimates of vqa/memory.py and speed.py.
+
+    python benchmarks/memory.py --configs QWEN_FOLDER --models 3B 7B --sizes 384 768 --batches 1 8 --output mem.jsonl
+    python benchmarks/memory.py --models checkpoints/tiny --sizes 112 --batches 2         # a dry run; no GPU needed
+
+Random weights in the shape of `config_3B.json` and so on in QWEN_FOLDER (which also holds Qwen's vocabulary), in 4
+bits where there is a GPU; the adapter, the Trainer and both averages as in train_fold.py. One JSON line a measurement,
+written at once. Every picture has the full pixel budget.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
+from random_model import write_random_model  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from callbacks import EMACallback, SWACallback  # noqa: E402
+from collator import Collator  # noqa: E402
+from vqa.arguments import ModelArguments, RecipeArguments  # noqa: E402
+from vqa.errors import UserError, run  # noqa: E402
+from vqa.memory import (  # noqa: E402
+    GIB,
+    Batch,
+    Setup,
+    base_bytes,
+    outline,
+    trained_parameters,
+    training_peak,
+    validation_peak,
+)
+from vqa.model import add_adapter, load_base, load_processor  # noqa: E402
+from vqa.precision import model_dtype  # noqa: E402
+from vqa.prompt import letter_ids  # noqa: E402
+from vqa.scoring import score_rows  # noqa: E402
+from vqa.speed import measured_rate, seconds_a_batch  # noqa: E402
+from vqa.training import FoldTrainer, TellEpoch, TrainRows  # noqa: E402
+
+ACCUMULATION = 2  # batches a step, so that gradients are held while the second one is at its peak
+EVAL_BATCH = 16
+CHOICES = ["빨간 우산을 쓴 사람", "파란 자전거를 탄 아이", "노란 버스 두 대", "초록색 간판"]
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        picture = draw_picture(Path(temporary))
+        for name in args.models:
+            with model_folder(name, args.configs, args.folder) as folder:
+                measure_model(name, folder, args, picture, Path(temporary))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", type=Path, help="folder of config_3B.json, ... and Qwen's vocabulary")
+    parser.add_argument("--models", nargs="+", default=["3B", "7B"], help="names in it, or model folders")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[384, 768], help="image_size (default: 384 768)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows a batch (default: 1 8)")
+    parser.add_argument("--steps", type=int, default=3, help="optimiser steps (default: 3)")
+    parser.add_argument("--folder", help="where the random weights go while it runs (default: the system's)")
+    parser.add_argument("--output", help="file that the JSON lines are appended to as well")
+    return parser.parse_args()
+
+
+def draw_picture(folder: Path) -> Path:
+    path = folder / "picture.jpg"
+    Image.effect_noise((1000, 1000), 80).convert("RGB").save(path)
+    return path
+
+
+@contextmanager
+def model_folder(name: str, configs: Path | None, place: str | None) -> Iterator[str]:
+    """The folder of a model: `name` itself, left as it is, or random weights that go when the block ends."""
+    if Path(name, "config.json").is_file():
+        yield name
+        return
+    if configs is None or not (configs / f"config_{name}.json").is_file():
+        raise UserError(f"{name} is no model folder, and there is no config_{name}.json in --configs {configs}")
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        start = time.time()
+        write_random_model(configs / f"config_{name}.json", folder)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"{name}: random weights written in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+        yield folder
+
+
+def measure_model(name: str, folder: str, args: argparse.Namespace, picture: Path, temporary: Path) -> None:
+    """Measure one model at every size and batch. The base is loaded once; each measurement has a fresh adapter."""
+    on_gpu, start = torch.cuda.is_available(), time.time()
+    model_args, dtype = ModelArguments(model=folder, load_in_4bit=on_gpu), model_dtype(fp16=on_gpu)
+    processor = load_processor(folder)
+    base = load_base(folder, on_gpu, dtype)
+    print(f"{name}: loaded in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+    shape = outline(model_args, dtype)
+    for size in args.sizes:
+        for batch_size in args.batches:
+            model = add_adapter(base, model_args.lora_rank, model_args.lora_alpha, model_args.lora_dropout)
+            recipe = make_recipe(temporary / "run", args.steps, batch_size, on_gpu)
+            setup = Setup(shape, on_gpu, checkpointing=True, optimizer=recipe.optim.value)
+            line = {"model": name, "image_size": size, "batch": batch_size}
+            line |= measure(model, processor, recipe, setup, size, picture)
+            tell(line, args.output)
+            base = model.unload()
+            del model
+
+
+def make_recipe(folder: Path, steps: int, batch_size: int, on_gpu: bool) -> RecipeArguments:
+    return RecipeArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=EVAL_BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
+        gradient_checkpointing=True,
+        fp16=on_gpu,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def measure(model, processor, recipe: RecipeArguments, setup: Setup, size: int, picture: Path) -> dict:
+    """Train and validate a few batches: peaks in GiB, seconds a batch (the first step left out), and the estimates."""
+    question = "사진의 왼쪽에 보이는 것은 무엇인가요?"
+    rows = [
+        {"id": str(i), "image": str(picture), "question": question, "choices": CHOICES, "answer": i % 4}
+        for i in range(max(EVAL_BATCH, recipe.per_device_train_batch_size * ACCUMULATION))
+    ]
+    train_rows, averages, clock = TrainRows(rows, True, 42), [EMACallback(), SWACallback()], Clock()
+    collate, prompts = Collator(processor, size, with_answer=True), Collator(processor, size)
+    ids, example = letter_ids(processor), collate(rows[:1])
+    trainer = FoldTrainer(
+        model,
+        recipe,
+        data_collator=collate,
+        train_dataset=train_rows,
+        eval_dataset=[],
+        callbacks=[TellEpoch(train_rows), *averages, clock],
+        averages=averages,
+        letter_ids=ids,
+        prompts=prompts,
+    )
+    shape = Batch(recipe.per_device_train_batch_size, example["input_ids"].shape[1], len(example["pixel_values"]))
+    with Peak() as training:
+        trainer.train()
+    with Peak() as validation:
+        score_rows(trainer.accelerator.unwrap_model(trainer.model), rows[:EVAL_BATCH], prompts, ids, EVAL_BATCH)
+    eval_shape = Batch(EVAL_BATCH, shape.tokens, shape.patches)
+    return {
+        "tokens": shape.tokens,
+        "patches": shape.patches,
+        "averaged_steps": averages[0].updates,  # 0: the loss scaler skipped every step, and the optimiser has no state
+        **compare("", training.gib, training_peak(setup, shape) / GIB),
+        **compare("start_", training.gib_before, (base_bytes(setup) + 4 * trained_parameters(setup)) / GIB),
+        **compare("validation_", validation.gib, validation_peak(setup, eval_shape) / GIB),
+        "seconds": round(clock.seconds / ACCUMULATION, 3),
+        "estimated_seconds": estimated_seconds(setup, shape),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def compare(prefix: str, measured: float | None, estimated: float) -> dict:
+    ratio = measured and round(estimated / measured, 3)
+    return {
+        f"{prefix}measured_gib": measured and round(measured, 3),
+        f"{prefix}estimated_gib": round(estimated, 3),
+        f"{prefix}ratio": ratio,
+    }
+
+
+def estimated_seconds(setup: Setup, shape: Batch) -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    return round(seconds_a_batch(setup, shape, training=True, operations_a_second=measured_rate(setup, shape)), 3)
+
+
+class Peak:
+    """The most that torch allocates on the GPU within the block, in GiB; None without a GPU."""
+
+    gib = gib_before = None
+
+    def __enter__(self):
+        gc.collect()  # the last measurement's trainer refers to itself
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.gib_before = torch.cuda.memory_allocated() / GIB
+        return self
+
+    def __exit__(self, *error):
+        if torch.cuda.is_available():
+            self.gib = torch.cuda.max_memory_allocated() / GIB
+
+
+class Clock(TrainerCallback):
+    """Seconds of the quickest step after the first one, which also starts CUDA up; 0 where there was only one."""
+
+    def __init__(self):
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        return min((b - a for a, b in zip(self.ends, self.ends[1:])), default=0.0)
+
+
+def tell(line: dict, output: str | None) -> None:
+    text = json.dumps(line)
+    print(text, flush=True)
+    if output:
+        with open(output, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

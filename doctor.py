@@ -1,0 +1,276 @@
+"""Look over a run before it costs a GPU hour: its args, its data and its model's shape, without loading weights.
+
+    python doctor.py args/fold0.json
+    python doctor.py args/fold0.json --image_size 512 --per_device_train_batch_size 4
+
+Takes what train_fold.py takes, needs no GPU, and ends with `ready` (exit code 0) or with a numbered list of what to
+mend (exit code 1). Warnings do not stand in the way. What cannot even be read is one line, with exit code 2.
+"""
+
+import math
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+
+from collator import Collator
+from vqa.arguments import DataArguments, ModelArguments, RecipeArguments, folds_file, parse_arguments
+from vqa.checks import (
+    adapter_problems,
+    adapter_targets,
+    equal_choices,
+    images_across_folds,
+    label_problems,
+    missing_weights,
+    shared_images,
+    split_problems,
+    supervised_texts,
+)
+from vqa.errors import UserError, first_few, run
+from vqa.folds import read_folds, split_fold
+from vqa.images import check_images, target_size, upright_size
+from vqa.memory import CUDA_BYTES, GIB, T4_BYTES, Batch, Setup, outline, resident_terms, training_peak, validation_peak
+from vqa.model import load_processor
+from vqa.precision import model_dtype
+from vqa.prompt import LETTERS, letter_ids, messages, render, shown_answer
+from vqa.rows import read_rows
+from vqa.speed import measured_rate, seconds_a_batch
+from vqa.training import TrainRows
+
+MOST_ROWS = 2000  # whose text is tokenised: enough for a median
+LONGEST_ROWS = 100  # by characters; tokenised in any case, since the longest row sets the peak
+
+
+def main() -> None:
+    model_args, data, recipe, _ = parse_arguments(sys.argv[1:], __doc__, trains=False)
+    contest = read_contest(data)
+    processor = load_processor(model_args.model, model_args.trust_remote_code)
+    collate = Collator(processor, data.image_size, data.instruction, with_answer=True)
+    model = outline(model_args, model_dtype(recipe.fp16, recipe.bf16))
+    findings = Findings()
+    look_at_labels(findings, collate, TrainRows(contest.train, data.shuffle_choices, recipe.seed))
+    look_at_model(findings, model_args, model)
+    train, valid = look_at_tokens(findings, collate, contest)
+    look_at_rows(findings, contest, data)
+    look_at_cost(findings, make_setup(model_args, recipe, model), recipe, data, train, valid)
+    findings.conclude()
+
+
+@dataclass
+class Findings:
+    """What the sections found: what stands in the way of training, and what only deserves a look."""
+
+    blockers: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def conclude(self) -> None:
+        """Print both; exit with code 1 if there is anything to mend."""
+        if self.warnings:
+            heading("Worth a look")
+            for warning in self.warnings:
+                print(f"- {warning}")
+        if not self.blockers:
+            print("\nready")
+            return
+        heading("To mend before training")
+        for number, blocker in enumerate(self.blockers, start=1):
+            print(f"{number}. {blocker}")
+        sys.exit(1)
+
+
+@dataclass
+class Contest:
+    """Rows of train_csv with the fold of each (None where the run has no folds), its two halves, and the test rows."""
+
+    rows: list[dict]
+    folds: np.ndarray | None
+    train: list[dict]
+    valid: list[dict]
+    test: list[dict]
+
+
+@dataclass
+class Lengths:
+    """Tokens of each row, or of a sample of the `rows`: text and image together, and of the image alone.
+
+    `patches` is how many the vision tower sees for an image token.
+    """
+
+    rows: int
+    tokens: np.ndarray
+    image_tokens: np.ndarray
+    patches: int
+
+    def batch(self, rows: int, statistic=np.max) -> Batch:
+        return Batch(rows, int(statistic(self.tokens)), self.patches * int(statistic(self.image_tokens)))
+
+
+def read_contest(data: DataArguments) -> Contest:
+    """Read and check the CSVs, the folds file and every image, as training does."""
+    rows = read_rows(data.train_csv, data.image_root, with_answer=True).to_list()
+    test = read_rows(data.test_csv, data.image_root).to_list() if Path(data.test_csv).is_file() else []
+    for these, label in ((rows, data.train_csv), (test, data.test_csv)):
+        check_images(these, label)
+    if data.fold is None:
+        return Contest(rows, None, rows, [], test)
+    path = folds_file(data)
+    folds = read_folds(path, [row["id"] for row in rows], data.train_csv)
+    train, valid = split_fold(folds, data.fold, path)
+    return Contest(rows, folds, [rows[i] for i in train], [rows[i] for i in valid], test)
+
+
+def look_at_labels(findings: Findings, collate: Collator, rows: TrainRows) -> None:
+    heading("Prompt and labels")
+    try:
+        ids = letter_ids(collate.processor)
+    except UserError as error:
+        findings.blockers.append(str(error))
+        return
+    print("the prediction prompt is, token for token, a prefix of the training text")
+    print(f"letters, one token each: {', '.join(f'{letter} {number}' for letter, number in zip(LETTERS, ids))}")
+    three = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
+    for row, text in zip(three, supervised_texts(collate, three)):
+        right, letter = row["choices"][row["answer"]], LETTERS[shown_answer(row)]
+        print(f"{row['id']}: the right choice {right!r} is shown at {letter}; the labels cover {text!r}")
+    findings.blockers += label_problems(collate, three)
+
+
+def look_at_model(findings: Findings, args: ModelArguments, model: PeftModel) -> None:
+    heading("Model and adapter")
+    trained, total = model.get_nb_trainable_parameters()
+    print(f"{args.model}: {total:,} parameters, of which {trained:,} are trained ({trained / total:.2%})")
+    print("adapter on " + ", ".join(f"{count} {name}" for name, count in adapter_targets(model).items()))
+    problems = adapter_problems(model)
+    print("none of it in the vision tower" if not problems else problems[0])
+    findings.blockers += problems
+    if missing := missing_weights(args.model):
+        findings.blockers.append(f"{args.model} lacks {first_few(missing)}; copy or download the model again")
+
+
+def look_at_tokens(findings: Findings, collate: Collator, contest: Contest) -> tuple[Lengths, Lengths | None]:
+    """Print what the pixel budget makes of the images. (lengths of the training rows, of the validation rows)."""
+    heading("Images and tokens")
+    processor = collate.processor.image_processor
+    side = processor.patch_size * processor.merge_size
+    paths = sorted({row["image"] for row in contest.rows})
+    sizes = [upright_size(path) for path in tqdm(paths, desc="reading image sizes", leave=False, disable=None)]
+    grids = [target_size(*size, collate.image_size, patch=processor.patch_size) for size in sizes]
+    tokens = dict(zip(paths, (width * height // side**2 for width, height in grids)))
+    by_tokens = sorted(range(len(paths)), key=lambda i: tokens[paths[i]])
+    for name, i in (("smallest", 0), ("median", len(paths) // 2), ("largest", -1)):
+        chosen = by_tokens[i]
+        size, grid = (" x ".join(map(str, pair)) for pair in (sizes[chosen], grids[chosen]))
+        print(f"{name:8} image {size}, seen as {grid} pixels: {tokens[paths[chosen]]} tokens")
+    larger = sum(width * height > collate.image_size**2 for width, height in sizes)
+    print(f"{larger} of {len(paths)} images have more pixels than image_size {collate.image_size} lets the model see")
+    train, valid = (lengths(rows, tokens, collate) if rows else None for rows in (contest.train, contest.valid))
+    middle, most = int(np.median(train.tokens)), train.tokens.max()
+    print(f"tokens a training row, text and image: median {middle}, longest {most}")
+    return train, valid
+
+
+def lengths(rows: list[dict], image_tokens: dict[str, int], collate: Collator) -> Lengths:
+    """Tokens of the rows, or of a sample of them by seed and the longest ones, where there are very many."""
+    total = len(rows)
+    if total > MOST_ROWS + LONGEST_ROWS:
+        by_length = sorted(rows, key=lambda row: len(row["question"]) + sum(map(len, row["choices"])))
+        rows = random.Random(0).sample(by_length[:-LONGEST_ROWS], MOST_ROWS) + by_length[-LONGEST_ROWS:]
+    texts = []
+    for row in tqdm(rows, desc="counting tokens", leave=False, disable=None):
+        conversation = messages(row, {"type": "image"}, collate.instruction, collate.special)
+        texts.append(render(collate.processor, conversation, LETTERS[row["answer"]]))
+    text_tokens = np.array([len(ids) - 1 for ids in collate.processor.tokenizer(texts).input_ids])  # 1: <|image_pad|>
+    images = np.array([image_tokens[row["image"]] for row in rows])
+    return Lengths(total, text_tokens + images, images, collate.processor.image_processor.merge_size**2)
+
+
+def look_at_rows(findings: Findings, contest: Contest, data: DataArguments) -> None:
+    heading("Rows")
+    answers = pd.Series([LETTERS[row["answer"]] for row in contest.rows], name="answer")
+    folds = ["-"] * len(answers) if contest.folds is None else contest.folds
+    print(pd.crosstab(pd.Series(folds, name="fold"), answers, margins=True).to_string())
+    counts = Counter(len(row["choices"]) for row in contest.rows)
+    print("choices a row: " + ", ".join(f"{counts[n]} rows offer {n}" for n in sorted(counts)))
+    for rows, label in ((contest.rows, data.train_csv), (contest.test, data.test_csv)):
+        if equal := equal_choices(rows):
+            findings.warnings.append(f"{label}: {count(equal, 'row')} with two equal choices: {first_few(equal)}")
+    if pairs := shared_images(contest.test, contest.rows):
+        named = first_few([f"{a} and {b}" for a, b in pairs])
+        findings.warnings.append(f"{count(pairs, 'test row')} with the very image of a training row: {named}")
+    elif not contest.test:
+        findings.warnings.append(f"{data.test_csv}: no such file, so the test rows have not been looked at")
+    if contest.folds is None:
+        return
+    findings.blockers += split_problems(contest.train, contest.valid)
+    if across := images_across_folds(contest.rows, contest.folds):
+        named = first_few([" and ".join(ids[:2]) for ids in across])
+        findings.warnings.append(f"{count(across, 'image')} in more than one fold: {named}; the folds' scores flatter")
+
+
+def make_setup(args: ModelArguments, recipe: RecipeArguments, model: PeftModel) -> Setup:
+    averages = (recipe.ema_decay > 0) + (recipe.swa_start is not None)
+    return Setup(model, args.load_in_4bit, bool(recipe.gradient_checkpointing), recipe.optim.value, averages)
+
+
+def look_at_cost(
+    findings: Findings,
+    setup: Setup,
+    recipe: RecipeArguments,
+    data: DataArguments,
+    train: Lengths,
+    valid: Lengths | None,
+) -> None:
+    heading("Memory and time (estimates)")
+    peaks = {"training": training_peak(setup, train.batch(recipe.per_device_train_batch_size))}
+    if valid and recipe.eval_strategy != "no":
+        peaks["validation"] = validation_peak(setup, valid.batch(recipe.per_device_eval_batch_size))
+    print("held throughout, GiB: " + ", ".join(f"{k} {v / GIB:.2f}" for k, v in resident_terms(setup).items()))
+    print("peak with the longest rows, GiB: " + ", ".join(f"{k} {v / GIB:.1f}" for k, v in peaks.items()))
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    room, name = (gpu.total_memory, gpu.name) if gpu else (T4_BYTES, "a 16 GB T4")
+    print(f"{name} has {room / GIB:.1f} GiB, of which CUDA itself takes about {CUDA_BYTES / GIB:.1f}")
+    worst = max(peaks, key=peaks.get)
+    if peaks[worst] + CUDA_BYTES > room:
+        batch_size = "per_device_train_batch_size" if worst == "training" else "per_device_eval_batch_size"
+        findings.warnings.append(
+            f"{worst} peaks at about {peaks[worst] / GIB:.1f} GiB, too much for {name}: halve {batch_size} or lower "
+            "image_size"
+        )
+    if gpu:
+        rows = min(train.rows, data.max_train_rows or train.rows)
+        minutes = training_seconds(setup, recipe, train, rows) / 60
+        print(f"training takes roughly {minutes:.0f} minutes on this GPU, validation not included")
+        return
+    print("time: unknown without a GPU")
+    fields = {"load_in_4bit": setup.load_in_4bit, "fp16": recipe.fp16, "bf16": recipe.bf16}
+    if wanted := [name for name, is_set in fields.items() if is_set]:
+        findings.warnings.append(f"there is no GPU here; training will need one for {first_few(wanted)}")
+
+
+def training_seconds(setup: Setup, recipe: RecipeArguments, train: Lengths, rows: int) -> float:
+    """Seconds of training on `rows` rows of median length on this GPU alone."""
+    batch = train.batch(recipe.per_device_train_batch_size, np.median)
+    batches = recipe.num_train_epochs * math.ceil(rows / batch.rows)
+    if recipe.max_steps > 0:
+        batches = recipe.max_steps * recipe.gradient_accumulation_steps
+    return batches * seconds_a_batch(setup, batch, training=True, operations_a_second=measured_rate(setup, batch))
+
+
+def heading(text: str) -> None:
+    print(f"\n{text}\n{'-' * len(text)}")
+
+
+def count(items: Sequence, what: str) -> str:
+    return f"{len(items)} {what}{'s' if len(items) != 1 else ''}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,48 @@
+"""How long training will take on this GPU: its arithmetic, counted, over the speed of a product timed here."""
+
+import time
+
+import torch
+
+from vqa.families import vision_tower
+from vqa.memory import Batch, Setup, layers, linear_parameters, text_config
+
+# A step takes so many times as long as its matrix products alone: attention, norms, dropout, unpacking 4 bits.
+# Measured on an H200 with the 3B in 4 bits, batches of 32 and 64.
+BESIDE_PRODUCTS = 2.5
+# Where batches are small it is the host that limits: seconds to launch one layer's kernels, once through. The same
+# GPU, batches of 8.
+LAUNCH_SECONDS = 0.004
+
+
+def seconds_a_batch(setup: Setup, batch: Batch, training: bool, operations_a_second: float) -> float:
+    """Seconds of one batch, right within a factor of two or so."""
+    passes = (3 if setup.checkpointing else 2) if training else 1
+    products = operations(setup, batch, training) / operations_a_second
+    return max(BESIDE_PRODUCTS * products, LAUNCH_SECONDS * layers(setup) * passes)
+
+
+def operations(setup: Setup, batch: Batch, training: bool) -> int:
+    """Floating-point operations of a batch's matrix products: two for each weight and token, in each pass.
+
+    Frozen weights have no gradient, so the backward pass costs as much as the forward one; checkpointing runs the
+    language model forward once more. The vision tower only runs forward.
+    """
+    passes = (3 if setup.checkpointing else 2) if training else 1
+    vision = sum(p.numel() for p in vision_tower(setup.model.get_base_model()).blocks.parameters())
+    return 2 * batch.rows * (passes * batch.tokens * linear_parameters(setup) + batch.patches * vision)
+
+
+def measured_rate(setup: Setup, batch: Batch) -> float:
+    """Operations a second of this GPU at the language model's largest product, in the model's dtype."""
+    text, dtype = text_config(setup), setup.model.get_base_model().dtype
+    tokens = torch.randn(batch.rows * batch.tokens, text.hidden_size, device="cuda").to(dtype)
+    weight = torch.randn(text.hidden_size, text.intermediate_size, device="cuda").to(dtype)
+    for rounds in (3, 20):  # the first ones also start CUDA up
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(rounds):
+            tokens @ weight
+        torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) / rounds
+    return 2 * tokens.numel() * text.intermediate_size / seconds
