@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
 
@@ -70,8 +71,7 @@ class WeightAverage(TrainerCallback):
         if state.global_step:  # a resumed run
             tensors = load_file(Path(args.resume_from_checkpoint, self.file_name))
             self.updates = int(tensors.pop("updates"))
-            devices = {name: parameter.device for name, parameter in trainable(model)}
-            self.average = {name: tensor.to(devices[name]) for name, tensor in tensors.items()}
+            self.average = {name: split_like(parameter, tensors[name]) for name, parameter in trainable(model)}
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         # A step that the fp16 loss scaler skipped changed nothing, so it does not count.
@@ -79,9 +79,10 @@ class WeightAverage(TrainerCallback):
             self.update(model)
 
     def on_save(self, args, state, control, **kwargs):
+        average = {name: whole(tensor) for name, tensor in self.average.items()}
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")  # there already: the Trainer made it
-            save_file(self.average | {"updates": torch.tensor(self.updates)}, folder / self.file_name)
+            save_file(average | {"updates": torch.tensor(self.updates)}, folder / self.file_name)
 
     @property
     def file_name(self) -> str:
@@ -135,3 +136,16 @@ def first_step(start: float, steps: int) -> int:
 def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """(name, parameter) of what is trained, named as in the bare model whatever wraps it."""
     return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP has split among the processes; all of them have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def split_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` on the device of `parameter`, and split as FSDP has split that."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor

@@ -6,19 +6,22 @@ accelerate launch --config_file args/accelerate/cpu.yaml tests/jobs.py FOLDER   
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from transformers import Trainer, TrainingArguments
 
 import train_fold
-from callbacks import EMACallback, SWACallback
+from callbacks import EMACallback, SWACallback, whole
 from vqa.errors import run
 
 STEPS, DECAY, START = 200, 0.9, 0.25
@@ -45,7 +48,8 @@ def train(argv: list[str], record: Path) -> None:
 
         def train(self, *args, **kwargs):
             result = super().train(*args, **kwargs)
-            averages.update({average.name: average.average for average in self.averages})
+            for callback in self.averages:
+                averages[callback.name] = {name: whole(tensor) for name, tensor in callback.average.items()}
             return result
 
     code = 0
@@ -104,7 +108,7 @@ def distance_from_torch(folder: Path) -> dict[str, float]:
     optimizer.register_step_post_hook(after_step)
     args = TrainingArguments(
         str(folder / "small"), use_cpu=True, max_steps=STEPS, per_device_train_batch_size=2, disable_tqdm=True,
-        gradient_accumulation_steps=2, save_strategy="no", logging_strategy="no", report_to="none",
+        gradient_accumulation_steps=2, ddp_find_unused_parameters=False, save_strategy="no", logging_strategy="no", report_to="none",
     )  # fmt: skip
     args.dataloader_pin_memory = False
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
@@ -120,6 +124,28 @@ def distance_from_torch(folder: Path) -> dict[str, float]:
     return distances
 
 
+@contextmanager
+def fsdp_on_a_cpu():
+    """The environment that `accelerate launch` makes of fsdp.yaml, and what makes accelerate heed it on a CPU."""
+    launch = launch_command_parser().parse_args(["--config_file", "args/accelerate/fsdp.yaml", "train_fold.py"])
+    made = prepare_multi_gpu_env(_validate_launch_command(launch)[0])
+    ours = {name: value for name, value in made.items() if "FSDP" in name}
+    parse = train_fold.parse_arguments
+
+    def parsed(*args):
+        result = parse(*args)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return result
+
+    os.environ.update(ours)
+    try:
+        with swapped(train_fold, "parse_arguments", parsed):
+            yield
+    finally:
+        for name in ours:
+            del os.environ[name]
+
+
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     written = set()
@@ -131,7 +157,8 @@ def main(folder: Path) -> None:
 
     sys.addaudithook(watch)
     for name, argv in json.loads((folder / "jobs.json").read_text()).items():
-        train(argv, folder / "records" / f"{name}.{rank}")
+        with fsdp_on_a_cpu() if name.startswith("fsdp") else nullcontext():
+            train(argv, folder / "records" / f"{name}.{rank}")
         PartialState().wait_for_everyone()
     record = {"written": sorted(written), "distances": distance_from_torch(folder)}
     (folder / "records" / f"all.{rank}.json").write_text(json.dumps(record))

@@ -5,12 +5,15 @@ from collections.abc import Iterable
 
 import torch
 
+from callbacks import whole
+
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """The first 16 hex digits of SHA-256 over names, shapes, dtypes and bytes of (name, tensor) in sorted order."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        tensor = whole(tensor)
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 

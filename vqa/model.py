@@ -28,15 +28,18 @@ def load_processor(model: str, trust_remote_code: bool = False):
 def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
     """The frozen base model on this process's device, in `dtype`, with SDPA attention. Weights: safetensors only."""
     check_model_path(model)
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # set by `accelerate launch`
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if fsdp else torch.uint8,  # FSDP splits what is stored as floating point
         llm_int8_skip_modules=NOT_IN_4BIT,
     )
-    # Under DDP each process holds a copy of its own, on its own GPU.
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    # Under DDP each process holds a copy of its own, on its own GPU. FSDP takes each layer's share from the CPU.
+    on_gpu = torch.cuda.is_available() and not fsdp
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu"
     base = AutoModelForImageTextToText.from_pretrained(
         model,
         dtype=dtype,

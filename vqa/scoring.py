@@ -17,7 +17,7 @@ from vqa.precision import half_autocast
 from vqa.prompt import LETTERS
 from vqa.vision import encode_images
 
-MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered", "ids", "weight")  # ours; the model would swallow them without a word
+MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered", "ids", "weight")  # ours; a model swallows them without a word
 
 
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: int = 1) -> torch.Tensor:
@@ -25,7 +25,7 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: 
     if "pixel_values" in batch and not is_fsdp_managed_module(model):  # FSDP's parts are whole in its forward only
         batch = encode_images(model, batch)
     inputs = {key: value for key, value in batch.items() if key not in MODEL_KEYS_LEFT_OUT}
-    return model(**inputs, logits_to_keep=keep).logits.float()
+    return model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()  # nothing is generated
 
 
 def letter_logits(logits: torch.Tensor, letter_ids: list[int], offered: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from accelerate.utils import GradScalerKwargs, gather_object
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
-from callbacks import WeightAverage, first_step
+from callbacks import WeightAverage, first_step, trainable, whole
 from collator import IGNORE, Collator
 from vqa.errors import UserError, first_few
 from vqa.files import read_json, write_json
@@ -120,8 +120,8 @@ class FoldTrainer(Trainer):
         self.non_finite = 0 if loss.isfinite() else self.non_finite + 1
         if self.non_finite == MAX_NON_FINITE:
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss was not finite {MAX_NON_FINITE} times in a row, the last "
-                f"time for {first_few(ids)}; lower the learning rate, go on from an earlier checkpoint, or use bf16"
+                f"step {self.state.global_step + 1}: the loss was not finite {MAX_NON_FINITE} times in a row, for "
+                f"{first_few(ids)}; lower the learning rate, go on from an earlier checkpoint, or use bf16"
             )
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -180,13 +180,10 @@ class FoldTrainer(Trainer):
         label = f"validating {name}" if rank == 0 and not self.args.disable_tqdm else None
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         model = self.accelerator.unwrap_model(self.model)
-        own = score_rows(
-            model, self.eval_dataset[rank::processes], self.prompts, self.letter_ids, size, label, workers
-        )
-        probabilities = np.zeros((len(self.eval_dataset), own.shape[1]))
-        for start, part in enumerate(gather_object([own])):
-            probabilities[start::processes] = part
-        return probabilities
+        # The same number of rows for each, by repeating the first: under FSDP all of them take part in every batch.
+        share = self.eval_dataset + self.eval_dataset[:1] * (-len(self.eval_dataset) % processes)
+        own = score_rows(model, share[rank::processes], self.prompts, self.letter_ids, size, label, workers)
+        return np.stack(gather_object([own]), axis=1).reshape(len(share), -1)[: len(self.eval_dataset)]
 
     def _keep_if_best(self, name: str, scores: dict[str, float], probabilities: np.ndarray) -> None:
         if name not in self.best or self._merit(scores) > self._merit(self.best[name]):
@@ -205,13 +202,14 @@ class FoldTrainer(Trainer):
 
     def export(self, name: str, probabilities: np.ndarray | None = None) -> None:
         """Write the adapter that the model now holds, in PEFT's form, and its out-of-fold file beside it."""
+        model = self.accelerator.unwrap_model(self.model)
+        adapter = {name: whole(parameter) for name, parameter in trainable(model)}
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir) / ("" if name == "raw" else name)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=".export-") as temporary:
-            model = self.accelerator.unwrap_model(self.model)
-            model.save_pretrained(temporary, save_embedding_layers=False)
+            model.save_pretrained(temporary, state_dict=adapter, save_embedding_layers=False)
             if probabilities is not None:
                 write_predictions(Path(temporary, "oof.csv"), self.eval_dataset, probabilities)
             for file in Path(temporary).iterdir():
