@@ -71,7 +71,8 @@ class WeightAverage(TrainerCallback):
         if state.global_step:  # a resumed run
             tensors = load_file(Path(args.resume_from_checkpoint, self.file_name))
             self.updates = int(tensors.pop("updates"))
-            self.average = {name: split_like(parameter, tensors[name]) for name, parameter in trainable(model)}
+            parameters = dict(trainable(model))
+            self.average = {name: split_like(parameters[name], tensor) for name, tensor in tensors.items()}
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         # A step that the fp16 loss scaler skipped changed nothing, so it does not count.

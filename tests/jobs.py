@@ -108,7 +108,8 @@ def distance_from_torch(folder: Path) -> dict[str, float]:
     optimizer.register_step_post_hook(after_step)
     args = TrainingArguments(
         str(folder / "small"), use_cpu=True, max_steps=STEPS, per_device_train_batch_size=2, disable_tqdm=True,
-        gradient_accumulation_steps=2, ddp_find_unused_parameters=False, save_strategy="no", logging_strategy="no", report_to="none",
+        gradient_accumulation_steps=2, save_strategy="no", logging_strategy="no", report_to="none",
+        ddp_find_unused_parameters=False,
     )  # fmt: skip
     args.dataloader_pin_memory = False
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from conftest import ENVIRONMENT, ROOT, TINY, draw_contest
 from jobs import STEPS, distance_from_torch, train
 from safetensors.torch import load_file
@@ -265,3 +267,14 @@ def test_full_determinism_gives_the_same_bytes_whatever_was_drawn_before(folder)
         files["first"]
     )
     assert files["first"] == files["second"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "args" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_accelerate_config_is_valid_and_begins_with_its_command(path):
+    comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    commands = [line.strip("# ") for line in comment if "accelerate launch" in line]
+    for words in map(str.split, commands):
+        assert words[words.index("--config_file") + 1] == str(path.relative_to(ROOT))
+        launch = launch_command_parser().parse_args(words[2:])  # an unknown flag, or file, is an error here
+        assert launch.training_script == "train_fold.py" and Path(ROOT, launch.training_script_args[0]).is_file()
+    assert commands and load_config_from_file(str(path)).mixed_precision == "no", "the args file says fp16 or bf16"
