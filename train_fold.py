@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import enable_full_determinism, set_seed
 
 from callbacks import EMACallback, SWACallback, WeightAverage
 from collator import Collator
 from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_arguments
+from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run
 from vqa.files import read_json, write_json
 from vqa.fingerprint import adapter_fingerprint, base_fingerprint
@@ -47,12 +49,14 @@ def main() -> None:
     dtype = model_dtype(recipe.fp16, recipe.bf16)
     base = load_base(model_args.model, model_args.load_in_4bit, dtype, model_args.trust_remote_code)
     model = add_adapter(base, model_args.lora_rank, model_args.lora_alpha, model_args.lora_dropout)
+    collate = Collator(processor, data.image_size, data.instruction, with_answer=True)
+    settled_once(lambda: check_before_training(model, collate, train_rows, valid_rows))
 
     rows, stop = TrainRows(train_rows, data.shuffle_choices, recipe.seed), StopInTime(recipe.max_hours)
     trainer = FoldTrainer(
         model,
         recipe,
-        data_collator=Collator(processor, data.image_size, data.instruction, with_answer=True),
+        data_collator=collate,
         train_dataset=rows,
         eval_dataset=valid_rows,
         callbacks=[TellEpoch(rows), stop, *averages, WholeCheckpoints()],
@@ -164,3 +168,4 @@ def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float)
 
 if __name__ == "__main__":
     run(main)
+    PartialState().destroy_process_group()  # left open, it may abort a process that has ended well

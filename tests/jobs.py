@@ -167,3 +167,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    PartialState().destroy_process_group()

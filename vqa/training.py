@@ -121,7 +121,7 @@ class FoldTrainer(Trainer):
         if self.non_finite == MAX_NON_FINITE:
             raise UserError(
                 f"step {self.state.global_step + 1}: the loss was not finite {MAX_NON_FINITE} times in a row, the "
-                f"last time for {first_few(ids)}; lower the learning rate, go on from an earlier checkpoint, or use bf16"
+                f"last time for {first_few(ids)}; lower the learning rate, resume an earlier checkpoint, or use bf16"
             )
 
     def create_scheduler(self, num_training_steps, optimizer=None):
