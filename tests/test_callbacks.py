@@ -53,6 +53,23 @@ def test_swa_is_torchs_equal_mean():
     assert_equal_to(callback, oracle)
 
 
+@pytest.mark.parametrize(("start", "every", "wanted"), [(150, 1, range(150, 201)), (0.5, 7, range(101, 201, 7))])
+def test_swa_begins_at_a_step_and_takes_every_nth(start, every, wanted):
+    model, callback, seen = small_model(), SWACallback(start, every), []
+    average = AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
+    update = average.update_parameters
+    average.update_parameters = lambda model: (seen.append(callback.updates), update(model))
+    run(callback, model, average)
+    assert callback.updates == len(wanted) == len(seen)
+    due = [
+        step
+        for step in range(1, STEPS + 1)
+        if callback.is_due(None, SimpleNamespace(global_step=step, max_steps=STEPS))
+    ]
+    assert due == list(wanted)
+    assert_equal_to(callback, average)
+
+
 def test_ema_is_torchs_with_the_warmed_up_decay():
     model, callback = small_model(), EMACallback(decay=0.9)
 

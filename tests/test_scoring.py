@@ -7,6 +7,7 @@ from scipy.stats import beta
 from sklearn.metrics import accuracy_score, log_loss
 
 from collator import Collator
+from vqa.errors import UserError
 from vqa.scoring import accuracy_interval, letter_metrics, score_rows
 
 
@@ -54,6 +55,25 @@ def test_a_permuted_view_is_mapped_back_to_the_choices(processor, ids, rows):
     got = score_rows(LikesText("three"), [{**row, "order": order} for order in orders], blind, ids, 3)
     assert got.argmax(1).tolist() == [2, 2, 2]
     assert got[0] == pytest.approx(got[1]) and got[0] == pytest.approx(got[2])
+
+
+def test_logits_that_are_not_finite_name_their_rows(processor, ids, rows):
+    class Broken(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, logits_to_keep, **inputs):
+            logits = torch.zeros(len(input_ids), 1, len(processor.tokenizer))
+            logits[["unlike" in processor.tokenizer.decode(tokens) for tokens in input_ids]] = float("nan")
+            return type("Output", (), {"logits": logits})
+
+    def blind(rows):
+        return {key: value for key, value in Collator(processor, 140)(rows).items() if key != "pixel_values"}
+
+    shown = [rows[0], {**rows[1], "question": "Is it unlike the others?"}, rows[2]]
+    with pytest.raises(UserError, match=f"1 rows have logits that are not finite: {rows[1]['id']};"):
+        score_rows(Broken(), shown, blind, ids, 2)
 
 
 def test_the_model_is_left_in_the_mode_it_was_in(model, processor, ids, rows):

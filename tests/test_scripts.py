@@ -1,6 +1,7 @@
 """The scripts by their command lines: the whole job, and what each refuses."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -13,6 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from collator import Collator
+from vqa.fingerprint import fingerprint
+from vqa.model import LORA_TARGETS, load_base
 from vqa.prompt import LETTERS
 from vqa.rows import read_rows
 from vqa.scoring import score_rows
@@ -52,6 +55,49 @@ def test_the_out_of_fold_rows_are_the_fold_and_no_others(trained):
     for fold in (0, 1):
         oof = pd.read_csv(trained / "checkpoints" / f"fold{fold}" / "oof.csv")
         assert sorted(oof["id"]) == sorted(folds["id"][folds["fold"] == fold])
+
+
+def test_every_fold_starts_from_the_same_untouched_base(trained):
+    """By the fingerprints that each fold noted, and by one made here of the model folder."""
+    noted = [
+        json.loads((trained / "checkpoints" / f"fold{fold}" / "metrics.json").read_text())["fingerprints"]
+        for fold in (0, 1)
+    ]
+    assert noted[0] == noted[1]
+    base = load_base(TINY, False, torch.float32)
+    names = {f"base_model.model.{name}": p for name, p in base.named_parameters()}
+    targets = [name for name, m in base.named_modules() if re.fullmatch(LORA_TARGETS, name)]
+    for name in targets:
+        for part in ("weight", "bias"):
+            if (key := f"base_model.model.{name}.{part}") in names:
+                names[f"base_model.model.{name}.base_layer.{part}"] = names.pop(key)
+    assert fingerprint(names.items()) == noted[0]["base"]
+    changed = {name: p + 1e-3 if name.endswith("embed_tokens.weight") else p for name, p in names.items()}
+    assert fingerprint(changed.items()) != noted[0]["base"]
+
+
+def test_folds_of_different_bases_are_not_predicted_together(trained, script, tmp_path):
+    folds = [tmp_path / "fold0", tmp_path / "fold1"]
+    for fold in folds:
+        shutil.copytree(trained / "checkpoints" / fold.name, fold, ignore=shutil.ignore_patterns("checkpoint-*"))
+    metrics = json.loads((folds[1] / "metrics.json").read_text())
+    metrics["fingerprints"]["base"] = "0" * 16
+    (folds[1] / "metrics.json").write_text(json.dumps(metrics))
+    code, _, error = script("predict", *folds, "--output_dir", tmp_path / "outputs")
+    assert (code, error.count("\n")) == (2, 1) and "the same base weights" in error
+
+
+def test_training_refuses_a_leak_between_the_halves_of_a_fold(trained, script, tmp_path):
+    """A folds file that parts two copies of one image."""
+    table = pd.read_csv(trained / "data" / "train.csv", dtype=str)
+    folds = pd.read_csv(trained / "data" / "folds.csv")
+    first, second = folds.index[folds["fold"] == 0][0], folds.index[folds["fold"] == 1][0]
+    table.loc[second, "path"] = table.loc[first, "path"]
+    csv = write_csv(trained / "data" / "leak.csv", table.values.tolist(), HEADER)
+    flags = ["--train_csv", csv, "--folds_csv", trained / "data" / "folds.csv", "--output_dir", tmp_path / "out"]
+    code, _, error = script("train_fold", trained / "args" / "fold0.json", *flags)
+    last = error.splitlines()[-1]  # below the bar of loading the model
+    assert code == 2 and last.startswith("error: ") and "show an image of a training row" in last
 
 
 def test_training_changes_the_language_model_and_nothing_of_the_vision_tower(trained):

@@ -1,8 +1,8 @@
 """Drawn pictures and questions about them: the world of the tiny model and of the demo contest.
 
 Two domains share the shapes and differ in words and looks. `HOME` is what the tiny model is trained on; `CONTEST` is
-the demo: other names for the colours drawn and half of the shapes, other question wordings, grainy paper, outlines
-and tilted shapes. So the tiny model answers the contest in part, and training on the contest's rows has something to
+the demo: other names for most colours and shapes drawn, other question wordings, grainy paper, outlines and tilted
+shapes. So the tiny model answers the contest in part, and training on the contest's rows has something to
 teach.
 """
 
@@ -33,7 +33,7 @@ class Domain:
     """The words of each language, the templates of each kind of question, what is drawn, and how.
 
     words: language -> kind -> canonical name -> the names in use. questions: language -> kind -> templates.
-    colours, shapes: what stands in pictures; wrong choices come from all of them. paper: grain, outlines, tilt.
+    colours, shapes: what is drawn; wrong choices come from all that have words. paper: grain, outlines, tilt.
     """
 
     words: dict[str, dict[str, dict[str, tuple[str, ...]]]]
@@ -85,15 +85,13 @@ CONTEST = Domain(
     words={
         "en": HOME.words["en"]
         | {
-            "colour": _names(
-                dict(zip(COLOURS, "red amber yellow emerald blue violet black brown".split()))  # three new ones
-            ),
-            "shape": _names(dict(zip(SHAPES, "disc box triangle star cross ring".split()))),
+            "colour": {"red": ("red",), "orange": ("amber",), "green": ("emerald",), "purple": ("violet",)},
+            "shape": {"circle": ("disc",), "square": ("box",), "star": ("spark",), "cross": ("cross",)},
         },
         "ko": HOME.words["ko"]
         | {
-            "colour": _names(dict(zip(COLOURS, "빨강 귤색 노랑 풀색 파랑 포도색 검정 갈색".split()))),
-            "shape": _names(dict(zip(SHAPES, "동그라미 상자 세모 별 십자 고리".split()))),
+            "colour": {"red": ("빨강",), "orange": ("귤색",), "green": ("풀색",), "purple": ("포도색",)},
+            "shape": {"circle": ("동그라미",), "square": ("상자",), "star": ("불꽃",), "cross": ("십자",)},
         },
     },
     questions={
@@ -142,9 +140,7 @@ def ask(rng: random.Random, scene: Scene, domain: Domain) -> tuple[str, str, lis
     """(question, right answer, every wrong answer) about a scene, in Korean or English."""
     language = rng.choice(("ko", "en"))
     words = domain.words[language]
-    kind = rng.choice(
-        ("colour", "shape", "count", "place") if len(scene.corners) == 1 else ("colour", "shape", "count")
-    )
+    kind = rng.choice(["colour", "shape", "count", *["place"] * (len(scene.corners) == 1)])
     truth = {
         "colour": scene.colour,
         "shape": scene.shape,
