@@ -264,6 +264,6 @@ def test_the_memory_benchmark_runs_dry_and_leaves_the_model_as_it_was(tmp_path, 
     memory.main()
     torch.set_num_threads(threads)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [(line["batch"], line["tokens"], line["averaged_steps"]) for line in lines] == [(1, 133, 2), (2, 133, 2)]
+    assert [(line["batch"], line["patches"], line["averaged_steps"]) for line in lines] == [(1, 64, 2), (2, 64, 2)]
     assert all(line["estimated_gib"] > 0 and line["seconds"] > 0 for line in lines)
     assert sorted(path.name for path in model.iterdir()) == sorted(path.name for path in Path(TINY).iterdir())
