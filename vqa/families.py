@@ -1,4 +1,4 @@
-"""What differs between model families, in one table; nothing else in the project names a family.
+"""What differs between model families, in one table; only windows.py, which speeds one of them up, names a family too.
 
 Any chat model of transformers that takes ready image features (`mm_encoder_outputs`) and whose processor resizes by
 `patch_size` and `merge_size`, as Qwen's do, fits; a family that is not in the table only goes without the fp16 guard.
