@@ -240,7 +240,7 @@ def look_at_cost(
     worst = max(peaks, key=peaks.get)
     if peaks[worst] + CUDA_BYTES > room:
         batch_size = "per_device_train_batch_size" if worst == "training" else "per_device_eval_batch_size"
-        findings.warnings.append(
+        (findings.blockers if gpu else findings.warnings).append(
             f"{worst} peaks at about {peaks[worst] / GIB:.1f} GiB, too much for {name}: halve {batch_size} or lower "
             "image_size"
         )

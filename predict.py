@@ -10,6 +10,7 @@ choices, mapped back to the choices before averaging. What the plain view alone 
 """
 
 import argparse
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.folds and not args.base:
         raise UserError("no folds given; name the folders that train_fold.py wrote, such as checkpoints/fold0")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("predict.py does not share its rows out among processes yet; start it with plain `python`")
     if min(args.scales) <= 0 or args.orders < 1:
         raise UserError("--scales have to be above 0 and --orders at least 1")
     return args

@@ -11,6 +11,10 @@ export RUN_STARTED=${RUN_STARTED:-$(date +%s)} # max_hours counts from here, ove
 args=${1:-}
 args=${args%/}
 case "$args" in args | args/*) ;; *) echo "error: usage: bash run.sh args, or a folder below it such as args/7b" >&2; exit 2 ;; esac
+case " ${*:2} " in *" --output_dir"* | *" --train_csv"* | *" --image_root"* | *" --folds_csv"* | *" --fold "*)
+  echo "error: output_dir, train_csv, image_root, folds_csv and fold belong into the args files, which every step reads" >&2
+  exit 2 ;;
+esac
 outputs=outputs${args#args}
 checkpoints=checkpoints${args#args}
 mkdir -p "$outputs"
@@ -36,7 +40,9 @@ train() { # every fold, JOBS at a time, the cores shared out among them
   local jobs=${JOBS:-1}
   export OMP_NUM_THREADS=$((($(nproc) + jobs - 1) / jobs))
   printf '%s\n' "${files[@]}" |
-    xargs -P "$jobs" -I {} accelerate launch --quiet train_fold.py {} --resume_from_checkpoint auto "$@"
+    # xargs starts no further fold after a 255: when the time is up, or nothing else could go better.
+    xargs -P "$jobs" -I {} sh -c 'accelerate launch --quiet train_fold.py "$@" --resume_from_checkpoint auto || exit 255' \
+      sh {} "$@"
 }
 stage "train ${#files[@]} folds" train "${@:2}"
 unset OMP_NUM_THREADS

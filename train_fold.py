@@ -20,7 +20,7 @@ from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_argu
 from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run
 from vqa.files import read_json, write_json
-from vqa.fingerprint import adapter_fingerprint, base_fingerprint
+from vqa.fingerprint import adapter_fingerprint, base_fingerprint, rows_fingerprint
 from vqa.folds import read_folds, split_fold
 from vqa.images import check_images
 from vqa.model import add_adapter, load_base, load_processor
@@ -31,17 +31,38 @@ from vqa.resume import StopInTime, WholeCheckpoints, checkpoint_to_resume
 from vqa.rows import read_rows
 from vqa.training import FoldTrainer, TellEpoch, TrainRows
 
+STOPPED = 3  # exit code of a run that was stopped in time
+# Fields that a run may go on with in another form: they change where and how fast it runs, not what comes out.
+CHANGE_NOTHING = {
+    "disable_tqdm",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "logging_steps",
+    "per_device_eval_batch_size",
+    "report_to",
+    "save_total_limit",
+    "test_csv",
+}
+
 
 def main() -> None:
     model_args, data, recipe, resolved = parse_arguments(sys.argv[1:], __doc__)
     (enable_full_determinism if recipe.full_determinism else set_seed)(recipe.seed)
-    resolved |= {"resume_from_checkpoint": None, "max_hours": None}  # they change nothing of what is trained
-    if settled_once(lambda: is_finished(recipe, resolved)):
+    resolved |= {"resume_from_checkpoint": None, "max_hours": None}  # of this session, not of the run
+    train_rows, valid_rows = settled_once(lambda: read_fold(data, recipe.seed))
+    rows_used = rows_fingerprint(train_rows, valid_rows)
+    if settled_once(lambda: is_finished(recipe, resolved, rows_used)):
         return
     averages = make_averages(recipe)
+    stop = StopInTime(recipe.max_hours, steps_worth(recipe, len(valid_rows) * (1 + len(averages))))
+    if settled_once(stop.is_late):
+        print(f"{recipe.output_dir}: no time is left of max_hours; run the same command in a new session")
+        sys.exit(STOPPED)
     wanted, folder = recipe.resume_from_checkpoint, recipe.output_dir
     recipe.resume_from_checkpoint = settled_once(lambda: checkpoint_to_resume(wanted, folder))
-    train_rows, valid_rows = settled_once(lambda: read_fold(data, recipe.seed))
+    settled_once(lambda: check_images(train_rows + valid_rows, data.train_csv))
     if data.fold is None:
         recipe.eval_strategy = "no"
     processor = load_processor(model_args.model, model_args.trust_remote_code)
@@ -52,35 +73,39 @@ def main() -> None:
     collate = Collator(processor, data.image_size, data.instruction, with_answer=True)
     settled_once(lambda: check_before_training(model, collate, train_rows, valid_rows))
 
-    rows, stop = TrainRows(train_rows, data.shuffle_choices, recipe.seed), StopInTime(recipe.max_hours)
+    rows = TrainRows(train_rows, data.shuffle_choices, recipe.seed)
     trainer = FoldTrainer(
         model,
         recipe,
         data_collator=collate,
         train_dataset=rows,
         eval_dataset=valid_rows,
-        callbacks=[TellEpoch(rows), stop, *averages, WholeCheckpoints()],
+        callbacks=[TellEpoch(rows), stop, *averages, WholeCheckpoints()],  # in this order: each leans on the last
         averages=averages,
         letter_ids=ids,
         prompts=Collator(processor, data.image_size, data.instruction),
     )
     if trainer.is_world_process_zero():
         write_json(Path(recipe.output_dir, "args.json"), resolved)
+        write_json(Path(recipe.output_dir, "rows.json"), {"fingerprint": rows_used})
     start = time.time()
-    weights_before = fingerprints(model)
+    weights_before = fingerprints(model) | {"rows": rows_used}
     trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     if stop.stopped:
         say_how_to_go_on(trainer)
     finish(trainer, weights_before, time.time() - start)
 
 
-def is_finished(recipe: RecipeArguments, resolved: dict) -> bool:
+def is_finished(recipe: RecipeArguments, resolved: dict, rows_used: str) -> bool:
     """Whether the fold's folder holds this very run, complete. Another run's folder is not written over."""
     folder = Path(recipe.output_dir)
     if not (folder / "args.json").is_file():
         return False
     before = read_json(folder / "args.json")
-    differing = sorted(key for key in before.keys() | resolved.keys() if before.get(key) != resolved.get(key))
+    keys = (before.keys() | resolved.keys()) - CHANGE_NOTHING
+    differing = sorted(key for key in keys if before.get(key) != resolved.get(key))
+    if not differing and (folder / "rows.json").is_file():
+        differing = ["rows"] if read_json(folder / "rows.json")["fingerprint"] != rows_used else []
     if not recipe.resume_from_checkpoint or differing:
         what = f"a run with another {first_few(differing)}" if differing else "this run"
         raise UserError(
@@ -105,9 +130,12 @@ def read_fold(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
         if data.max_train_rows < 1:
             raise UserError(f"max_train_rows is {data.max_train_rows}; give 1 or more, or leave it out for all rows")
         train = np.sort(np.random.default_rng(seed).permutation(train)[: data.max_train_rows])
-    train_rows, valid_rows = [rows[i] for i in train], [rows[i] for i in valid]
-    check_images(train_rows + valid_rows, data.train_csv)
-    return train_rows, valid_rows
+    return [rows[i] for i in train], [rows[i] for i in valid]
+
+
+def steps_worth(recipe: RecipeArguments, rows: int) -> float:
+    """How many optimiser steps take about as long as scoring `rows` rows does, at most: no gradients are needed."""
+    return rows / (recipe.train_batch_size * recipe.gradient_accumulation_steps * recipe.world_size)
 
 
 def make_averages(recipe: RecipeArguments) -> list[WeightAverage]:
@@ -121,7 +149,7 @@ def fingerprints(model: torch.nn.Module) -> dict[str, str]:
 
 
 def say_how_to_go_on(trainer: FoldTrainer) -> None:
-    """End a run that was stopped in time, with exit code 3."""
+    """End a run that was stopped in time."""
     state, recipe = trainer.state, trainer.args
     if trainer.is_world_process_zero():
         print(
@@ -129,7 +157,7 @@ def say_how_to_go_on(trainer: FoldTrainer) -> None:
             f"{recipe.output_dir}; keep that folder, and go on by the same command with --resume_from_checkpoint auto "
             "(bash run.sh does so by itself)"
         )
-    sys.exit(3)
+    sys.exit(STOPPED)
 
 
 def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float) -> None:
@@ -141,18 +169,17 @@ def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float)
         for name, weights in trainer.weight_sets():
             with weights:
                 trainer.export(name)
-    elif not trainer.best:  # eval_strategy "no", or eval_steps beyond the last step
+    elif not trainer.best:  # eval_strategy "no"
         trainer.evaluate()
     if not trainer.is_world_process_zero():
         return
-    resumed_at = int(recipe.resume_from_checkpoint.split("-")[-1]) if recipe.resume_from_checkpoint else 0
     rows_a_step = recipe.train_batch_size * recipe.gradient_accumulation_steps * recipe.world_size
     metrics = {
         "train_rows": len(trainer.train_dataset),
         "valid_rows": len(trainer.eval_dataset),
         "steps": step,
         "seconds": round(seconds, 1),
-        "rows_per_second": round((step - resumed_at) * rows_a_step / seconds, 2),
+        "rows_per_second": round((step - trainer._initial_global_step) * rows_a_step / seconds, 2),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
         "fingerprints": weights_before,
         "skipped_steps": trainer.skipped_steps(),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from vqa.arguments import CLASSES, check_machine, folder_under, parse_arguments, read_args_file, section
+from vqa.arguments import CLASSES, check_launch, check_machine, folder_under, parse_arguments, read_args_file, section
 from vqa.errors import UserError
 
 
@@ -65,6 +65,12 @@ def test_null_can_be_said_on_the_command_line(args_file, word):
         ({"fp16": True}, [], "fp16 needs a CUDA GPU.*args/demo/fold0.json"),
         ({"load_in_4bit": True}, [], "load_in_4bit needs a CUDA GPU.*args/demo/fold0.json"),
         ({"eval_strategy": "sometimes"}, [], "sometimes"),
+        ({"save_only_model": True}, [], "no run could go on"),
+        ({"load_best_model_at_end": True}, [], "not for this recipe"),
+        ({"swa_every": 0}, [], "1 or more"),
+        ({"ema_decay": 1.0}, [], "below 1"),
+        ({"save_total_limit": 1}, [], "give 2 or more"),
+        ({"swa_lr": 1e-4, "swa_start": None}, [], "say where SWA begins"),
         ({"extends": "fold0.json"}, [], "extends itself"),
         ({"extends": "gone.json"}, [], "gone.json: no such file"),
         ({"extends": "other.json"}, [], "extends itself"),
@@ -83,7 +89,7 @@ def test_plain_python_with_several_gpus_is_sent_to_accelerate(args_file, monkeyp
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match="accelerate launch"):
-        check_machine({})
+        check_launch()
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_machine({"fp16": True})
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import TINY
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainingArguments
 
 from collator import Collator
-from vqa.arguments import check_machine
+from vqa.arguments import RecipeArguments, check_machine
 from vqa.errors import UserError
 from vqa.precision import attention_for_device, model_dtype
 from vqa.vision import encode_images
@@ -33,6 +33,26 @@ def test_the_dtype_goes_by_compute_capability_whatever_torch_claims(gpu, capabil
     gpu(*capability)
     assert model_dtype() == dtype and attention_for_device() == attention
     assert model_dtype(fp16=True) == torch.float16
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp16"), ((8, 0), "bf16")])
+def test_training_in_16_bits_has_autocast_and_in_fp16_the_scaler_unless_the_args_say_otherwise(
+    gpu, monkeypatch, tmp_path, capability, precision
+):
+    gpu(*capability)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # which would look for the GPU
+    assert RecipeArguments(output_dir=str(tmp_path)).__dict__[precision]
+    other = RecipeArguments(output_dir=str(tmp_path), fp16=True)
+    assert other.fp16 and not other.bf16
+
+
+def test_several_gpus_do_not_keep_predict_from_using_one(gpu, monkeypatch):
+    from predict import base_run
+
+    gpu(7, 5)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert base_run("args/fold0.json").dtype == torch.float16
 
 
 def test_bf16_on_a_t4_is_refused(gpu):

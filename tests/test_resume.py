@@ -1,6 +1,7 @@
 """Whole checkpoints, and a stop in time: what a run that was cut off goes on from."""
 
 import json
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from vqa.errors import UserError
 from vqa.resume import COMPLETE, StopInTime, WholeCheckpoints, checkpoint_to_resume
+
+AGAIN = "run the same command in a new session"
 
 
 def checkpoint(folder, step: int, whole: bool = True):
@@ -105,7 +108,14 @@ def test_a_stopped_fold_goes_on_to_the_bytes_of_one_that_was_not(trained, script
     """train_fold.py with no time left stops at its first step, says how to go on, and ends the same."""
     whole, part = trained / "checkpoints" / "fold0", tmp_path / "fold0"
     args = [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
-    code, output, error = script("train_fold", *args, "--max_hours", "0")
+    assert script("train_fold", *args, "--max_hours", "0")[:2] == (
+        3,
+        f"{part}: no time is left of max_hours; {AGAIN}\n",
+    )
+    assert not part.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(StopInTime, "is_late", lambda self: self.longest_step > 0)
+        code, output, error = script("train_fold", *args, "--max_hours", "11.5")
     assert code == 3 and "stopped in time at step 1 of 4" in output, error
     assert not (part / "metrics.json").exists() and (part / "checkpoint-1" / COMPLETE).is_file()
     code, output, error = script("train_fold", *args)
@@ -115,3 +125,54 @@ def test_a_stopped_fold_goes_on_to_the_bytes_of_one_that_was_not(trained, script
     assert (part / "oof.csv").read_bytes() == (whole / "oof.csv").read_bytes()
     weights = [json.loads((folder / "metrics.json").read_text())["weights"] for folder in (whole, part)]
     assert weights[0] == weights[1]
+
+
+def test_a_run_is_not_gone_on_with_by_another_number_of_processes(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / COMPLETE).write_text("2")
+    with pytest.raises(UserError, match="written by 2 processes and this run has 1"):
+        checkpoint_to_resume("auto", tmp_path)
+
+
+def test_before_the_first_evaluation_its_length_is_assumed():
+    args, stop = recipe("epoch", "no"), StopInTime(max_hours=1.0, evaluation_steps=50)
+    stop.deadline, stop.last = time.time() + 60, time.time() - 2.0  # two seconds a step
+    assert flow([stop], "on_step_end", args, state(1, 0.1)).should_training_stop
+    stop = StopInTime(max_hours=1.0, evaluation_steps=5)
+    stop.deadline, stop.last = time.time() + 60, time.time() - 2.0
+    assert not flow([stop], "on_step_end", args, state(1, 0.1)).should_training_stop
+
+
+def test_a_run_that_goes_on_from_its_last_step_trains_no_further(trained, script, tmp_path):
+    """The steps end within an epoch, where the Trainer would take one more."""
+    whole, part = trained / "checkpoints" / "fold0", tmp_path / "fold0"
+    shutil.copytree(whole, part)
+    (part / "metrics.json").unlink()  # killed before its last word
+    args = json.loads((part / "args.json").read_text())
+    (part / "args.json").write_text(json.dumps(args | {"output_dir": str(part)}))
+    flags = [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
+    code, _, error = script("train_fold", *flags)
+    assert code == 0, error
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, part)]
+    assert metrics[1]["steps"] == 4 and metrics[0]["weights"] == metrics[1]["weights"]
+    assert (part / "oof.csv").read_bytes() == (whole / "oof.csv").read_bytes()
+
+
+def test_other_rows_are_another_run(trained, script, tmp_path):
+    """The folds made anew, or a question mended: neither a checkpoint nor a finished fold of the old rows is used."""
+    part = tmp_path / "fold0"
+    shutil.copytree(trained / "checkpoints" / "fold0", part)
+    args = json.loads((part / "args.json").read_text())
+    (part / "args.json").write_text(json.dumps(args | {"output_dir": str(part)}))
+    flags = [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
+    assert script("train_fold", *flags)[:2] == (0, f"{part} is finished; nothing to train\n")
+    folds = trained / "data" / "folds.csv"
+    before = folds.read_text()
+    try:
+        swap = str.maketrans({"0": "1", "1": "0"})
+        lines = [line.rpartition(",") for line in before.splitlines()[1:]]
+        folds.write_text("id,fold\n" + "".join(f"{row_id},{fold.translate(swap)}\n" for row_id, _, fold in lines))
+        code, _, error = script("train_fold", *flags)
+    finally:
+        folds.write_text(before)
+    assert code == 2 and "a run with another rows" in error

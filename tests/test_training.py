@@ -12,7 +12,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from collator import Collator
 from vqa.arguments import RecipeArguments
-from vqa.errors import UserError
+from vqa.errors import UserError, run
 from vqa.model import add_adapter, load_base
 from vqa.resume import COMPLETE, WholeCheckpoints
 from vqa.training import MAX_NON_FINITE, SCALER_START, FoldTrainer, TellEpoch, TrainRows
@@ -109,6 +109,27 @@ def test_choices_are_shuffled_anew_each_epoch_in_workers_that_outlive_it(rows):
         orders.append([row["order"] for row in loader])
     assert orders[0] == orders[2] != orders[1]
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders[0])
+
+
+def test_a_run_that_changed_the_base_is_not_finished(make_trainer):
+    from train_fold import fingerprints, finish
+
+    trainer = make_trainer()
+    before = fingerprints(trainer.model)
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[0, 0] += 1.0
+    with pytest.raises(RuntimeError, match="changed weights of the base"):
+        finish(trainer, before, 1.0)
+
+
+def test_gpu_memory_that_runs_out_is_one_line(capsys):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(SystemExit) as stop:
+        run(out_of_memory)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "halve per_device_train_batch_size" in error
 
 
 def test_a_checkpoint_is_not_whole_while_it_is_written_anew(make_trainer, tmp_path, monkeypatch):

@@ -116,6 +116,9 @@ class RecipeArguments(TrainingArguments):
     report_to: str = _field("none", "Where to log: none, tensorboard, wandb, trackio.")
 
     def __post_init__(self):
+        if torch.cuda.is_available() and not (self.fp16 or self.bf16 or self.use_cpu):
+            self.bf16 = has_bf16()  # as model_dtype chooses for the base: 16 bits want autocast, and fp16 the scaler
+            self.fp16 = not self.bf16
         # Without a GPU processes find each other only when told that the CPU is meant; each would train on its own.
         self.use_cpu |= "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
         super().__post_init__()
@@ -123,6 +126,15 @@ class RecipeArguments(TrainingArguments):
         if self.gradient_checkpointing:  # without re-entrance no input needs a gradient, so the vision tower gets none
             self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
 
+
+LOWEST = {"swa_start": 0, "swa_every": 1, "ema_decay": 0, "max_hours": 0, "lora_rank": 1, "image_size": 28}
+# Fields of transformers' that would do nothing here, or harm, and why.
+REFUSED = {
+    "auto_find_batch_size": "averages and best adapters of the attempt that failed would stay",
+    "label_smoothing_factor": "the loss is over the answer's tokens alone",
+    "load_best_model_at_end": "the best adapters are kept apart, raw and averaged",
+    "save_only_model": "no run could go on from such a checkpoint",
+}
 
 CLASSES = (ModelArguments, DataArguments, RecipeArguments)
 
@@ -148,6 +160,7 @@ def parse_arguments(
     if given.output_dir is None:
         raise UserError(f"no args file and no --output_dir; try `python train_fold.py {DEMO}`, or --help")
     if trains:
+        check_launch()
         check_machine(vars(given))
     check_recipe(vars(given))
     if given.model is None:
@@ -242,15 +255,18 @@ def _refuse_unknown(key: str, place: str | Path):
     raise UserError(f"{place}: unknown field {key!r}; {hint}")
 
 
+def check_launch() -> None:
+    """Stop where plain python would split each batch over several GPUs in threads, or put all of it on one."""
+    if torch.cuda.is_available() and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible; start with `accelerate launch` to use them, or set "
+            "CUDA_VISIBLE_DEVICES=0 to use one"
+        )
+
+
 def check_machine(values: dict) -> None:
     """Stop where the fields ask for what this machine has not, before anything is loaded."""
     if torch.cuda.is_available():
-        if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-            # Plain python would split each batch over the GPUs in threads, or put all of it on one of them.
-            raise UserError(
-                f"{torch.cuda.device_count()} GPUs are visible; start with `accelerate launch` to use them, or set "
-                "CUDA_VISIBLE_DEVICES=0 to use one"
-            )
         if values.get("bf16") and not has_bf16():
             raise UserError("bf16 on this GPU would be slow emulation (it has no bf16 of its own); use fp16")
         return
@@ -264,6 +280,14 @@ def check_recipe(values: dict) -> None:
     for name, choices in (("loss", ("token", "letter")), ("metric_for_best_model", ("log_loss", "accuracy"))):
         if values[name] not in choices:
             raise UserError(f"{name} {values[name]!r} does not exist; it is {' or '.join(choices)}")
+    for name, low in LOWEST.items():
+        if values[name] is not None and values[name] < low:
+            raise UserError(f"{name} is {values[name]}; it has to be {low} or more")
+    if values["ema_decay"] >= 1:
+        raise UserError(f"ema_decay is {values['ema_decay']}; it has to be below 1 (0.99), or 0 for no EMA")
+    for name, why in REFUSED.items():
+        if values[name]:
+            raise UserError(f"{name} is not for this recipe: {why}; leave it out")
     if values["save_total_limit"] == 1:
         raise UserError("save_total_limit 1 deletes the last checkpoint before the next is whole; give 2 or more")
     if values["swa_lr"] is not None and values["swa_start"] is None:

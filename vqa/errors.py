@@ -3,17 +3,27 @@
 import sys
 from collections.abc import Callable
 
+OUT_OF_MEMORY = (
+    "out of GPU memory; halve per_device_train_batch_size and double gradient_accumulation_steps (in validation or "
+    "prediction: halve per_device_eval_batch_size or --batch_size), or lower image_size"
+)
+
 
 class UserError(Exception):
     """What the user can mend: the message names the value, the place and the remedy, on one line."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main(); a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main(); a UserError, or GPU memory that runs out, becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
         tell(error)
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch for it would slow light scripts
+            raise
+        tell(UserError(OUT_OF_MEMORY))
         sys.exit(2)
 
 

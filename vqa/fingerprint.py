@@ -1,6 +1,7 @@
 """Fingerprints of weights, to show that each fold starts from the same untouched base."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 
 import torch
@@ -26,3 +27,8 @@ def base_fingerprint(model: torch.nn.Module) -> str:
 def adapter_fingerprint(model: torch.nn.Module) -> str:
     """Of everything that is trained."""
     return fingerprint((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def rows_fingerprint(train_rows: list[dict], valid_rows: list[dict]) -> str:
+    """Of what a fold trains on and validates on: every cell of the rows, their order, and which half each is in."""
+    return hashlib.sha256(json.dumps([train_rows, valid_rows]).encode()).hexdigest()[:16]

@@ -34,7 +34,7 @@ class WholeCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()  # each process writes its random state
         if state.is_world_process_zero:
-            Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
+            Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).write_text(str(args.world_size))
 
 
 def checkpoint_to_resume(wanted: str | None, folder: str | Path) -> str | None:
@@ -42,9 +42,17 @@ def checkpoint_to_resume(wanted: str | None, folder: str | Path) -> str | None:
     if wanted == "auto":
         whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
         newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-        return newest and str(newest)
-    if wanted and not Path(wanted, COMPLETE).is_file():
+        wanted = newest and str(newest)
+    if not wanted:
+        return None
+    if not Path(wanted, COMPLETE).is_file():
         raise UserError(f"resume_from_checkpoint: {wanted} is not a checkpoint folder, or not a whole one; try `auto`")
+    wrote, here = Path(wanted, COMPLETE).read_text(), PartialState().num_processes
+    if wrote and int(wrote) != here:  # the Trainer would count steps and rows otherwise, without a word
+        raise UserError(
+            f"{wanted} was written by {wrote} processes and this run has {here}; go on with `accelerate launch "
+            f"--num_processes {wrote}`, or begin anew in another --output_dir"
+        )
     return wanted
 
 
@@ -56,32 +64,40 @@ class StopInTime(TrainerCallback):
     """Stops the run, with a checkpoint, before `max_hours` have passed; `stopped` then says so. None: never.
 
     Hours count from the start of run.sh (`RUN_STARTED`, seconds since 1970), otherwise of this process. What the next
-    step and an evaluation may take, judged by the longest so far, has to fit in. A stop adds no evaluation, so that
-    the run goes on as if it had never been stopped.
+    step and an evaluation may take, judged by the longest so far, has to fit in; before the first evaluation it is
+    taken to be as long as `evaluation_steps` steps. A stop adds no evaluation, so that the run goes on as if it had
+    never been stopped.
     """
 
-    def __init__(self, max_hours: float | None):
+    def __init__(self, max_hours: float | None, evaluation_steps: float = 0.0):
         hours = float("inf") if max_hours is None else max_hours
         self.deadline = float(os.environ.get("RUN_STARTED", STARTED)) + 3600 * hours
+        self.evaluation_steps = evaluation_steps
         self.stopped = False
-        self.began = self.ended = time.time()
+        self.last = time.time()  # the end of whatever came last
         self.longest_step = self.longest_evaluation = 0.0
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.began = time.time()
+    def is_late(self) -> bool:
+        """Whether the next step and an evaluation may not end in time."""
+        evaluation = self.longest_evaluation or self.evaluation_steps * self.longest_step
+        return time.time() + 2 * self.longest_step + evaluation > self.deadline
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last = time.time()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.deadline == float("inf"):
             return
-        self.ended = time.time()
-        self.longest_step = max(self.longest_step, self.ended - self.began)
-        late = self.ended + 2 * self.longest_step + self.longest_evaluation > self.deadline
-        late = broadcast_object_list([late])[0]  # the clocks of the processes differ
+        self.longest_step, self.last = max(self.longest_step, time.time() - self.last), time.time()
+        late = broadcast_object_list([self.is_late()])[0]  # the clocks of the processes differ
         if late and not control.should_evaluate and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.longest_evaluation = max(self.longest_evaluation, time.time() - self.ended)
+        self.longest_evaluation, self.last = max(self.longest_evaluation, time.time() - self.last), time.time()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.last = time.time()
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped and not is_epoch_end(state):  # the Trainer takes any stop for the end of an epoch

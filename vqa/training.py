@@ -150,8 +150,19 @@ class FoldTrainer(Trainer):
         built["kwargs_handlers"].append(GradScalerKwargs(init_scale=SCALER_START))
         return built
 
+    def _run_epoch(self, **kwargs):
+        """As the Trainer does, but a run that goes on from its very last step is not given one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     def _save_checkpoint(self, model, trial):
-        """As the Trainer does; one that is written anew is not whole meanwhile."""
+        """As the Trainer does; one that is written anew is not whole meanwhile.
+
+        The best adapters are kept apart, so no checkpoint is kept as the best one in place of a newer.
+        """
+        self.state.best_global_step = self.state.best_model_checkpoint = None
         Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", COMPLETE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
