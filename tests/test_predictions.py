@@ -6,7 +6,7 @@ import pytest
 from conftest import write_csv
 
 from vqa.errors import UserError
-from vqa.predictions import ensemble, is_submission, join, read_predictions, write_predictions, write_submission
+from vqa.predictions import is_submission, join, read_predictions, write_predictions, write_submission
 
 
 def write(path, ids, values):
@@ -60,30 +60,6 @@ def test_a_missing_and_an_extra_id_are_named(tmp_path, stack):
 def test_a_file_that_holds_no_probabilities_is_refused(tmp_path, cells, message):
     with pytest.raises(UserError, match=message):
         read_predictions(write_csv(tmp_path / "p.csv", cells, ["id", "answer", "p_a", "p_b"]))
-
-
-def test_mean_and_weighted_are_numpys_averages(stack):
-    assert ensemble(stack, "mean") == pytest.approx(sum(stack) / 3, abs=1e-15)
-    weights = [0.5, 0.3, 0.2]
-    by_hand = sum(weight * part for weight, part in zip(weights, stack))
-    assert ensemble(stack, "weighted", weights) == pytest.approx(by_hand, abs=1e-15)
-
-
-def test_majority_counts_votes_and_breaks_ties_by_the_mean_probability():
-    vote = ensemble(np.array([[[0.4, 0.3, 0.3]], [[0.4, 0.3, 0.3]], [[0.0, 0.1, 0.9]]]), "majority")
-    assert vote.argmax() == 0, "two votes beat one, however sure that one is"
-    tie = ensemble(np.array([[[0.4, 0.3, 0.3]], [[0.0, 0.1, 0.9]]]), "majority")
-    assert tie.argmax() == 2
-    assert vote.sum() == pytest.approx(1) and tie.sum() == pytest.approx(1)
-
-
-def test_majority_agrees_with_scipys_mode_where_there_is_one(stack):
-    from scipy.stats import mode
-
-    votes, counts = mode(stack.argmax(-1), axis=0)
-    clear = counts >= 2
-    assert clear.sum() > 10
-    assert (ensemble(stack, "majority").argmax(1)[clear] == votes[clear]).all()
 
 
 def test_a_submission_follows_the_sample(tmp_path):
