@@ -22,7 +22,7 @@ import pandas as pd
 
 from vqa.ensembles import METHODS, Ensemble, fit, nested, score_weights
 from vqa.errors import UserError, run
-from vqa.oof import Evidence, NoEvidence, gather, group_models
+from vqa.oof import Evidence, NoEvidence, check_agreement, gather, group_models
 from vqa.predictions import (
     check_offered,
     is_submission,
@@ -54,6 +54,8 @@ def main() -> None:
         check_offered(test_csv, ids, stack.max(0))
     evidence = find_evidence(models, oof, args)
     members, names = (stack, files) if len(models) == 1 else (average_folds(stack, files, models), list(models))
+    if evidence and len(models) > 1:
+        check_agreement(names, members, evidence)
     chosen = choose(args, models, names, evidence)
     probabilities = chosen(members)
     sample = args.sample or sample_beside(test_csv)

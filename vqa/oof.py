@@ -6,6 +6,7 @@ models are tuned against each other. Prediction files are one model where they l
 only in a number after "fold": outputs/7b/fold0.csv, outputs/7b/fold1.csv, ...
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def gather(
     answers_csv = Truth(truth or _training_csv(next(iter(found.values()))))
     parts = {}
     for name, files in models.items():
-        read = [_read_checked(file, found[file], answers_csv, measured=given is None) for file in files]
+        read = [_read_checked(file, found[file], answers_csv) for file in files]
         ids = pd.Index([row_id for ids, _ in read for row_id in ids])
         if twice := list(ids[ids.duplicated()]):
             raise UserError(
@@ -74,6 +75,33 @@ def gather(
     stack = np.stack([values[ids.get_indexer(order)] for ids, values in parts.values()])
     ids = list(order)
     return Evidence(stack[..., : _width(stack)], answers_csv.answers(ids), answers_csv.clusters(ids), answers_csv.path)
+
+
+def check_agreement(names: Sequence[str], members: np.ndarray, evidence: Evidence) -> None:
+    """Refuse a model that agrees with another on the rows to predict and not at all out of fold.
+
+    `members` (models, rows, letters) are the predictions. Exchanged ids leave a file's ids and probabilities valid,
+    and nothing else shows them where training's own measure is not at hand.
+    """
+    for i, j in itertools.combinations(range(len(names)), 2):
+        here, there = (_correlation(stack[i], stack[j]) for stack in (members, evidence.stack))
+        error = np.sqrt(1 / members.shape[1] + 1 / evidence.stack.shape[1])
+        if there < here / 4 and np.arctanh(min(here, 0.999)) - np.arctanh(there) > 6 * error:
+            worse = max(i, j, key=lambda m: row_losses(evidence.stack[m], evidence.answers).mean())
+            other = names[i + j - worse]
+            raise UserError(
+                f"{names[worse]}: its probabilities go with those of {other} on the rows to predict (correlation "
+                f"{here:.2f}) and not on the out-of-fold rows ({there:.2f}), so the ids of its out-of-fold file were "
+                "exchanged; make that file anew, or leave the model out"
+            )
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Of two models' probabilities (rows, letters), each row taken from its mean over the letters it offers."""
+    offered = (first > 0) | (second > 0)
+    gaps = [np.where(offered, values - 1 / offered.sum(1, keepdims=True), 0).ravel() for values in (first, second)]
+    scale = np.sqrt((gaps[0] @ gaps[0]) * (gaps[1] @ gaps[1]))
+    return float(gaps[0] @ gaps[1] / scale) if scale else 0.0
 
 
 def _width(stack: np.ndarray) -> int:
@@ -95,7 +123,7 @@ def _out_of_fold_file(file: str, given: Mapping[str, str] | None) -> Path:
 
 def _run_args(oof: Path) -> dict:
     """The args.json of the run that an out-of-fold file (in its folder, or in ema/ or swa/ below) belongs to."""
-    places = (oof.with_name("args.json"), oof.parent.with_name("args.json"))
+    places = (oof.with_name("args.json"), oof.parent.parent / "args.json")
     return next((read_json(place) for place in places if place.is_file()), {})
 
 
@@ -106,14 +134,15 @@ def _training_csv(oof: Path) -> str:
     return csv
 
 
-def _read_checked(file: str, oof: Path, truth: Truth, measured: bool) -> tuple[list[str], np.ndarray]:
+def _read_checked(file: str, oof: Path, truth: Truth) -> tuple[list[str], np.ndarray]:
     """An out-of-fold file: the very rows of its fold, and scoring what training measured on them."""
     ids, probabilities = read_predictions(oof)
     _check_fold(ids, oof)
-    expected = (read_card(file).get("validation") or {}).get("log_loss") if measured else None
-    if expected is not None:
+    card = read_card(file)
+    expected = (card.get("validation") or {}).get("log_loss")
+    if expected is not None and oof == Path(card["adapter"], "oof.csv"):  # one given may be of other views
         got = row_losses(probabilities, truth.answers(ids)).mean()
-        if abs(got - expected) > 1e-4 * max(1, expected):
+        if abs(got - expected) > 1e-6 * max(1, expected):
             raise UserError(
                 f"{oof}: its log-loss against {truth.path} is {got:.4f} and training measured {expected:.4f}; its ids "
                 "were exchanged or the answers changed: train that fold again, or leave it out"
