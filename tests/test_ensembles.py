@@ -109,7 +109,7 @@ def test_temperature_is_the_one_that_scipy_finds():
 def test_greedy_is_selection_with_replacement_written_out():
     stack, answers = contest([1.5, 0.8, 0.3], rows=200)
     picked, losses = [], []
-    for _ in range(100):
+    for _ in range(50):
         trial = [log_loss(answers, stack[[*picked, m]].mean(0), labels=range(4)) for m in range(3)]
         picked.append(int(np.argmin(trial)))
         losses.append(min(trial))
