@@ -81,6 +81,13 @@ def test_the_paired_bootstrap_is_seeded_and_near_the_normal_interval():
     assert (copied.low, copied.high) == pytest.approx((found.low, found.high), abs=0.05 * spread)
 
 
+def test_a_cluster_is_drawn_with_all_its_rows():
+    """Every row gains exactly 1: however large the images are, no draw of images can say anything else."""
+    images = np.repeat(np.arange(50), np.arange(50) % 7 + 1)
+    found = paired_difference(np.zeros(len(images)), np.ones(len(images)), {"image": images})
+    assert tuple(found) == (1, 1, 1)
+
+
 def test_the_verdict_is_better_worse_or_within_noise():
     first, second, answers = make(300)
     assert "b is within noise of a at 300 rows" in compare(first, second, answers).verdict("a", "b")
