@@ -14,12 +14,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vqa.errors import UserError, first_few, run
+from vqa.ensembles import ensemble, score_weights
+from vqa.errors import UserError, run
 from vqa.files import write_json
-from vqa.predictions import METHODS, ensemble, join, read_card, read_predictions, validation_weights
-from vqa.prompt import LETTERS
+from vqa.predictions import join, read_card, read_predictions
+from vqa.predictions import validation_scores as scores_in_training
 from vqa.rows import read_table
-from vqa.scoring import accuracy_interval, letter_metrics
+from vqa.statistics import accuracy, row_losses
+from vqa.truth import Truth
+
+METHODS = ("mean", "majority", "weighted")
 
 
 def main() -> None:
@@ -52,9 +56,7 @@ def validation_scores(folds: list[Path]) -> list[dict]:
 
 def test_scores(folder: Path, folds: list[Path], truth: str) -> list[dict]:
     """One line a step: untrained base, each fold, each ensemble; the latter two without and with TTA."""
-    table, answers = [], read_table(truth, ("id", "answer"))
-    known = dict(zip(answers["id"], answers["answer"]))
-    score = functools.partial(score_step, truth=truth, known=known)
+    table, score = [], functools.partial(score_step, truth=Truth(truth))
     if (folder / "base" / "base.csv").is_file():
         table.append(score("base model, untrained", *read_predictions(folder / "base" / "base.csv")))
     plain = sorted((folder / "plain").glob("fold*.csv"))
@@ -62,25 +64,17 @@ def test_scores(folder: Path, folds: list[Path], truth: str) -> list[dict]:
         table += [score(path.stem + suffix, *read_predictions(path)) for path in files]
         if len(files) > 1:
             ids, stack = join(files)
-            weights = validation_weights(files, "log_loss")
+            weights = score_weights(scores_in_training(files, "log_loss"), "log_loss")
             table += [score(f"{method}{suffix}", ids, ensemble(stack, method, weights)) for method in METHODS]
             table[-len(METHODS) + METHODS.index("majority")]["log_loss"] = None  # shares of votes are no probabilities
     return table
 
 
-def score_step(step: str, ids: list[str], probabilities: np.ndarray, truth: str, known: dict[str, str]) -> dict:
-    if missing := [row_id for row_id in ids if row_id not in known]:
-        raise UserError(
-            f"{truth}: {len(missing)} predicted ids are not in it: {first_few(missing)}; give the whole file"
-        )
-    if odd := [row_id for row_id in ids if known[row_id].strip().lower() not in set(LETTERS)]:
-        raise UserError(f"{truth}: {len(odd)} answers are no letter from a to j: {first_few(odd)}; mend them")
-    right = [LETTERS.index(known[row_id].strip().lower()) for row_id in ids]
-    metrics = letter_metrics(probabilities, right)
-    low, high = accuracy_interval(round(metrics["accuracy"] * len(ids)), len(ids))
-    return {"step": step, "rows": len(ids), "accuracy": metrics["accuracy"], "low": low, "high": high} | {
-        "log_loss": metrics["log_loss"]
-    }
+def score_step(step: str, ids: list[str], probabilities: np.ndarray, truth: Truth) -> dict:
+    answers = truth.answers(ids)
+    value, low, high, _ = accuracy(probabilities.argmax(1) == answers, truth.clusters(ids))
+    log_loss = float(row_losses(probabilities, answers).mean())
+    return {"step": step, "rows": len(ids), "accuracy": value, "low": low, "high": high, "log_loss": log_loss}
 
 
 def read_seconds(path: Path) -> dict[str, int]:

@@ -1,12 +1,22 @@
 """Prediction files, ensembles and submissions."""
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_csv
+from conftest import command, write_csv
 
 from vqa.errors import UserError
-from vqa.predictions import ensemble, is_submission, join, read_predictions, write_predictions, write_submission
+from vqa.predictions import (
+    _read_fast,
+    _read_slowly,
+    is_submission,
+    join,
+    read_predictions,
+    write_predictions,
+    write_submission,
+)
 
 
 def write(path, ids, values):
@@ -62,30 +72,6 @@ def test_a_file_that_holds_no_probabilities_is_refused(tmp_path, cells, message)
         read_predictions(write_csv(tmp_path / "p.csv", cells, ["id", "answer", "p_a", "p_b"]))
 
 
-def test_mean_and_weighted_are_numpys_averages(stack):
-    assert ensemble(stack, "mean") == pytest.approx(sum(stack) / 3, abs=1e-15)
-    weights = [0.5, 0.3, 0.2]
-    by_hand = sum(weight * part for weight, part in zip(weights, stack))
-    assert ensemble(stack, "weighted", weights) == pytest.approx(by_hand, abs=1e-15)
-
-
-def test_majority_counts_votes_and_breaks_ties_by_the_mean_probability():
-    vote = ensemble(np.array([[[0.4, 0.3, 0.3]], [[0.4, 0.3, 0.3]], [[0.0, 0.1, 0.9]]]), "majority")
-    assert vote.argmax() == 0, "two votes beat one, however sure that one is"
-    tie = ensemble(np.array([[[0.4, 0.3, 0.3]], [[0.0, 0.1, 0.9]]]), "majority")
-    assert tie.argmax() == 2
-    assert vote.sum() == pytest.approx(1) and tie.sum() == pytest.approx(1)
-
-
-def test_majority_agrees_with_scipys_mode_where_there_is_one(stack):
-    from scipy.stats import mode
-
-    votes, counts = mode(stack.argmax(-1), axis=0)
-    clear = counts >= 2
-    assert clear.sum() > 10
-    assert (ensemble(stack, "majority").argmax(1)[clear] == votes[clear]).all()
-
-
 def test_a_submission_follows_the_sample(tmp_path):
     sample = write_csv(tmp_path / "sample.csv", [["z", "a"], ["x", "a"]], ["id", "answer"])
     write_submission(tmp_path / "s.csv", ["x", "z"], np.eye(4)[[1, 3]], sample)
@@ -95,3 +81,36 @@ def test_a_submission_follows_the_sample(tmp_path):
         write_submission(tmp_path / "s.csv", ["x"], np.eye(4)[[1]], sample)
     with pytest.raises(UserError, match="1 predicted ids are not in it: y"):
         write_submission(tmp_path / "s.csv", ["x", "y", "z"], np.eye(4)[[1, 1, 1]], sample)
+
+
+@pytest.mark.parametrize("text", ["\ufeffid,answer,p_a,p_b\n", "answer,p_a,note,p_b,id\n", "id,answer,p_a,p_b\r\n"])
+def test_both_readers_read_what_people_write(tmp_path, text):
+    """With a byte order mark, other columns and order, CRLF; ids that look like numbers, are NA or hold a newline."""
+    path = tmp_path / "p.csv"
+    cells = {"answer": "a", "p_a": "0.1", "p_b": "0.9", "note": '"x, y"'}
+    names = text.strip("\ufeff\r\n").split(",")
+    rows = [",".join(({"id": row_id} | cells)[name] for name in names) for row_id in ("007", "NA", '"a\nb"', "é")]
+    end = "\r\n" if text.endswith("\r\n") else "\n"
+    path.write_bytes((text + end.join([*rows, ""])).encode())
+    fast, slow = _read_fast(path), _read_slowly(path)
+    assert fast[0] == slow[0] == ["007", "NA", "a\nb", "é"]
+    assert fast[1] == slow[1] == ["p_a", "p_b"] and (fast[2] == slow[2]).all()
+
+
+def test_a_file_with_other_choices_is_refused(tmp_path, stack):
+    four = write(tmp_path / "4.csv", ["x", "y"], stack[0][:2])
+    three = write(tmp_path / "3.csv", ["x", "y"], np.full((2, 3), 1 / 3))
+    with pytest.raises(UserError, match="3.csv: it has 3 choices and .*4.csv has 4"):
+        join([four, three])
+    fewer = write(tmp_path / "f.csv", ["x", "y"], np.array([[0.25] * 4, [0.5, 0.25, 0.25, 0]]))
+    full = write(tmp_path / "g.csv", ["x", "y"], np.full((2, 4), 0.25))
+    with pytest.raises(UserError, match="1 rows have other choices than in .*g.csv: y"):
+        join([full, fewer])
+
+
+@pytest.mark.parametrize("script", ["ensemble", "scores"])
+def test_scripts_that_only_read_tables_import_no_model_library(script):
+    code = (
+        f"import {script}, sys; print(sorted({{'torch', 'transformers', 'datasets', 'sklearn'}} & set(sys.modules)))"
+    )
+    assert command(sys.executable, "-c", code).stdout == "[]\n"

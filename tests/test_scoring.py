@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import beta
 from sklearn.metrics import accuracy_score, log_loss
 
 from collator import Collator
 from vqa.errors import UserError
-from vqa.scoring import accuracy_interval, letter_metrics, score_rows
+from vqa.scoring import letter_metrics, score_rows
 
 
 def test_probabilities_are_the_softmax_over_the_offered_letters_at_the_last_position(model, processor, ids, rows):
@@ -91,12 +90,3 @@ def test_metrics_are_scikit_learns():
     got = letter_metrics(padded, answers)
     assert got["accuracy"] == pytest.approx(accuracy_score(answers, probabilities.argmax(1)), abs=1e-12)
     assert got["log_loss"] == pytest.approx(log_loss(answers, probabilities, labels=range(4)), abs=1e-9)
-
-
-def test_the_interval_is_wilsons():
-    low, high = accuracy_interval(80, 100)
-    z, p, n = 1.959963984540054, 0.8, 100  # Wilson (1927), written out
-    middle, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert (low, high) == pytest.approx(((middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)))
-    exact = beta.ppf([0.025, 0.975], [80, 81], [21, 20])  # Clopper and Pearson's, which is a little wider
-    assert exact[0] < low < 0.8 < high < exact[1]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold
 
 from vqa.errors import UserError, first_few
 from vqa.files import whole
@@ -15,6 +14,8 @@ from vqa.rows import read_table
 
 def assign_folds(answers: Sequence[int], images: Sequence[str], folds: int, seed: int) -> np.ndarray:
     """Fold of each row, int (rows,): stratified by answer, rows with byte-identical images in one fold."""
+    from sklearn.model_selection import StratifiedGroupKFold  # takes a second to import
+
     groups = image_groups(images)
     fewest = min(np.bincount(answers)[np.unique(answers)])
     if not 2 <= folds <= len(set(groups)):

@@ -1,17 +1,19 @@
-"""Prediction files (`id,answer,p_a,p_b,...`), their ensembles, and the submission that comes of them."""
+"""Prediction files (`id,answer,p_a,p_b,...`) and the submission that comes of them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pyarrow import ArrowInvalid, csv
 
 from vqa.errors import UserError, first_few
 from vqa.files import read_json, whole
 from vqa.prompt import LETTERS
 from vqa.rows import read_table
 
-METHODS = ("mean", "majority", "weighted")
+SURELY_OFFERED = 0.01  # no file of another program rounds this to 0
 
 
 def write_predictions(path: str | Path, rows: Sequence[dict], probabilities: np.ndarray) -> None:
@@ -26,24 +28,56 @@ def write_predictions(path: str | Path, rows: Sequence[dict], probabilities: np.
 
 def read_predictions(path: str | Path) -> tuple[list[str], np.ndarray]:
     """(ids, probabilities float64 (rows, 10)) of a prediction file. Raises UserError where it is not one."""
-    table = read_table(path, ("id", "answer", "p_a", "p_b"))
-    names = [name for name in table.columns if name.startswith("p_")]
+    ids, values = _read(path)
+    return ids, np.pad(values, ((0, 0), (0, len(LETTERS) - values.shape[1])))
+
+
+def _read(path: str | Path) -> tuple[list[str], np.ndarray]:
+    """(ids, probabilities float64 (rows, probability columns)), checked."""
+    ids, names, values = _read_fast(path) or _read_slowly(path)
     if names != [f"p_{letter}" for letter in LETTERS[: len(names)]]:
         raise UserError(f"{path}: the probability columns are {first_few(names, 10)}; they go p_a, p_b, ... in order")
-    if table["id"].duplicated().any():
-        twice = list(table["id"][table["id"].duplicated()].unique())
+    if len(set(ids)) < len(ids):
+        twice = [row_id for row_id, times in Counter(ids).items() if times > 1]
         raise UserError(f"{path}: {len(twice)} ids stand there twice: {first_few(twice)}; predict again")
-    try:
-        values = table[names].astype(float).to_numpy()
-    except ValueError as error:
-        raise UserError(f"{path}: a probability is not a number ({error}); predict again") from None
     wrong = ~np.isfinite(values).all(1) | (values < 0).any(1) | (abs(values.sum(1) - 1) > 1e-6)
     if wrong.any():
-        bad = list(table["id"][wrong])
+        bad = [ids[i] for i in np.flatnonzero(wrong)]
         raise UserError(
             f"{path}: {len(bad)} rows whose probabilities do not sum to 1: {first_few(bad)}; predict again"
         )
-    return list(table["id"]), np.pad(values, ((0, 0), (0, len(LETTERS) - len(names))))
+    return ids, values
+
+
+def _read_fast(path: str | Path) -> tuple[list[str], list[str], np.ndarray] | None:
+    """(ids, names of the probability columns, values) by pyarrow, or None where it finds anything amiss."""
+    convert = csv.ConvertOptions(
+        column_types={"id": "string"} | {f"p_{a}": "float64" for a in LETTERS}, null_values=[]
+    )
+    try:
+        table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=convert)
+    except (ArrowInvalid, OSError):
+        return None
+    names = [name for name in table.column_names if name.startswith("p_")]
+    if (
+        not table.num_rows
+        or not {"id", "answer", "p_a", "p_b"} <= set(table.column_names)
+        or len(names) > len(LETTERS)
+    ):
+        return None
+    if len(set(table.column_names)) < table.num_columns or not set(names) <= {f"p_{a}" for a in LETTERS}:
+        return None
+    return table["id"].to_pylist(), names, np.column_stack([table[name].to_numpy() for name in names])
+
+
+def _read_slowly(path: str | Path) -> tuple[list[str], list[str], np.ndarray]:
+    """The same by the reader that says in one line what is wrong with a file."""
+    table = read_table(path, ("id", "answer", "p_a", "p_b"))
+    names = [name for name in table.columns if name.startswith("p_")]
+    try:
+        return list(table["id"]), names, table[names].astype(float).to_numpy()
+    except ValueError as error:
+        raise UserError(f"{path}: a probability is not a number ({error}); predict again") from None
 
 
 def is_submission(path: str | Path) -> bool:
@@ -53,40 +87,61 @@ def is_submission(path: str | Path) -> bool:
 
 
 def join(files: Sequence[str | Path]) -> tuple[list[str], np.ndarray]:
-    """(ids in the first file's order, probabilities (files, rows, 10)) of prediction files, joined by id."""
-    ids, first = read_predictions(files[0])
-    stack = [first]
-    for path in files[1:]:
-        other, values = read_predictions(path)
-        place = {row_id: i for i, row_id in enumerate(other)}
-        if missing := [row_id for row_id in ids if row_id not in place]:
-            raise UserError(
-                f"{path}: {len(missing)} ids of {files[0]} are missing: {first_few(missing)}; predict again"
-            )
-        if len(other) > len(ids):
-            extra = sorted(set(other) - set(ids))
-            raise UserError(f"{path}: {len(extra)} ids are not in {files[0]}: {first_few(extra)}; predict again")
-        stack.append(values[[place[row_id] for row_id in ids]])
-    return ids, np.stack(stack)
+    """(ids in the first file's order, probabilities (files, rows, letters)) of prediction files, joined by id.
 
-
-def ensemble(stack: np.ndarray, method: str, weights: Sequence[float] | None = None) -> np.ndarray:
-    """One set of probabilities (rows, 10) out of `stack` (files, rows, 10).
-
-    mean: of the probabilities. weighted: the same with `weights` (files,). majority: the share of the files' votes,
-    ties going to the letter of the larger mean probability.
+    Raises UserError where ids are missing or extra, and where a file has other choices.
     """
-    if method == "majority":
-        votes = (stack.argmax(-1)[..., None] == np.arange(stack.shape[-1])).mean(0)
-        # Votes are multiples of 1 / files, so a share this small can order ties and nothing else.
-        share = 1e-3 / len(stack)
-        return (1 - share) * votes + share * stack.mean(0)
-    return np.average(stack, axis=0, weights=weights if method == "weighted" else None)
+    ids, first = _read(files[0])
+    stack = np.empty((len(files), *first.shape))
+    stack[0] = first
+    for number, path in enumerate(files[1:], start=1):
+        other, values = _read(path)
+        if values.shape[1] != first.shape[1]:
+            raise UserError(
+                f"{path}: it has {values.shape[1]} choices and {files[0]} has {first.shape[1]}; predict the same CSV"
+            )
+        if other != ids:
+            values = values[_places(ids, other, files[0], path)]
+        stack[number] = values
+        differ = ((values == 0) & (first > SURELY_OFFERED) | (first == 0) & (values > SURELY_OFFERED)).any(1)
+        if differ.any():
+            rows = [ids[i] for i in np.flatnonzero(differ)]
+            raise UserError(
+                f"{path}: {len(rows)} rows have other choices than in {files[0]}: {first_few(rows)}; "
+                "predict the same CSV"
+            )
+    return ids, stack
+
+
+def _places(ids: list[str], other: list[str], first: str | Path, path: str | Path) -> np.ndarray:
+    """Where each of `ids` stands in `other`, int (rows,); both have to hold the same."""
+    place = pd.Index(other).get_indexer(pd.Index(ids))
+    if missing := [ids[i] for i in np.flatnonzero(place < 0)]:
+        raise UserError(f"{path}: {len(missing)} ids of {first} are missing: {first_few(missing)}; predict again")
+    if len(other) > len(ids):
+        extra = sorted(set(other) - set(ids))
+        raise UserError(f"{path}: {len(extra)} ids are not in {first}: {first_few(extra)}; predict again")
+    return place
 
 
 def letters(probabilities: np.ndarray) -> list[str]:
     """The likeliest letter of each row."""
     return [LETTERS[i] for i in probabilities.argmax(1)]
+
+
+def check_offered(test_csv: str | Path, ids: Sequence[str], probabilities: np.ndarray) -> None:
+    """Raise UserError unless the ids are those of the test CSV and letters that its rows do not offer have 0."""
+    table = read_table(test_csv, ("id", "a", "b"))
+    names = [letter for letter in LETTERS if letter in table.columns]
+    place = _places(list(ids), list(table["id"]), "the predictions", test_csv)
+    blank = np.column_stack([table[name].str.strip() == "" for name in names])[place]
+    width = probabilities.shape[1]
+    blank = np.pad(blank, ((0, 0), (0, max(0, width - blank.shape[1]))), constant_values=True)[:, :width]
+    if wrong := [ids[i] for i in np.flatnonzero(((probabilities > 0) & blank).any(1))]:
+        raise UserError(
+            f"{test_csv}: {len(wrong)} rows do not offer letters that were predicted: {first_few(wrong)}; "
+            "predict again"
+        )
 
 
 def write_submission(
@@ -117,11 +172,19 @@ def read_card(path: str | Path) -> dict:
     return read_json(card) if card.is_file() else {}
 
 
-def validation_weights(files: Sequence[str | Path], by: str) -> list[float]:
-    """Weights that sum to 1: each file's out-of-fold accuracy, or the inverse of its out-of-fold log-loss."""
+def validation_scores(files: Sequence[str | Path], by: str) -> list[float]:
+    """Each file's out-of-fold accuracy or log-loss, as training measured it."""
     scores = [(read_card(path).get("validation") or {}).get(by) for path in files]
     if unknown := [str(path) for path, score in zip(files, scores) if score is None]:
         raise UserError(f"{first_few(unknown)}: no out-of-fold score beside it; use --method mean, or predict again")
-    raw = np.array(scores, dtype=float)
-    raw = raw if by == "accuracy" else 1 / np.maximum(raw, 1e-9)
-    return [float(weight) for weight in raw / raw.sum()]
+    return scores
+
+
+def previous_answers(path: str | Path) -> dict[str, str]:
+    """id -> answer of the submission that lies at `path`; empty where there is none."""
+    if not Path(path).is_file():
+        return {}
+    if not is_submission(path):
+        raise UserError(f"{path} exists and is no submission; give another --output")
+    table = read_table(path, ("id", "answer"))
+    return dict(zip(table["id"], table["answer"]))

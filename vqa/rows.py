@@ -4,20 +4,25 @@ import csv
 import io
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from datasets import Dataset
 
 from vqa.errors import UserError, first_few
 from vqa.prompt import LETTERS
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def read_rows(path: str | Path, image_root: str | Path | None = None, with_answer: bool = False) -> Dataset:
+
+def read_rows(path: str | Path, image_root: str | Path | None = None, with_answer: bool = False) -> "Dataset":
     """Rows of a contest CSV (`id,path,question,a,b,...` and `answer`), checked.
 
     Returns a Dataset with `id`, `image` (path of the file), `question`, `choices` (list of the texts offered) and,
     `with_answer`, `answer` (index into `choices`). Raises UserError, naming file and row, for whatever cannot be used.
     """
+    from datasets import Dataset  # takes a second to import, and most readers of this module want tables only
+
     table = read_table(path, ("id", "path", "question", "a", "b") + (("answer",) if with_answer else ()))
     names = _choice_columns(path, list(table.columns))
     _check_ids(path, table["id"])

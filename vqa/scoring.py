@@ -6,8 +6,6 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Features, List, Value
-from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, log_loss
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -15,6 +13,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from vqa.errors import UserError, first_few
 from vqa.precision import half_autocast
 from vqa.prompt import LETTERS
+from vqa.statistics import letter_scores
 from vqa.vision import encode_images
 
 MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered", "ids", "weight")  # ours; a model swallows them without a word
@@ -79,26 +78,16 @@ def score_rows(
 
 
 class LetterScore(evaluate.Metric):
-    """Letter accuracy, in [0, 1], and letter log-loss, in nats, by scikit-learn. Needs no network."""
+    """Letter accuracy, in [0, 1], and letter log-loss, in nats. Needs no network."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = Features({"predictions": List(Value("float64")), "references": Value("int64")})
         return evaluate.MetricInfo(description=self.__doc__, citation="", features=features)
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        predictions = np.asarray(predictions)
-        return {
-            "accuracy": float(accuracy_score(references, predictions.argmax(1))),
-            "log_loss": float(log_loss(references, predictions, labels=range(predictions.shape[1]))),
-        }
+        return letter_scores(np.asarray(predictions), references)
 
 
 def letter_metrics(probabilities: np.ndarray, answers: Sequence[int]) -> dict[str, float]:
     """{"accuracy", "log_loss"} of probabilities (rows, letters) against the answers' indices (rows,)."""
     return LetterScore(keep_in_memory=True).compute(predictions=probabilities, references=answers)
-
-
-def accuracy_interval(right: int, rows: int) -> tuple[float, float]:
-    """95 % interval of an accuracy of `right` out of `rows` (Wilson's, by scipy)."""
-    interval = binomtest(right, rows).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)

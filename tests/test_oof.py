@@ -1,0 +1,238 @@
+"""Ensembles by the command line on planted out-of-fold files: what is tuned, what is refused, what is said."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import HEADER, write_csv
+
+from vqa.ensembles import METHODS, fit
+from vqa.statistics import row_losses
+
+TRAIN, TEST, FOLDS = 600, 300, 3
+
+
+def write(path, ids, values):
+    table = pd.DataFrame(values, columns=[f"p_{letter}" for letter in "abcd"])
+    table.insert(0, "id", ids)
+    table.insert(1, "answer", ["abcd"[i] for i in values.argmax(1)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False, float_format="%.17g")
+
+
+class Planted:
+    """A contest in a folder, and models on it whose folds have predictions, cards, args and out-of-fold files."""
+
+    def __init__(self, folder):
+        self.folder, self.random = folder, np.random.default_rng(0)
+        self.answers = self.random.integers(0, 4, TRAIN + TEST)
+        self.ids = np.array([f"r{i:04d}" for i in range(TRAIN + TEST)])
+        self.folds = np.arange(TRAIN) % FOLDS
+        cells = [[row_id, "x.jpg", f"q{i}", *"wxyz"] for i, row_id in enumerate(self.ids)]
+        rows = [[*row, "abcd"[answer]] for row, answer in zip(cells, self.answers)]
+        write_csv(folder / "train.csv", rows[:TRAIN])
+        write_csv(folder / "test.csv", cells[TRAIN:], HEADER[:-1])
+        write_csv(folder / "folds.csv", [[a, str(b)] for a, b in zip(self.ids, self.folds)], ["id", "fold"])
+        write_csv(folder / "sample_submission.csv", [[a, "a"] for a in self.ids[TRAIN:][::-1]], ["id", "answer"])
+
+    def probabilities(self, skill):
+        """A model's opinion of all rows (rows, 4); the larger the skill, the better."""
+        scores = self.random.normal(size=(TRAIN + TEST, 4))
+        scores[np.arange(TRAIN + TEST), self.answers] += skill
+        return np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+
+    def model(self, name, values):
+        """Write a model's folds, and give back its prediction files."""
+        files = []
+        for fold in range(FOLDS):
+            run, own = self.folder / "checkpoints" / name / f"fold{fold}", np.flatnonzero(self.folds == fold)
+            write(run / "oof.csv", self.ids[own], values[own])
+            args = {"fold": fold, "train_csv": str(self.folder / "train.csv"), "folds_csv": None}
+            (run / "args.json").write_text(json.dumps(args))
+            files.append(self.folder / "outputs" / name / f"fold{fold}.csv")
+            write(files[-1], self.ids[TRAIN:], values[TRAIN:])
+            scores = {
+                "log_loss": row_losses(values[own], self.answers[own]).mean(),
+                "accuracy": (values[own].argmax(1) == self.answers[own]).mean(),
+            }
+            card = {"adapter": str(run), "validation": scores, "test_csv": str(self.folder / "test.csv")}
+            files[-1].with_suffix(".json").write_text(json.dumps(card))
+        return files
+
+    def oof(self, file):
+        return self.folder / "checkpoints" / file.parent.name / file.stem / "oof.csv"
+
+
+@pytest.fixture
+def planted(tmp_path):
+    return Planted(tmp_path)
+
+
+def test_auto_gives_noise_no_weight_says_so_and_says_what_it_gains(planted, script):
+    good, other = planted.probabilities(1.5), planted.probabilities(1.0)
+    noise = planted.random.dirichlet(np.ones(4), TRAIN + TEST)
+    models = {"good": good, "copy": good, "other": other, "noise": noise}
+    files = [file for name, values in models.items() for file in planted.model(name, values)]
+    output = planted.folder / "submission.csv"
+    code, said, error = script("ensemble", *files, "--output", output)
+    assert code == 0, error
+    assert "stack is chosen: its log-loss is" in said and "beyond noise at 600 rows" in said
+    assert f"{planted.folder}/outputs/noise/fold*.csv gets no weight" in said
+    assert f"{planted.folder}/outputs/other/fold*.csv (weight 0.000)" not in said
+    for method in METHODS:
+        assert f"\n{method.rjust(9)}" in said
+    submission = pd.read_csv(output)
+    assert list(submission["id"]) == list(pd.read_csv(planted.folder / "sample_submission.csv")["id"])
+    stack = np.stack([models[name] for name in sorted(models)])
+    best = fit("stack", stack[:, :TRAIN], planted.answers[:TRAIN])(stack[:, TRAIN:])
+    assert list(submission["answer"][::-1]) == ["abcd"[i] for i in best.argmax(1)]
+    first = output.read_bytes()
+    code, said, _ = script("ensemble", *files[::-1], "--output", output)
+    assert code == 0 and output.read_bytes() == first and "0 of 300 answers differ" in said
+
+
+def exchange(planted, file, everywhere=True):
+    """Give the rows of an out-of-fold file each other's ids."""
+    table = pd.read_csv(planted.oof(file))
+    rows = slice(None) if everywhere else slice(0, 2)
+    table.loc[table.index[rows], "id"] = table["id"][rows].to_numpy()[::-1]
+    table.to_csv(planted.oof(file), index=False, float_format="%.17g")
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_exchanged_ids_are_refused_by_what_training_measured(planted, script, everywhere):
+    files = planted.model("good", planted.probabilities(1.5)) + planted.model("swapped", planted.probabilities(1.5))
+    exchange(planted, files[4], everywhere)
+    code, said, error = script("ensemble", *files)
+    assert (code, error.count("\n")) == (2, 1) and "swapped/fold1/oof.csv: its log-loss" in error
+    assert not list(planted.folder.rglob("submission.csv"))
+
+
+def test_exchanged_ids_are_refused_without_cards_by_agreement(planted, script):
+    files = planted.model("good", planted.probabilities(1.5)) + planted.model("swapped", planted.probabilities(1.5))
+    for file in files:
+        file.with_suffix(".json").unlink()
+    given = ["--oof", *(planted.oof(file) for file in files), "--truth", planted.folder / "train.csv"]
+    assert script("ensemble", *files, *given)[0] == 0
+    (planted.folder / "outputs" / "good" / "submission.csv").unlink()
+    for file in files[3:]:
+        exchange(planted, file)
+    code, _, error = script("ensemble", *files, *given)
+    assert (code, error.count("\n")) == (2, 1), error
+    assert "swapped/fold*.csv: its probabilities go with" in error and "were exchanged" in error
+    assert not list(planted.folder.rglob("submission.csv"))
+
+
+def test_rows_that_a_fold_was_trained_on_are_refused(planted, script):
+    files = planted.model("good", planted.probabilities(1.5))
+    planted.oof(files[0]).write_bytes(planted.oof(files[1]).read_bytes())
+    code, _, error = script("ensemble", *files)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "200 rows are not of fold 0, so its model trained on them: r0001, r0004, r0007" in error
+    args = planted.oof(files[0]).with_name("args.json")
+    args.write_text(args.read_text().replace('"fold": 0', '"fold": null'))
+    assert "was trained on every row" in script("ensemble", *files)[2]
+
+
+def test_a_row_that_its_fold_lacks_is_named(planted, script):
+    files = planted.model("good", planted.probabilities(1.5))
+    pd.read_csv(planted.oof(files[2])).iloc[1:].to_csv(planted.oof(files[2]), index=False, float_format="%.17g")
+    code, _, error = script("ensemble", *files)
+    assert code == 2 and "1 rows of fold 2 are missing: r0002" in error
+
+
+def test_one_model_is_averaged_and_why_nothing_is_tuned_is_said(planted, script):
+    values = planted.probabilities(1.0)
+    files = planted.model("good", values)
+    code, said, error = script("ensemble", *files)
+    assert code == 0, error
+    assert "mean is used: folds of one model have no out-of-fold rows in common" in said
+    assert f"accuracy {(values.argmax(1) == planted.answers)[:TRAIN].mean():.4f} (95 % interval" in said
+    for method in ("greedy", "stack"):
+        code, _, error = script("ensemble", *files, "--method", method)
+        assert (code, error.count("\n")) == (2, 1) and "needs two models" in error
+
+
+def test_without_out_of_fold_files_mean_is_used_and_said_and_tuning_is_refused(planted, script):
+    files = planted.model("good", planted.probabilities(1.5)) + planted.model("other", planted.probabilities(0.0))
+    planted.oof(files[4]).unlink()
+    code, said, error = script("ensemble", *files)
+    assert code == 0 and "no out-of-fold rows: " in said and "mean is used: without out-of-fold rows" in said, error
+    code, _, error = script("ensemble", *files, "--method", "stack")
+    assert (code, error.count("\n")) == (2, 1) and "other/fold1/oof.csv: not there" in error
+    code, said, error = script("ensemble", *files, "--method", "weighted")
+    assert code == 0 and "weighted of" in said, "the cards have each fold's score"
+
+
+def test_models_validated_on_different_rows_are_not_tuned(planted, script):
+    files = planted.model("good", planted.probabilities(1.5)) + planted.model("other", planted.probabilities(1.0))
+    code, said, error = script("ensemble", *files[:5])
+    assert code == 0 and "were not validated on the same rows: 200 are in one only: r0002" in said, error
+    given = ["--oof", *(planted.oof(file) for file in files[:5])]
+    code, _, error = script("ensemble", *files[:5], *given)
+    assert code == 2 and "were not validated on the same rows" in error
+
+
+def test_the_mean_of_two_models_is_not_the_mean_of_their_files(planted, script):
+    """Three folds of one and one of the other: each model counts half."""
+    good, other = planted.probabilities(1.0), planted.probabilities(1.0)
+    files = [*planted.model("good", good), planted.model("other", other)[0]]
+    output = planted.folder / "s.csv"
+    assert script("ensemble", *files, "--method", "mean", "--output", output)[0] == 0
+    expected = ["abcd"[i] for i in (good + other)[TRAIN:].argmax(1)]
+    assert list(pd.read_csv(output)["answer"][::-1]) == expected
+    assert expected != ["abcd"[i] for i in (3 * good + other)[TRAIN:].argmax(1)]
+
+
+def test_temperature_mends_a_model_that_is_too_sure(planted, script):
+    values = planted.probabilities(1.0) ** 4
+    files = planted.model("good", values / values.sum(1, keepdims=True))
+    code, said, error = script("ensemble", *files, "--temperature")
+    assert code == 0, error
+    found = float(said.split("temperatures: ")[1].split(",")[0].split()[-1])
+    assert found == pytest.approx(4, rel=0.15)
+
+
+def test_letters_that_a_row_does_not_offer_are_refused(planted, script):
+    files = planted.model("good", planted.probabilities(1.0))
+    table = pd.read_csv(planted.folder / "test.csv", dtype=str)
+    table.loc[5, "d"] = ""
+    table.to_csv(planted.folder / "test.csv", index=False)
+    code, _, error = script("ensemble", *files)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "1 rows do not offer letters that were predicted: r0605" in error
+    assert not list(planted.folder.rglob("submission.csv"))
+
+
+def test_what_the_submission_changes_and_what_it_may_not_write_over(planted, script):
+    values = planted.probabilities(1.0)
+    files = planted.model("good", values)
+    code, said, error = script("ensemble", *files)
+    assert code == 0 and "that was there" not in said, error
+    trained = (planted.answers[:TRAIN] == 0).mean()
+    count = (values[TRAIN:].argmax(1) == 0).sum()
+    assert f"letters: a {count} ({count / TEST:.1%}, in training {trained:.1%})" in said
+    output = planted.folder / "outputs" / "good" / "submission.csv"
+    lines = output.read_text().splitlines()
+    lines[3:5] = [line[:-1] + "abcd"["abcd".index(line[-1]) - 1] for line in lines[3:5]]
+    output.write_text("\n".join(lines) + "\n")
+    assert "2 of 300 answers differ from the submission that was there" in script("ensemble", *files)[1]
+    code, _, error = script("ensemble", *files, "--output", files[0])
+    assert code == 2 and "exists and is no submission" in error
+
+
+def test_comparison_ends_in_one_sentence(planted, script):
+    files = planted.model("good", planted.probabilities(2.0)) + planted.model("bad", planted.probabilities(0.5))
+    good, bad = (planted.oof(file) for file in (files[0], files[3]))
+    code, said, error = script("ensemble", "--compare", bad, good, "--truth", planted.folder / "train.csv")
+    assert code == 0, error
+    last = said.splitlines()[-1]
+    assert last == f"{good} is better than {bad}, in accuracy and in log-loss, at 200 rows."
+    assert said.count("95 % interval") == 4 and "McNemar's exact test p = " in said
+    code, _, error = script("ensemble", "--compare", bad, good)
+    assert (code, error.count("\n")) == (2, 1) and "--truth" in error
+    code, _, error = script(
+        "ensemble", "--compare", bad, planted.oof(files[1]), "--truth", planted.folder / "train.csv"
+    )
+    assert (code, error.count("\n")) == (2, 1) and "are missing" in error

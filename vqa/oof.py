@@ -1,0 +1,172 @@
+"""Out-of-fold rows: which belong to which prediction files, and whether they may be trusted.
+
+A model is the folds of one run. Its folds validated disjoint rows, so weights between folds cannot be tuned on rows
+that two of them have in common; put together, the folds' rows are the model's out-of-fold set, and on those sets
+models are tuned against each other. Prediction files are one model where they lie in one folder and their names differ
+only in a number after "fold": outputs/7b/fold0.csv, outputs/7b/fold1.csv, ...
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vqa.errors import UserError, first_few
+from vqa.files import read_json
+from vqa.folds import read_folds
+from vqa.predictions import read_card, read_predictions
+from vqa.rows import read_table
+from vqa.statistics import row_losses
+from vqa.truth import Truth
+
+
+class NoEvidence(UserError):
+    """There are no out-of-fold rows to tune on; the message says why."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Out-of-fold rows that all models predicted: stack (models, rows, letters), answers' indices (rows,)."""
+
+    stack: np.ndarray
+    answers: np.ndarray
+    clusters: dict[str, np.ndarray]
+    truth: str | Path
+
+
+def group_models(files: Sequence[str]) -> dict[str, list[str]]:
+    """Name of a model -> its prediction files, in their order."""
+    models: dict[str, list[str]] = {}
+    for file in files:
+        models.setdefault(re.sub(r"fold\d+$", "fold*", str(Path(file).with_suffix(""))), []).append(file)
+    return {files[0] if len(files) == 1 else f"{name}.csv": files for name, files in models.items()}
+
+
+def gather(
+    models: Mapping[str, Sequence[str]], given: Mapping[str, str] | None = None, truth: str | None = None
+) -> Evidence:
+    """The out-of-fold rows of `models`: those `given` (prediction file -> out-of-fold file), or found by their cards.
+
+    Raises NoEvidence where there are none, UserError where there are some that cannot be trusted.
+    """
+    found = {file: _out_of_fold_file(file, given) for files in models.values() for file in files}
+    answers_csv = Truth(truth or _training_csv(next(iter(found.values()))))
+    parts = {}
+    for name, files in models.items():
+        read = [_read_checked(file, found[file], answers_csv) for file in files]
+        ids = pd.Index([row_id for ids, _ in read for row_id in ids])
+        if twice := list(ids[ids.duplicated()]):
+            raise UserError(
+                f"{name}: {len(twice)} out-of-fold rows stand in two of its folds: {first_few(twice)}; give each "
+                "prediction its own out-of-fold file, in the same order"
+            )
+        parts[name] = ids, np.concatenate([values for _, values in read])
+    (first, (order, _)), *_ = parts.items()
+    for name, (ids, _) in parts.items():
+        if len(differing := order.symmetric_difference(ids)):
+            raise NoEvidence(
+                f"{first} and {name} were not validated on the same rows: {len(differing)} are in one only: "
+                f"{first_few(list(differing))}; train and predict the same folds of both"
+            )
+    stack = np.stack([values[ids.get_indexer(order)] for ids, values in parts.values()])
+    ids = list(order)
+    return Evidence(stack[..., : _width(stack)], answers_csv.answers(ids), answers_csv.clusters(ids), answers_csv.path)
+
+
+def check_agreement(names: Sequence[str], members: np.ndarray, evidence: Evidence) -> None:
+    """Refuse a model that agrees with another on the rows to predict and not at all out of fold.
+
+    `members` (models, rows, letters) are the predictions. Exchanged ids leave a file's ids and probabilities valid,
+    and nothing else shows them where training's own measure is not at hand.
+    """
+    for i, j in itertools.combinations(range(len(names)), 2):
+        here, there = (_correlation(stack[i], stack[j]) for stack in (members, evidence.stack))
+        error = np.sqrt(1 / members.shape[1] + 1 / evidence.stack.shape[1])
+        if there < here / 4 and np.arctanh(min(here, 0.999)) - np.arctanh(there) > 6 * error:
+            worse = max(i, j, key=lambda m: row_losses(evidence.stack[m], evidence.answers).mean())
+            other = names[i + j - worse]
+            raise UserError(
+                f"{names[worse]}: its probabilities go with those of {other} on the rows to predict (correlation "
+                f"{here:.2f}) and not on the out-of-fold rows ({there:.2f}), so the ids of its out-of-fold file were "
+                "exchanged; make that file anew, or leave the model out"
+            )
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Of two models' probabilities (rows, letters), each row taken from its mean over the letters it offers."""
+    offered = (first > 0) | (second > 0)
+    gaps = [np.where(offered, values - 1 / offered.sum(1, keepdims=True), 0).ravel() for values in (first, second)]
+    scale = np.sqrt((gaps[0] @ gaps[0]) * (gaps[1] @ gaps[1]))
+    return float(gaps[0] @ gaps[1] / scale) if scale else 0.0
+
+
+def _width(stack: np.ndarray) -> int:
+    """Letters up to the last that any row offers."""
+    return int(np.flatnonzero((stack > 0).any((0, 1)))[-1]) + 1
+
+
+def _out_of_fold_file(file: str, given: Mapping[str, str] | None) -> Path:
+    if given is not None:
+        return Path(given[file])
+    adapter = read_card(file).get("adapter")
+    if not adapter:
+        raise NoEvidence(f"{file}: no card beside it names its adapter; give --oof FILES and --truth train.csv")
+    path = Path(adapter, "oof.csv")
+    if not path.is_file():
+        raise NoEvidence(f"{path}: not there; give the out-of-fold files with --oof, and --truth train.csv")
+    return path
+
+
+def _run_args(oof: Path) -> dict:
+    """The args.json of the run that an out-of-fold file (in its folder, or in ema/ or swa/ below) belongs to."""
+    places = (oof.with_name("args.json"), oof.parent.parent / "args.json")
+    return next((read_json(place) for place in places if place.is_file()), {})
+
+
+def _training_csv(oof: Path) -> str:
+    csv = _run_args(oof).get("train_csv")
+    if not csv or not Path(csv).is_file():
+        raise NoEvidence(f"{oof}: the training CSV with its answers is {csv or 'unknown'}; give it as --truth")
+    return csv
+
+
+def _read_checked(file: str, oof: Path, truth: Truth) -> tuple[list[str], np.ndarray]:
+    """An out-of-fold file: the very rows of its fold, and scoring what training measured on them."""
+    ids, probabilities = read_predictions(oof)
+    _check_fold(ids, oof)
+    card = read_card(file)
+    expected = (card.get("validation") or {}).get("log_loss")
+    if expected is not None and oof == Path(card["adapter"], "oof.csv"):  # one given may be of other views
+        got = row_losses(probabilities, truth.answers(ids)).mean()
+        if abs(got - expected) > 1e-6 * max(1, expected):
+            raise UserError(
+                f"{oof}: its log-loss against {truth.path} is {got:.4f} and training measured {expected:.4f}; its ids "
+                "were exchanged or the answers changed: train that fold again, or leave it out"
+            )
+    return ids, probabilities
+
+
+def _check_fold(ids: Sequence[str], oof: Path) -> None:
+    """Refuse rows that the model was trained on, by the run's args.json and folds file."""
+    args = _run_args(oof)
+    if not args:
+        return
+    if args.get("fold") is None:
+        raise UserError(f"{oof}: its model was trained on every row, so none is out of fold; leave it out")
+    folds_csv = args.get("folds_csv") or Path(args["train_csv"]).with_name("folds.csv")
+    if not Path(folds_csv).is_file():
+        raise NoEvidence(f"{oof}: {folds_csv} is not there to show that its rows were left out of training; copy it")
+    all_ids = list(read_table(folds_csv, ("id", "fold"))["id"])
+    folds = read_folds(folds_csv, all_ids, args["train_csv"])
+    own = {row_id for row_id, fold in zip(all_ids, folds) if fold == args["fold"]}
+    if trained_on := [row_id for row_id in ids if row_id not in own]:
+        raise UserError(
+            f"{oof}: {len(trained_on)} rows are not of fold {args['fold']}, so its model trained on them: "
+            f"{first_few(trained_on)}; give the fold's own out-of-fold file"
+        )
+    if missing := sorted(own - set(ids)):
+        raise UserError(f"{oof}: {len(missing)} rows of fold {args['fold']} are missing: {first_few(missing)}")
