@@ -19,6 +19,7 @@ from collator import Collator
 from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_arguments
 from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run
+from vqa.features import open_features
 from vqa.files import read_json, write_json
 from vqa.fingerprint import adapter_fingerprint, base_fingerprint
 from vqa.folds import read_folds, split_fold
@@ -52,6 +53,9 @@ def main() -> None:
     collate = Collator(processor, data.image_size, data.instruction, with_answer=True)
     settled_once(lambda: check_before_training(model, collate, train_rows, valid_rows))
 
+    prompts = Collator(processor, data.image_size, data.instruction)
+    show = PartialState().is_main_process and not recipe.disable_tqdm
+    collate.features = prompts.features = open_features(model, processor, data, [train_rows + valid_rows], show)
     rows, stop = TrainRows(train_rows, data.shuffle_choices, recipe.seed), StopInTime(recipe.max_hours)
     trainer = FoldTrainer(
         model,
@@ -62,7 +66,7 @@ def main() -> None:
         callbacks=[TellEpoch(rows), stop, *averages, WholeCheckpoints()],
         averages=averages,
         letter_ids=ids,
-        prompts=Collator(processor, data.image_size, data.instruction),
+        prompts=prompts,
     )
     if trainer.is_world_process_zero():
         write_json(Path(recipe.output_dir, "args.json"), resolved)
@@ -80,7 +84,8 @@ def is_finished(recipe: RecipeArguments, resolved: dict) -> bool:
     if not (folder / "args.json").is_file():
         return False
     before = read_json(folder / "args.json")
-    differing = sorted(key for key in before.keys() | resolved.keys() if before.get(key) != resolved.get(key))
+    keys = {key for key in before.keys() | resolved.keys() if not key.startswith("vision_cache")}
+    differing = sorted(key for key in keys if before.get(key) != resolved.get(key))
     if not recipe.resume_from_checkpoint or differing:
         what = f"a run with another {first_few(differing)}" if differing else "this run"
         raise UserError(
