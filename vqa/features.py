@@ -1,6 +1,6 @@
 """The frozen vision tower's features, computed once an image and size and kept on disk for every run that needs them.
 
-    checkpoints/vision_cache/<fingerprint of tower, preprocessing and dtype>/<shard>.safetensors
+    checkpoints/vision_cache/vision-<fingerprint of tower, preprocessing and dtype>-<dtype>/<shard>.safetensors
 
 A shard holds the features of some images, each under `<SHA-256 of the image file>_<width>x<height>`. It is written
 whole or not at all and never changed, so any number of processes may read and write side by side, and a run that was
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from vqa.errors import UserError
 from vqa.families import vision_tower
 from vqa.files import whole
 from vqa.fingerprint import fingerprint
@@ -75,7 +76,7 @@ class FeatureStore:
         self.root, self.limit = Path(root), limit_gb * 1e9
         depends = [FORMAT, fingerprint(tower.state_dict().items()), processor.image_processor.to_json_string()]
         name = hashlib.sha256("\n".join([*depends, str(self.dtype)]).encode()).hexdigest()[:16]
-        self.folder = self.root / f"{name}-{str(self.dtype).removeprefix('torch.')}"
+        self.folder = self.root / f"vision-{name}-{str(self.dtype).removeprefix('torch.')}"
         self.images: dict[str, tuple[str, tuple[int, int]]] = {}  # path -> SHA-256, upright (width, height)
         self.shards: dict[str, Path] = {}  # key -> the shard that holds it
         self.handles: dict[Path, safe_open] = {}  # kept open: what another process evicts stays readable here
@@ -109,7 +110,7 @@ class FeatureStore:
     def add(self, model: torch.nn.Module, rows: list[dict], show: bool = True) -> bool:
         """Compute the features of `rows` that are not there yet. False, and a line, where the bound leaves no room.
 
-        Raises UserError where an image's features are not finite.
+        Raises UserError where an image's features are not finite, or the folder cannot be written.
         """
         paths = list({row["image"] for row in rows} - self.images.keys())
         with ThreadPoolExecutor() as pool:
@@ -118,14 +119,20 @@ class FeatureStore:
         tokens = {key: self._tokens(row) for key, row in wanted.items()}
         self._open_shards(wanted.keys())
         size = sum(tokens[key] for key in wanted if key not in self.shards) * self.bytes_a_token
-        if not self._make_room(size):
-            return False
+        if size == 0:
+            return True
         # By size and hash, not by what is missing: after a kill the rest is grouped, and rounded, as it was to be.
         groups = grouped(sorted(wanted, key=lambda key: (tokens[key], key)), tokens, MOST_PATCHES // self.merge**2)
         missing = [{key: wanted[key] for key in group if key not in self.shards} for group in groups]
-        if missing := [group for group in missing if group]:
-            self._encode(model, missing, show)
-            self._open_shards(wanted.keys())
+        try:
+            if not self._make_room(size):
+                return False
+            self._encode(model, [group for group in missing if group], show)
+        except (OSError, SafetensorError) as error:  # read-only, full, or taken away
+            raise UserError(
+                f"vision_cache_dir {self.root}: {error}; give another one, with room, or --vision_cache false"
+            ) from None
+        self._open_shards(wanted.keys())
         return True
 
     def _tokens(self, row: dict) -> int:
@@ -143,23 +150,22 @@ class FeatureStore:
                     continue
                 if handle.metadata()["crc32"] != checksum({key: handle.get_tensor(key) for key in handle.keys()}):
                     raise ValueError("its checksum differs")
-                os.utime(path)  # used just now
             except FileNotFoundError:  # evicted by another process
                 continue
             except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
                 print(f"{path} is damaged ({' '.join(str(error).split())}); its images are encoded anew")
                 path.unlink(missing_ok=True)
                 continue
+            with suppress(OSError):  # a folder that is only read
+                os.utime(path)  # used just now
             self.handles[path] = handle
             self.shards |= {key: path for key in handle.keys() if key not in self.shards}
 
     def _make_room(self, size: int) -> bool:
         """Whether `size` bytes more may be written, once the shards that were used longest ago have given way."""
-        if not size:
-            return True
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / "room.lock"):
-            files = files_below(self.root)  # what a killed process has left half-written counts as well
+            files = shards_below(self.root)
             used = sum(stat.st_size for stat in files.values())
             limit = min(self.limit, used + shutil.disk_usage(self.root).free - SPARE_DISK)
             in_use = sum(files[path].st_size for path in self.handles if path in files)
@@ -230,12 +236,12 @@ def grouped(keys: list[str], tokens: dict[str, int], most_tokens: int) -> list[l
     return groups
 
 
-def files_below(folder: Path) -> dict[Path, os.stat_result]:
-    """The files below `folder`, locks left out. Other processes may rename or remove some meanwhile."""
+def shards_below(root: Path) -> dict[Path, os.stat_result]:
+    """The shards of all stores in `root`, half-written ones of killed processes included; nobody else's files."""
     files = {}
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            if path.is_file() and path.suffix != ".lock":
+    for path in root.glob("vision-????????????????-*/*.safetensors*"):
+        with suppress(FileNotFoundError):  # another process has renamed or removed it
+            if path.suffix != ".lock":
                 files[path] = path.stat()
     return files
 
