@@ -39,6 +39,7 @@ from vqa.prompt import letter_ids
 from vqa.rows import read_rows
 from vqa.scoring import score_rows
 from vqa.views import make_views
+from vqa.vision import is_tower_untouched
 
 WEIGHTS = ("raw", "ema", "swa")
 
@@ -62,10 +63,11 @@ def main() -> None:
     for name in ("vision_cache", "vision_cache_dir", "vision_cache_gb"):
         if getattr(args, name) is not None:
             setattr(data, name, getattr(args, name))
-    collate.features = open_features(model, processor, data, [view.changed_rows() for view in views])
+    features = open_features(model, processor, data, [view.changed_rows() for view in views])
     for number, item in enumerate(runs):
         if item.adapter:  # one base in memory for all of them; PEFT's names take no dots
             model = load_adapter(model, item.adapter, f"run{number}")
+        collate.features = features if is_tower_untouched(model) else None
         start, views_used = time.time(), views if item.adapter else views[:1]  # the base is there to compare with
         plain, summed, counts = None, 0.0, np.zeros((len(rows), 1))
         for view in views_used:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, TINY
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import vqa.features
@@ -204,8 +205,8 @@ def test_beyond_the_bound_what_was_used_longest_ago_gives_way(open_store, encode
     (path,) = first.handles
     a_shard = path.stat().st_size
     open_store(kept)
-    for number, store in enumerate((open_store(old), open_store(kept))):
-        os.utime(*store.handles, (number, number))
+    for number, (file,) in enumerate(([mine], open_store(old).handles, open_store(kept).handles)):
+        os.utime(file, (number, number))
     limit = 2.5 * a_shard / 1e9
     store = open_store(new, vision_cache_gb=limit)
     assert store.holds(new) and len(shards(store.folder)) == 2 and not path.exists()
@@ -230,6 +231,8 @@ def test_the_store_steps_aside_where_the_tower_is_trained_or_split(open_store, r
     model = load_base(TINY, load_in_4bit=False, dtype=torch.float32)
     next(vqa.features.vision_tower(model).parameters()).requires_grad_(True)
     assert open_store(rows[:1], base=model) is None
+    adapted = get_peft_model(load_base(TINY, False, torch.float32), LoraConfig(target_modules=r".*visual.*\.qkv"))
+    assert open_store(rows[:1], base=adapted.requires_grad_(False)) is None
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert open_store(rows[:1]) is None
 
@@ -259,6 +262,9 @@ def test_training_and_prediction_run_on_stored_features_and_give_what_pixels_giv
     flags = ["--vision_cache", "true", "--vision_cache_dir", tmp_path / "own", "--output_dir", tmp_path / "by_store"]
     code, _, error = script("predict", tmp_path / "pixels", *predict, *flags)
     assert code == 0 and shards(tmp_path / "own"), error
+    again = ["--resume_from_checkpoint", "auto", "--vision_cache", "false"]  # changes nothing of what is trained
+    code, output, error = script("train_fold", *args, tmp_path / "stored", *again)
+    assert code == 0 and "is finished" in output, error
 
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("pixels", "stored")]
     assert max((weights[0][name] - weights[1][name]).abs().max() for name in weights[0]) < 1e-5

@@ -30,7 +30,7 @@ from vqa.files import whole
 from vqa.fingerprint import fingerprint
 from vqa.folds import image_groups
 from vqa.images import open_image, target_size, upright_size
-from vqa.vision import base_model, image_features
+from vqa.vision import base_model, image_features, is_tower_untouched
 
 FORMAT = "1"  # part of every store's name: raise it when images are prepared or features laid out in another way
 # Images that go through the tower together, and into one shard: enough to fill a GPU, and they fit beside a model.
@@ -43,10 +43,9 @@ def open_features(model: torch.nn.Module, processor, data, needed: list[list[dic
 
     Lists that do not fit the bound go without: the collator decodes their images in every pass, as without a store.
     `data` are the DataArguments; `show` a progress bar. None where there is nothing to store: `vision_cache` is false,
-    the vision tower is trained, or FSDP has split it.
+    the vision tower is trained or adapted, or FSDP is to split it.
     """
-    trained = any(parameter.requires_grad for parameter in vision_tower(base_model(model)).parameters())
-    if not data.vision_cache or trained or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if not data.vision_cache or not is_tower_untouched(model) or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return None
     store = FeatureStore(model, processor, data.image_size, data.vision_cache_dir, data.vision_cache_gb)
     for rows in needed:

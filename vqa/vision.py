@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vqa.errors import UserError, first_few
@@ -54,6 +55,13 @@ def image_features(
             "images; use a GPU with bf16, or drop the rows"
         )
     return torch.stack([torch.cat(layer) for layer in (seen.pooler_output, *seen.get("deepstack_features", ()))])
+
+
+def is_tower_untouched(model: torch.nn.Module) -> bool:
+    """Whether the vision tower is neither trained nor adapted, so that images alone decide its output."""
+    tower = vision_tower(base_model(model))
+    adapted = any(isinstance(module, BaseTunerLayer) for module in tower.modules())
+    return not adapted and not any(parameter.requires_grad for parameter in tower.parameters())
 
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
