@@ -11,6 +11,7 @@ from vqa.images import open_image, target_size
 from vqa.prompt import INSTRUCTION, LETTERS, messages, render, shown_answer, special_tokens
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
+PADDING = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
 
 
 class Collator:
@@ -21,6 +22,8 @@ class Collator:
         image_size: pixel budget, the side of a square with as many pixels; the aspect of the image is kept.
         instruction: the last line of the user's turn.
         with_answer: append the answer and label it. Otherwise the text ends where the model has to write.
+        features: a `FeatureStore`. Where it holds every image of a batch, none is decoded, and the batch has
+            `image_features` (1 + deepstack layers, image tokens of all rows, hidden) in place of `pixel_values`.
 
     A row is a dict with `image` (path), `question`, `choices` and, with answers, `answer` (index of the right choice);
     `order` (the choice shown at each letter) and `scale` (of the image) are optional. Rows are not changed.
@@ -37,28 +40,26 @@ class Collator:
             -100      -100        -100             -100       -100   -100   66    151645    -100
     """
 
-    def __init__(self, processor, image_size: int, instruction: str = INSTRUCTION, with_answer: bool = False):
+    def __init__(
+        self, processor, image_size: int, instruction: str = INSTRUCTION, with_answer: bool = False, features=None
+    ):
         self.processor = processor
         self.image_size = image_size
         self.instruction = instruction
         self.with_answer = with_answer
+        self.features = features
         self.special = special_tokens(processor)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        conversations = [self.conversation(row) for row in rows]
-        images, _ = process_vision_info(conversations, image_patch_size=self.processor.image_processor.patch_size)
+        stored = self.features is not None and self.features.holds(rows)
+        conversations = [self.conversation(row, decode=not stored) for row in rows]
         prompts = [render(self.processor, conversation) for conversation in conversations]
         texts = prompts
         if self.with_answer:
             letters = [LETTERS[shown_answer(row)] for row in rows]
             texts = [render(self.processor, c, letter) for c, letter in zip(conversations, letters)]
 
-        # The images already have their final size: a second resize would blur them and could change the grid.
-        batch = dict(
-            self.processor(
-                text=texts, images=images, do_resize=False, padding=True, padding_side="left", return_tensors="pt"
-            )
-        )
+        batch = self.with_features(texts, rows) if stored else self.with_pixels(texts, conversations)
         batch["ids"] = [row["id"] for row in rows]
         batch["offered"] = torch.tensor([[i < len(row["choices"]) for i in range(len(LETTERS))] for row in rows])
         if self.with_answer:
@@ -66,8 +67,30 @@ class Collator:
             batch["answer"] = torch.tensor([shown_answer(row) for row in rows])
         return batch
 
-    def conversation(self, row: dict) -> list[dict]:
-        """The row's chat messages, holding the decoded image and the size that it is to be given."""
+    def with_pixels(self, texts: list[str], conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
+        """What the processor makes of the texts and the decoded images."""
+        images, _ = process_vision_info(conversations, image_patch_size=self.processor.image_processor.patch_size)
+        # The images already have their final size: a second resize would blur them and could change the grid.
+        return dict(self.processor(text=texts, images=images, do_resize=False, **PADDING))
+
+    def with_features(self, texts: list[str], rows: list[dict]) -> dict[str, torch.Tensor]:
+        """The same without pixels: each text's one image token, repeated as often as the image's grid asks for.
+
+        The processor itself expands no text without images; a text holds no other image token (`vqa.prompt.plain`).
+        """
+        features, grids = self.features.read(rows)
+        token, merge = self.processor.image_token, self.processor.image_processor.merge_size
+        counts = (grids.prod(1) // merge**2).tolist()
+        batch = self.processor.tokenizer(
+            [text.replace(token, token * count) for text, count in zip(texts, counts)], **PADDING
+        )
+        kinds = (batch["input_ids"] == self.processor.image_token_id).long()
+        return dict(batch) | {"mm_token_type_ids": kinds, "image_grid_thw": grids, "image_features": features}
+
+    def conversation(self, row: dict, decode: bool = True) -> list[dict]:
+        """The row's chat messages; with `decode` they hold the image and the size that it is to be given."""
+        if not decode:
+            return messages(row, {"type": "image"}, self.instruction, self.special)
         image = open_image(row["image"])
         patch = self.processor.image_processor.patch_size
         width, height = target_size(*image.size, self.image_size, row.get("scale", 1.0), patch)

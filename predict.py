@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.hf_argparser import string_to_bool
 
 from collator import Collator
 from vqa.arguments import (
@@ -29,6 +30,7 @@ from vqa.arguments import (
     section,
 )
 from vqa.errors import UserError, first_few, run
+from vqa.features import open_features
 from vqa.files import read_json, write_json
 from vqa.images import check_images
 from vqa.model import is_adapter, load_adapter, load_base, load_processor
@@ -38,6 +40,7 @@ from vqa.prompt import letter_ids
 from vqa.rows import read_rows
 from vqa.scoring import score_rows
 from vqa.views import make_views
+from vqa.vision import is_tower_untouched
 
 WEIGHTS = ("raw", "ema", "swa")
 
@@ -58,9 +61,14 @@ def main() -> None:
     collate = Collator(processor, data.image_size, data.instruction)
     views = make_views(rows, args.scales, args.orders, collate)
     model = load_base(model_args.model, model_args.load_in_4bit, runs[0].dtype, model_args.trust_remote_code)
+    for name in ("vision_cache", "vision_cache_dir", "vision_cache_gb"):
+        if getattr(args, name) is not None:
+            setattr(data, name, getattr(args, name))
+    features = open_features(model, processor, data, [view.changed_rows() for view in views])
     for number, item in enumerate(runs):
         if item.adapter:  # one base in memory for all of them; PEFT's names take no dots
             model = load_adapter(model, item.adapter, f"run{number}")
+        collate.features = features if is_tower_untouched(model) else None
         start, views_used = time.time(), views if item.adapter else views[:1]  # the base is there to compare with
         plain, summed, counts = None, 0.0, np.zeros((len(rows), 1))
         for view in views_used:
@@ -84,6 +92,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--orders", type=int, default=1, help="orders of the choices, by rotation (default: 1)")
     parser.add_argument("--batch_size", type=int, help="rows at once (default: as in validation)")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
+    parser.add_argument("--vision_cache", type=string_to_bool, help="(default, as of the next two: as in training)")
+    parser.add_argument("--vision_cache_dir", help="folder of the stored vision features")
+    parser.add_argument("--vision_cache_gb", type=float, help="bound of that folder, in GB")
     parser.add_argument("--output_dir", help="(default: outputs/, and the fold's own place below checkpoints/)")
     args = parser.parse_args()
     if not args.folds and not args.base:

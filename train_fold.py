@@ -19,6 +19,7 @@ from collator import Collator
 from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_arguments
 from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run
+from vqa.features import open_features
 from vqa.files import read_json, write_json
 from vqa.fingerprint import adapter_fingerprint, base_fingerprint, rows_fingerprint
 from vqa.folds import read_folds, split_fold
@@ -44,6 +45,9 @@ CHANGE_NOTHING = {
     "report_to",
     "save_total_limit",
     "test_csv",
+    "vision_cache",
+    "vision_cache_dir",
+    "vision_cache_gb",
 }
 
 
@@ -73,6 +77,9 @@ def main() -> None:
     collate = Collator(processor, data.image_size, data.instruction, with_answer=True)
     settled_once(lambda: check_before_training(model, collate, train_rows, valid_rows))
 
+    prompts = Collator(processor, data.image_size, data.instruction)
+    show = PartialState().is_main_process and not recipe.disable_tqdm
+    collate.features = prompts.features = open_features(model, processor, data, [train_rows + valid_rows], show)
     rows = TrainRows(train_rows, data.shuffle_choices, recipe.seed)
     trainer = FoldTrainer(
         model,
@@ -83,7 +90,7 @@ def main() -> None:
         callbacks=[TellEpoch(rows), stop, *averages, WholeCheckpoints()],  # in this order: each leans on the last
         averages=averages,
         letter_ids=ids,
-        prompts=Collator(processor, data.image_size, data.instruction),
+        prompts=prompts,
     )
     if trainer.is_world_process_zero():
         write_json(Path(recipe.output_dir, "args.json"), resolved)

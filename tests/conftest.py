@@ -115,6 +115,7 @@ def trained(tmp_path_factory):
         "model": TINY,
         "train_csv": str(data / "train.csv"),
         "test_csv": str(data / "test.csv"),
+        "vision_cache_dir": str(folder / "vision_cache"),
         "image_size": 112,
         "max_steps": 4,
         "per_device_train_batch_size": 4,

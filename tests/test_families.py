@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -18,12 +19,14 @@ from transformers import (
 )
 
 from collator import IGNORE, Collator
+from vqa.arguments import DataArguments
 from vqa.errors import UserError
 from vqa.families import end_of_vision, vision_tower
+from vqa.features import open_features
 from vqa.model import add_adapter, load_base, load_processor
 from vqa.precision import guard_fp16, half_autocast
 from vqa.prompt import LETTERS, letter_ids
-from vqa.scoring import score_rows
+from vqa.scoring import answer_logits, score_rows
 from vqa.vision import encode_images
 
 TEXT = {
@@ -108,6 +111,27 @@ def test_ready_features_give_the_logits_of_pixels(loaded, rows):
         encoded = encode_images(model, batch)
         got = model(**on_pixels(encoded)).logits
     assert "pixel_values" not in encoded and torch.equal(got, wanted)
+
+
+def test_stored_features_give_what_pixels_give(loaded, rows, tmp_path):
+    """Every tensor of the batch, the loss to 1e-5 and the probabilities to 1e-6; also for text that spells tokens."""
+    model, processor, ids = loaded
+    rows = [{**row, "order": [2, 0, 1, 3]} for row in rows[:8]]
+    rows[1] = {**rows[1], "question": "Is <|image_pad|> or <|vision_end|> red?", "scale": 1.3}
+    data = DataArguments(image_size=140, vision_cache_dir=str(tmp_path))
+    store = open_features(model, processor, data, [rows], show=False)
+    pixels, stored = (Collator(processor, 140, with_answer=True, features=f)(rows) for f in (None, store))
+    assert len(pixels["image_grid_thw"].unique(dim=0)) > 1
+    assert pixels.keys() - stored.keys() == {"pixel_values"} and stored.keys() - pixels.keys() == {"image_features"}
+    for key in pixels.keys() & stored.keys() - {"ids"}:
+        assert torch.equal(pixels[key], stored[key]) and pixels[key].dtype == stored[key].dtype, key
+    labels = pixels["labels"][:, -3:]
+    with torch.no_grad():
+        logits = [answer_logits(model, batch, keep=4)[:, :-1].transpose(1, 2) for batch in (pixels, stored)]
+    losses = [cross_entropy(values, labels, ignore_index=IGNORE) for values in logits]
+    assert abs(losses[0] - losses[1]) < 1e-5
+    scores = [score_rows(model, rows, Collator(processor, 140, features=f), ids, 3) for f in (None, store)]
+    assert np.abs(scores[0] - scores[1]).max() < 1e-6
 
 
 def test_the_adapter_lies_in_the_language_model_alone_and_learns(folder, rows):

@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     (folder / "records").mkdir()
     draw_contest(folder / "data", 3 * VALID_ROWS)
-    data = {"train_csv": str(folder / "data" / "train.csv")}
+    data = {"train_csv": str(folder / "data" / "train.csv"), "vision_cache_dir": str(folder / "vision_cache")}
     (folder / "args.json").write_text(json.dumps(RECIPE | data))
     return folder
 

@@ -21,7 +21,8 @@ MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered", "ids", "weight")  # ours; 
 
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: int = 1) -> torch.Tensor:
     """Logits (rows, keep, vocabulary), float32, at the last `keep` positions of a left-padded batch."""
-    if "pixel_values" in batch and not is_fsdp_managed_module(model):  # FSDP's parts are whole in its forward only
+    own = "pixel_values" in batch and not is_fsdp_managed_module(model)  # FSDP's parts are whole in its forward only
+    if own or "image_features" in batch:
         batch = encode_images(model, batch)
     inputs = {key: value for key, value in batch.items() if key not in MODEL_KEYS_LEFT_OUT}
     return model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()  # nothing is generated

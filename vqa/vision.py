@@ -1,36 +1,67 @@
 """The frozen vision tower: run outside of the graph, and its features checked before the language model reads them."""
 
 import inspect
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vqa.errors import UserError, first_few
 from vqa.families import vision_tower
 from vqa.precision import half_autocast
 
 
+@dataclass
+class ReadyFeatures(BaseModelOutputWithPooling):
+    """Image features as transformers takes them; with those that Qwen3-VL feeds into deeper layers."""
+
+    deepstack_features: list[tuple[torch.Tensor]] | None = None
+
+
 def encode_images(model: torch.nn.Module, batch: dict) -> dict:
-    """The batch with image features in place of `pixel_values`, as transformers takes them (`mm_encoder_outputs`).
+    """The batch with ready features (`mm_encoder_outputs`) in place of `pixel_values`, or of stored `image_features`.
+
+    Raises UserError where features are not finite.
+    """
+    features = batch.get("image_features")
+    if features is None:
+        features = image_features(model, batch["pixel_values"], batch["image_grid_thw"], batch["ids"])
+    pooled, *deep = [(layer,) for layer in features]  # transformers joins the images of a batch, so one piece will do
+    ready = ReadyFeatures(pooler_output=pooled, deepstack_features=deep or None)
+    kept = {key: value for key, value in batch.items() if key not in ("pixel_values", "image_features")}
+    return kept | {"mm_encoder_outputs": {"image": ready}}
+
+
+def image_features(
+    model: torch.nn.Module, pixel_values: torch.Tensor, grids: torch.Tensor, names: list[str]
+) -> torch.Tensor:
+    """Features (1 + deepstack layers, image tokens of all images, hidden) of one image a name.
 
     The tower is frozen, so it runs under `no_grad` and outside gradient checkpointing: no activations are kept, and
-    nothing is recomputed. Features (image tokens, hidden) per image. Raises UserError where they are not finite.
+    nothing is recomputed. Raises UserError where the features are not finite.
     """
     base = base_model(model)
     tower = vision_tower(base)
     tower.eval()  # keeps transformers from checkpointing its layers
     with torch.no_grad(), half_autocast(base):
-        seen = base.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
+        seen = base.get_image_features(pixel_values, grids, return_dict=True)
     finite = torch.stack([features.isfinite().all() for features in seen.pooler_output]).tolist()
     if not all(finite):
-        bad = [row_id for row_id, fine in zip(batch["ids"], finite) if not fine]
+        bad = [name for name, fine in zip(names, finite) if not fine]
         raise UserError(
             f"the image features of {first_few(bad)} are not finite: the vision tower overflows in fp16 for these "
             "images; use a GPU with bf16, or drop the rows"
         )
-    deep = {"deepstack_features": seen.deepstack_features} if "deepstack_features" in seen else {}  # Qwen3-VL
-    ready = type(seen)(pooler_output=seen.pooler_output, **deep)
-    return {k: v for k, v in batch.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": ready}}
+    return torch.stack([torch.cat(layer) for layer in (seen.pooler_output, *seen.get("deepstack_features", ()))])
+
+
+def is_tower_untouched(model: torch.nn.Module) -> bool:
+    """Whether the vision tower is neither trained nor adapted, so that images alone decide its output."""
+    tower = vision_tower(base_model(model))
+    adapted = any(isinstance(module, BaseTunerLayer) for module in tower.modules())
+    return not adapted and not any(parameter.requires_grad for parameter in tower.parameters())
 
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
