@@ -63,7 +63,8 @@ def test_every_fold_starts_from_the_same_untouched_base(trained):
         json.loads((trained / "checkpoints" / f"fold{fold}" / "metrics.json").read_text())["fingerprints"]
         for fold in (0, 1)
     ]
-    assert noted[0] == noted[1]
+    assert all(noted[0][name] == noted[1][name] for name in ("base", "initial_adapter"))
+    assert noted[0]["rows"] != noted[1]["rows"]
     base = load_base(TINY, False, torch.float32)
     names = {f"base_model.model.{name}": p for name, p in base.named_parameters()}
     targets = [name for name, m in base.named_modules() if re.fullmatch(LORA_TARGETS, name)]
