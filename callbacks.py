@@ -80,7 +80,7 @@ class WeightAverage(TrainerCallback):
             self.update(model)
 
     def on_save(self, args, state, control, **kwargs):
-        average = {name: whole(tensor) for name, tensor in self.average.items()}
+        average = {name: gathered(tensor) for name, tensor in self.average.items()}
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")  # there already: the Trainer made it
             save_file(average | {"updates": torch.tensor(self.updates)}, folder / self.file_name)
@@ -139,7 +139,7 @@ def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that FSDP has split among the processes; all of them have to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

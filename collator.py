@@ -7,7 +7,7 @@ collate = Collator(processor, image_size=384, with_answer=True)    # prompts and
 import torch
 from qwen_vl_utils import process_vision_info
 
-from vqa.images import open_image, target_size
+from vqa.images import sized_image
 from vqa.prompt import INSTRUCTION, LETTERS, messages, render, shown_answer, special_tokens
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
@@ -91,11 +91,9 @@ class Collator:
         """The row's chat messages; with `decode` they hold the image and the size that it is to be given."""
         if not decode:
             return messages(row, {"type": "image"}, self.instruction, self.special)
-        image = open_image(row["image"])
         patch = self.processor.image_processor.patch_size
-        width, height = target_size(*image.size, self.image_size, row.get("scale", 1.0), patch)
-        item = {"type": "image", "image": image, "resized_width": width, "resized_height": height}
-        return messages(row, item, self.instruction, self.special)
+        image = sized_image(row["image"], self.image_size, row.get("scale", 1.0), patch)
+        return messages(row, {"type": "image"} | image, self.instruction, self.special)
 
     def labels(self, input_ids: torch.Tensor, prompts: list[str], texts: list[str]) -> torch.Tensor:
         """Labels by construction: what follows the prompt is the letter, the end of the turn, and white space.

@@ -62,7 +62,8 @@ def main() -> None:
     averages = make_averages(recipe)
     stop = StopInTime(recipe.max_hours, steps_worth(recipe, len(valid_rows) * (1 + len(averages))))
     if settled_once(stop.is_late):
-        print(f"{recipe.output_dir}: no time is left of max_hours; run the same command in a new session")
+        if PartialState().is_main_process:
+            print(f"{recipe.output_dir}: no time is left of max_hours; run the same command in a new session")
         sys.exit(STOPPED)
     wanted, folder = recipe.resume_from_checkpoint, recipe.output_dir
     recipe.resume_from_checkpoint = settled_once(lambda: checkpoint_to_resume(wanted, folder))
@@ -95,8 +96,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         write_json(Path(recipe.output_dir, "args.json"), resolved)
         write_json(Path(recipe.output_dir, "rows.json"), {"fingerprint": rows_used})
-    start = time.time()
     weights_before = fingerprints(model) | {"rows": rows_used}
+    start = time.time()
     trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     if stop.stopped:
         say_how_to_go_on(trainer)

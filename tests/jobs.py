@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from transformers import Trainer, TrainingArguments
 
 import train_fold
-from callbacks import EMACallback, SWACallback, whole
+from callbacks import EMACallback, SWACallback, gathered
 from vqa.errors import run
 
 STEPS, DECAY, START = 200, 0.9, 0.25
@@ -49,7 +49,7 @@ def train(argv: list[str], record: Path) -> None:
         def train(self, *args, **kwargs):
             result = super().train(*args, **kwargs)
             for callback in self.averages:
-                averages[callback.name] = {name: whole(tensor) for name, tensor in callback.average.items()}
+                averages[callback.name] = {name: gathered(tensor) for name, tensor in callback.average.items()}
             return result
 
     code = 0

@@ -10,6 +10,12 @@ from vqa.errors import UserError
 from vqa.scoring import letter_metrics, score_rows
 
 
+def blind(processor):
+    """A collator for stand-ins of the model, which do not look at images."""
+    collate = Collator(processor, 140)
+    return lambda rows: {key: value for key, value in collate(rows).items() if key != "pixel_values"}
+
+
 def test_probabilities_are_the_softmax_over_the_offered_letters_at_the_last_position(model, processor, ids, rows):
     rows = [rows[0], {**rows[1], "choices": rows[1]["choices"][:2], "answer": 0}]
     collate = Collator(processor, 140)
@@ -46,12 +52,9 @@ def test_a_permuted_view_is_mapped_back_to_the_choices(processor, ids, rows):
                 logits[i, 0, ids["abcd".index(letter)]] = 5.0
             return type("Output", (), {"logits": logits})
 
-    def blind(rows):
-        return {key: value for key, value in Collator(processor, 140)(rows).items() if key != "pixel_values"}
-
     row = {**rows[0], "choices": ["one", "two", "three", "four"]}
     orders = [[0, 1, 2, 3], [1, 2, 3, 0], [3, 1, 0, 2]]
-    got = score_rows(LikesText("three"), [{**row, "order": order} for order in orders], blind, ids, 3)
+    got = score_rows(LikesText("three"), [{**row, "order": order} for order in orders], blind(processor), ids, 3)
     assert got.argmax(1).tolist() == [2, 2, 2]
     assert got[0] == pytest.approx(got[1]) and got[0] == pytest.approx(got[2])
 
@@ -67,12 +70,9 @@ def test_logits_that_are_not_finite_name_their_rows(processor, ids, rows):
             logits[["unlike" in processor.tokenizer.decode(tokens) for tokens in input_ids]] = float("nan")
             return type("Output", (), {"logits": logits})
 
-    def blind(rows):
-        return {key: value for key, value in Collator(processor, 140)(rows).items() if key != "pixel_values"}
-
     shown = [rows[0], {**rows[1], "question": "Is it unlike the others?"}, rows[2]]
     with pytest.raises(UserError, match=f"1 rows have logits that are not finite: {rows[1]['id']};"):
-        score_rows(Broken(), shown, blind, ids, 2)
+        score_rows(Broken(), shown, blind(processor), ids, 2)
 
 
 def test_the_model_is_left_in_the_mode_it_was_in(model, processor, ids, rows):

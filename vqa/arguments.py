@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from vqa.errors import UserError
 from vqa.files import read_json
+from vqa.folds import folds_path
 from vqa.precision import has_bf16
 from vqa.prompt import INSTRUCTION
 
@@ -206,7 +207,7 @@ def folder_under(root: str, path: str | Path, below: str) -> Path:
 
 
 def folds_file(data: DataArguments) -> Path:
-    return Path(data.folds_csv) if data.folds_csv else Path(data.train_csv).with_name("folds.csv")
+    return folds_path(data.folds_csv, data.train_csv)
 
 
 def field_names() -> set[str]:

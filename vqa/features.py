@@ -29,7 +29,7 @@ from vqa.families import vision_tower
 from vqa.files import whole
 from vqa.fingerprint import fingerprint
 from vqa.folds import image_groups
-from vqa.images import open_image, target_size, upright_size
+from vqa.images import sized_image, target_size, upright_size
 from vqa.vision import base_model, image_features, is_tower_untouched
 
 FORMAT = "1"  # part of every store's name: raise it when images are prepared or features laid out in another way
@@ -218,9 +218,8 @@ class FeatureStore:
             save_file(tensors, temporary, metadata={"crc32": checksum(tensors)})
 
     def _image(self, row: dict):
-        width, height = self.size(row)
-        item = {"image": open_image(row["image"]), "resized_width": width, "resized_height": height}
-        return fetch_image(item, image_patch_size=self.patch)
+        image = sized_image(row["image"], self.image_size, row.get("scale", 1.0), self.patch)
+        return fetch_image(image, image_patch_size=self.patch)
 
 
 def grouped(keys: list[str], tokens: dict[str, int], most_tokens: int) -> list[list[str]]:

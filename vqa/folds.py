@@ -40,6 +40,11 @@ def write_folds(path: str | Path, ids: Sequence[str], folds: np.ndarray) -> None
         pd.DataFrame({"id": ids, "fold": folds}).to_csv(temporary, index=False, lineterminator="\n")
 
 
+def folds_path(folds_csv: str | None, train_csv: str | Path) -> Path:
+    """The folds file that an args file names, or the one beside its training CSV."""
+    return Path(folds_csv) if folds_csv else Path(train_csv).with_name("folds.csv")
+
+
 def read_folds(path: str | Path, ids: Sequence[str], csv_path: str | Path) -> np.ndarray:
     """Fold of each of `ids`, int (rows,). Raises UserError where the file does not hold exactly these ids."""
     remake = f"make it anew for {csv_path}: `python make_folds.py ARGS.json --again`"

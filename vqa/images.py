@@ -36,6 +36,13 @@ def open_image(path: str | Path) -> Image.Image:
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
+def sized_image(path: str | Path, image_size: int, scale: float, patch: int) -> dict:
+    """A decoded image and the size that it is to be given, as `qwen_vl_utils` takes them."""
+    image = open_image(path)
+    width, height = target_size(*image.size, image_size, scale, patch)
+    return {"image": image, "resized_width": width, "resized_height": height}
+
+
 def target_size(width: int, height: int, image_size: int, scale: float = 1.0, patch: int = 14) -> tuple[int, int]:
     """(width, height) in pixels of an image after the one resize, multiples of `2 * patch`, aspect kept.
 

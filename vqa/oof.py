@@ -17,7 +17,7 @@ import pandas as pd
 
 from vqa.errors import UserError, first_few
 from vqa.files import read_json
-from vqa.folds import read_folds
+from vqa.folds import folds_path, read_folds
 from vqa.predictions import read_card, read_predictions
 from vqa.rows import read_table
 from vqa.statistics import row_losses
@@ -157,8 +157,8 @@ def _check_fold(ids: Sequence[str], oof: Path) -> None:
         return
     if args.get("fold") is None:
         raise UserError(f"{oof}: its model was trained on every row, so none is out of fold; leave it out")
-    folds_csv = args.get("folds_csv") or Path(args["train_csv"]).with_name("folds.csv")
-    if not Path(folds_csv).is_file():
+    folds_csv = folds_path(args.get("folds_csv"), args["train_csv"])
+    if not folds_csv.is_file():
         raise NoEvidence(f"{oof}: {folds_csv} is not there to show that its rows were left out of training; copy it")
     all_ids = list(read_table(folds_csv, ("id", "fold"))["id"])
     folds = read_folds(folds_csv, all_ids, args["train_csv"])

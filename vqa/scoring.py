@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import evaluate
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Features, List, Value
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -58,7 +59,7 @@ def score_rows(
     shown = []
     with tqdm(total=len(rows), desc=label, unit=" rows", mininterval=1, leave=False, disable=label is None) as bar:
         for batch in loader:
-            batch = {key: value if key == "ids" else value.to(device) for key, value in batch.items()}
+            batch = send_to_device(batch, device)
             with half_autocast(model):
                 logits = answer_logits(model, batch)[:, -1]
             letters = letter_logits(logits, letter_ids, batch["offered"]).double().softmax(-1)

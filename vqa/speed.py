@@ -17,9 +17,8 @@ LAUNCH_SECONDS = 0.004
 
 def seconds_a_batch(setup: Setup, batch: Batch, training: bool, operations_a_second: float) -> float:
     """Seconds of one batch, right within a factor of two or so."""
-    passes = (3 if setup.checkpointing else 2) if training else 1
     products = operations(setup, batch, training) / operations_a_second
-    return max(BESIDE_PRODUCTS * products, LAUNCH_SECONDS * layers(setup) * passes)
+    return max(BESIDE_PRODUCTS * products, LAUNCH_SECONDS * layers(setup) * passes(setup, training))
 
 
 def operations(setup: Setup, batch: Batch, training: bool) -> int:
@@ -28,9 +27,15 @@ def operations(setup: Setup, batch: Batch, training: bool) -> int:
     Frozen weights have no gradient, so the backward pass costs as much as the forward one; checkpointing runs the
     language model forward once more. The vision tower only runs forward.
     """
-    passes = (3 if setup.checkpointing else 2) if training else 1
     vision = sum(p.numel() for p in vision_tower(setup.model.get_base_model()).blocks.parameters())
-    return 2 * batch.rows * (passes * batch.tokens * linear_parameters(setup) + batch.patches * vision)
+    return (
+        2 * batch.rows * (passes(setup, training) * batch.tokens * linear_parameters(setup) + batch.patches * vision)
+    )
+
+
+def passes(setup: Setup, training: bool) -> int:
+    """How often a batch goes through the language model's layers: forward, backward, and forward for checkpoints."""
+    return (3 if setup.checkpointing else 2) if training else 1
 
 
 def measured_rate(setup: Setup, batch: Batch) -> float:

@@ -12,7 +12,7 @@ from accelerate.utils import GradScalerKwargs, gather_object
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
-from callbacks import WeightAverage, first_step, trainable, whole
+from callbacks import WeightAverage, first_step, gathered, trainable
 from collator import IGNORE, Collator
 from vqa.errors import UserError, first_few
 from vqa.files import read_json, write_json
@@ -214,7 +214,7 @@ class FoldTrainer(Trainer):
     def export(self, name: str, probabilities: np.ndarray | None = None) -> None:
         """Write the adapter that the model now holds, in PEFT's form, and its out-of-fold file beside it."""
         model = self.accelerator.unwrap_model(self.model)
-        adapter = {name: whole(parameter) for name, parameter in trainable(model)}
+        adapter = {name: gathered(parameter) for name, parameter in trainable(model)}
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir) / ("" if name == "raw" else name)
