@@ -21,7 +21,7 @@ from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run
 from vqa.features import open_features
 from vqa.files import read_json, write_json
-from vqa.fingerprint import adapter_fingerprint, base_fingerprint, rows_fingerprint
+from vqa.fingerprint import adapter_fingerprint, base_fingerprint, files_fingerprint, rows_fingerprint
 from vqa.folds import read_folds, split_fold
 from vqa.images import check_images
 from vqa.model import add_adapter, load_base, load_processor
@@ -96,7 +96,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         write_json(Path(recipe.output_dir, "args.json"), resolved)
         write_json(Path(recipe.output_dir, "rows.json"), {"fingerprint": rows_used})
-    weights_before = fingerprints(model) | {"rows": rows_used}
+    weights_before = fingerprints(model) | {"files": files_fingerprint(model_args.model), "rows": rows_used}
     start = time.time()
     trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     if stop.stopped:

@@ -218,8 +218,7 @@ class FeatureStore:
             save_file(tensors, temporary, metadata={"crc32": checksum(tensors)})
 
     def _image(self, row: dict):
-        image = sized_image(row["image"], self.image_size, row.get("scale", 1.0), self.patch)
-        return fetch_image(image, image_patch_size=self.patch)
+        return fetch_image(sized_image(row, self.image_size, self.patch), image_patch_size=self.patch)
 
 
 def grouped(keys: list[str], tokens: dict[str, int], most_tokens: int) -> list[list[str]]:

@@ -17,11 +17,16 @@ SURELY_OFFERED = 0.01  # no file of another program rounds this to 0
 
 
 def write_predictions(path: str | Path, rows: Sequence[dict], probabilities: np.ndarray) -> None:
-    """Write probabilities (rows, letters) of `rows` in their order, with the likeliest letter as answer."""
+    """Write probabilities (rows, letters) of `rows` in their order, with the likeliest letter as answer.
+
+    Rows that have a `note` give a last column of that name.
+    """
     width = max(len(row["choices"]) for row in rows)
     table = pd.DataFrame({"id": [row["id"] for row in rows], "answer": letters(probabilities)})
     for i in range(width):
         table[f"p_{LETTERS[i]}"] = probabilities[:, i]
+    if any(row.get("note") for row in rows):
+        table["note"] = [row.get("note", "") for row in rows]
     with whole(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.17g")
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import evaluate
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import send_to_device
 from datasets import Features, List, Value
 from torch.utils.data import DataLoader
@@ -34,7 +35,6 @@ def letter_logits(logits: torch.Tensor, letter_ids: list[int], offered: torch.Te
     return logits[:, letter_ids].masked_fill(~offered, float("-inf"))
 
 
-@torch.inference_mode()
 def score_rows(
     model: torch.nn.Module,
     rows: list[dict],
@@ -44,9 +44,29 @@ def score_rows(
     label: str | None = None,
     workers: int = 0,
 ) -> np.ndarray:
-    """Probabilities, float64 (rows, 10), of each row's choices in the order of the CSV; 0 where none is offered.
+    """Probabilities, float64 (rows, 10), of each row's choices in the order of the CSV; 0 where none is offered."""
+    return normalised(letter_shares(model, rows, collate, letter_ids, batch_size, label, workers))
 
-    A row with an `order` is shown permuted and its probabilities are mapped back. Rows of like length share a batch,
+
+def normalised(shares: np.ndarray) -> np.ndarray:
+    """Shares (rows, 10) of the letters as probabilities, which sum to 1 over the letters that a row offers."""
+    return shares / shares.sum(1, keepdims=True)
+
+
+@torch.inference_mode()
+def letter_shares(
+    model: torch.nn.Module,
+    rows: list[dict],
+    collate: Callable,
+    letter_ids: list[int],
+    batch_size: int,
+    label: str | None = None,
+    workers: int = 0,
+) -> np.ndarray:
+    """Each row's choices, in the order of the CSV, as shares float64 (rows, 10) of the whole vocabulary's probability.
+
+    0 where none is offered. A row's sum is the mass that the model puts on the letters which it may answer.
+    A row with an `order` is shown permuted and its shares are mapped back. Rows of like length share a batch,
     whatever their order. `label` names the progress bar; without one there is none.
     """
     if not rows:
@@ -57,13 +77,17 @@ def score_rows(
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]) + sum(map(len, rows[i]["choices"])))
     loader = DataLoader([rows[i] for i in by_length], batch_size, collate_fn=collate, num_workers=workers)
     shown = []
-    with tqdm(total=len(rows), desc=label, unit=" rows", mininterval=1, leave=False, disable=label is None) as bar:
+    processes = PartialState().num_processes
+    told = {"desc": label, "unit": " rows", "mininterval": 1, "leave": False, "disable": label is None}
+    with tqdm(total=len(rows), unit_scale=processes > 1 and processes, **told) as bar:  # the others are as far
         for batch in loader:
             batch = send_to_device(batch, device)
             with half_autocast(model):
                 logits = answer_logits(model, batch)[:, -1]
-            letters = letter_logits(logits, letter_ids, batch["offered"]).double().softmax(-1)
-            shown.append(letters.cpu().numpy())
+            letters = letter_logits(logits, letter_ids, batch["offered"]).double()
+            mass = (letters.logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()
+            # A mass of 0 would take the letters' probabilities along; rounded up, it cannot be over 1.
+            shown.append((letters.softmax(-1) * mass.clamp(1e-300, 1)).cpu().numpy())
             bar.update(len(letters))
     model.train(was_training)
     values_shown = np.concatenate(shown)
@@ -72,11 +96,11 @@ def score_rows(
             f"{len(broken)} rows have logits that are not finite: {first_few(broken)}; the learning rate was too "
             "high, or the model overflows in fp16: try a GPU with bf16"
         )
-    probabilities = np.zeros((len(rows), len(LETTERS)))
+    shares = np.zeros((len(rows), len(LETTERS)))
     for i, values in zip(by_length, values_shown):
         order = rows[i].get("order") or range(len(LETTERS))
-        probabilities[i, list(order)] = values[: len(order)]
-    return probabilities
+        shares[i, list(order)] = values[: len(order)]
+    return shares
 
 
 class LetterScore(evaluate.Metric):

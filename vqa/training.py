@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import GradScalerKwargs, gather_object
+from accelerate.utils import GradScalerKwargs
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
@@ -17,6 +17,7 @@ from collator import IGNORE, Collator
 from vqa.errors import UserError, first_few
 from vqa.files import read_json, write_json
 from vqa.predictions import write_predictions
+from vqa.processes import shared_out
 from vqa.resume import COMPLETE
 from vqa.scoring import answer_logits, letter_logits, letter_metrics, score_rows
 
@@ -187,14 +188,14 @@ class FoldTrainer(Trainer):
 
     def _score(self, name: str) -> np.ndarray:
         """Probabilities of every validation row, its rows shared out among the processes."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        label = f"validating {name}" if rank == 0 and not self.args.disable_tqdm else None
+        show = self.is_world_process_zero() and not self.args.disable_tqdm
+        label = f"validating {name}" if show else None
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         model = self.accelerator.unwrap_model(self.model)
-        # The same number of rows for each, by repeating the first: under FSDP all of them take part in every batch.
-        share = self.eval_dataset + self.eval_dataset[:1] * (-len(self.eval_dataset) % processes)
-        own = score_rows(model, share[rank::processes], self.prompts, self.letter_ids, size, label, workers)
-        return np.stack(gather_object([own]), axis=1).reshape(len(share), -1)[: len(self.eval_dataset)]
+        return shared_out(
+            self.eval_dataset,
+            lambda rows: score_rows(model, rows, self.prompts, self.letter_ids, size, label, workers),
+        )
 
     def _keep_if_best(self, name: str, scores: dict[str, float], probabilities: np.ndarray) -> None:
         if name not in self.best or self._merit(scores) > self._merit(self.best[name]):

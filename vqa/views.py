@@ -1,17 +1,20 @@
 """Test-time augmentation: the views of each row whose probabilities are averaged."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from statistics import median
 
 import numpy as np
+from accelerate import PartialState
 
 from collator import Collator
 from vqa.images import target_size, upright_size
 
 
-@dataclass
+@dataclass(frozen=True)
 class View:
-    """Rows seen in one way. `changed` are those that it really shows otherwise than the plain view does."""
+    """Rows seen in one way. `changed` are those that it really shows otherwise than the views before it do."""
 
     name: str
     rows: list[dict]
@@ -20,37 +23,66 @@ class View:
     def changed_rows(self) -> list[dict]:
         return [self.rows[i] for i in self.changed]
 
-    def spread(self, probabilities: np.ndarray) -> np.ndarray:
-        """Probabilities of the changed rows (changed, letters) as those of all rows (rows, letters), others 0."""
-        spread = np.zeros((len(self.rows), probabilities.shape[1]))
-        spread[self.changed] = probabilities
-        return spread
+    def only(self, wanted: np.ndarray) -> "View":
+        """The same view of fewer rows: those that are `wanted`, bool (rows,)."""
+        return replace(self, changed=[i for i in self.changed if wanted[i]])
 
 
-def make_views(rows: list[dict], scales: list[float], orders: int, collate: Collator) -> list[View]:
-    """The plain view, one per scale other than 1, and one per rotation of the choices: `len(scales) + orders - 1`.
+@dataclass(frozen=True)
+class Answers:
+    """Probabilities of rows in views, float64 (views, rows, letters), and which rows each view shows (views, rows).
+
+    The first view is the plain one, which shows every row.
+    """
+
+    names: list[str]
+    probabilities: np.ndarray
+    shown: np.ndarray
+
+    def mean(self, views: Sequence[int] | None = None, gate: float | None = None) -> np.ndarray:
+        """Mean (rows, letters) over `views`, all by default. A view that does not show a row does not count for it.
+
+        With a `gate`, the plain view alone answers rows whose margin in it is not below.
+        """
+        views = list(range(len(self.names))) if views is None else list(views)
+        shown = self.shown[views] & ((np.array(views) == 0)[:, None] | self.unsure(gate))
+        return (self.probabilities[views] * shown[..., None]).sum(0) / shown.sum(0)[:, None]
+
+    def unsure(self, gate: float | None) -> np.ndarray:
+        """Rows, bool (rows,), whose first and second letter in the plain view are less than `gate` apart."""
+        return self.margins() < (np.inf if gate is None else gate)
+
+    def margins(self) -> np.ndarray:
+        """Probability of the first letter over the second one's in the plain view (rows,)."""
+        second, first = np.sort(self.probabilities[0])[:, -2:].T
+        return first - second
+
+
+def collected(views: Sequence[View], probabilities: Sequence[np.ndarray]) -> Answers:
+    """Answers out of each view's probabilities of the rows that it changes (changed, letters)."""
+    rows, letters = len(views[0].rows), probabilities[0].shape[1]
+    values, shown = np.zeros((len(views), rows, letters)), np.zeros((len(views), rows), dtype=bool)
+    for i, (view, own) in enumerate(zip(views, probabilities)):
+        values[i, view.changed], shown[i, view.changed] = own, True
+    return Answers([view.name for view in views], values, shown)
+
+
+def make_views(rows: list[dict], collate: Collator, scales: Iterable[float] = (1.0,), orders: int = 1) -> list[View]:
+    """The plain view, one per further order of the choices, and one per scale other than 1.
 
     Additive, not every scale with every order: each view costs one pass, and each changes one thing. With `orders` 4,
-    every one of four choices stands once at every letter. A scale that leaves an image's grid as it is gives no new
-    view of that row; how many it does change is printed, and where it is none, the view is left out.
+    every one of four choices stands once at every letter. A scale that leaves an image's grid as an earlier view has
+    it gives no new view of that row; how many it does change is printed, and where it is none, the view is left out.
     """
     views = [View("plain", rows, list(range(len(rows))))]
-    for scale in dict.fromkeys(scale for scale in scales if scale != 1.0):
-        views += [view for view in [_scaled(rows, scale, collate)] if view.changed]
-    for shift in range(1, orders):
-        views += [view for view in [_rotated(rows, shift)] if view.changed]
-    return views
+    views += [_rotated(rows, shift) for shift in range(1, orders)]
+    views += _scaled(rows, scales, collate)
+    return [view for view in views if view.changed]
 
 
-def _scaled(rows: list[dict], scale: float, collate: Collator) -> View:
-    viewed = [{**row, "scale": scale} for row in rows]
-    sizes = [upright_size(row["image"]) for row in rows]
-    patch = collate.processor.image_processor.patch_size
-    plain, scaled = ([target_size(*size, collate.image_size, s, patch) for size in sizes] for s in (1.0, scale))
-    changed = [i for i in range(len(rows)) if plain[i] != scaled[i]]
-    tokens = [round(median(w * h for w, h in grid) / (2 * patch) ** 2) for grid in (plain, scaled)]
-    print(f"scale {scale}: another grid for {len(changed)} of {len(rows)} images, {tokens[0]} -> {tokens[1]} tokens")
-    return View(f"scale {scale}", viewed, changed)
+def by_image(views: Sequence[View]) -> list[list[View]]:
+    """The views in their order, those together that show the same images: they differ in the choices' order alone."""
+    return [list(same) for _, same in groupby(views, lambda view: view.rows[0].get("scale", 1.0))]
 
 
 def _rotated(rows: list[dict], shift: int) -> View:
@@ -61,3 +93,24 @@ def _rotated(rows: list[dict], shift: int) -> View:
         viewed.append({**row, "order": [(j + shift) % count for j in range(count)]})
         changed += [i] if shift < count else []
     return View(f"rotation {shift}", viewed, changed)
+
+
+def _scaled(rows: list[dict], scales: Iterable[float], collate: Collator) -> list[View]:
+    """A view per scale other than 1, of the rows that it gives a grid which they have not had yet."""
+    patch = collate.processor.image_processor.patch_size
+    sizes = {row["image"]: upright_size(row["image"]) for row in rows if row["image"]}
+    if not sizes:
+        return []
+    views, seen = [], {path: {target_size(*size, collate.image_size, 1.0, patch)} for path, size in sizes.items()}
+    plain = median(w * h for grids in seen.values() for w, h in grids)
+    for scale in dict.fromkeys(scale for scale in scales if scale != 1.0):
+        grids = {path: target_size(*size, collate.image_size, scale, patch) for path, size in sizes.items()}
+        changed = [i for i, row in enumerate(rows) if row["image"] and grids[row["image"]] not in seen[row["image"]]]
+        for path, grid in grids.items():
+            seen[path].add(grid)
+        tokens = [round(area / (2 * patch) ** 2) for area in (plain, median(w * h for w, h in grids.values()))]
+        PartialState().print(
+            f"scale {scale}: another grid for {len(changed)} of {len(rows)} rows, {tokens[0]} -> {tokens[1]} tokens"
+        )
+        views.append(View(f"scale {scale}", [{**row, "scale": scale} for row in rows], changed))
+    return views
