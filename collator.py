@@ -26,8 +26,8 @@ class Collator:
             `image_features` (1 + deepstack layers, image tokens of all rows, hidden) in place of `pixel_values`.
 
     A row is a dict with `image` (path, or None for one that is asked by its text alone), `question`, `choices` and,
-    with answers, `answer` (index of the right choice); `order` (the choice shown at each letter) and `scale` (of the
-    image) are optional. Rows are not changed.
+    with answers, `answer` (index of the right choice); `order` (the choice shown at each letter), `scale` and `flip`
+    (of the image) are optional. Rows are not changed.
 
     The batch holds every key that the processor returns (`input_ids`, `attention_mask`, `mm_token_type_ids`,
     `pixel_values`, `image_grid_thw`), and

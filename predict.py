@@ -2,12 +2,16 @@
 
     python predict.py checkpoints/fold0 checkpoints/fold1 checkpoints/fold2
     python predict.py checkpoints/fold? --scales 0.9 1.0 1.1 --orders 4
+    python predict.py checkpoints/fold? --scales 0.9 1.0 1.1 --orders 4 --oof    # which of these views pay?
     python predict.py --base args/fold0.json             # the untrained base model, to compare with
     accelerate launch predict.py checkpoints/fold?       # the rows shared out among several GPUs
 
 Each fold is asked as it was trained: its prompt, image size and base model stand in its args.json. Test-time
 augmentation (TTA) averages the plain view with one view per further order of the choices, mapped back to the choices
 before averaging, and one per further image scale. What the plain view alone says goes to plain/, to compare with.
+
+`--oof` predicts each fold's own validation rows in the same views, and says what each view is worth, with which gate,
+and which to take; ensemble.py tunes on those files where a prediction was made in the same views.
 
 A run that was cut off goes on with the view at which it stopped, and a file that is there already, predicted by the
 same weights in the same way, is left as it is.
@@ -16,11 +20,12 @@ same weights in the same way, is left as it is.
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import PartialState
 from transformers.hf_argparser import string_to_bool
@@ -28,19 +33,22 @@ from transformers.hf_argparser import string_to_bool
 from collator import Collator
 from vqa.errors import UserError, first_few, run
 from vqa.features import open_features
-from vqa.files import write_json
+from vqa.files import whole, write_json
 from vqa.folds import image_groups
 from vqa.generation import generated
 from vqa.images import check_images, unusable_images
 from vqa.model import load_adapter, load_base, load_processor
 from vqa.parts import Part, Parts, view_fingerprint
-from vqa.predictions import letters, read_card, write_predictions
+from vqa.predictions import letters, read_card, read_predictions, write_predictions
 from vqa.processes import settled_once, shared_out
 from vqa.prompt import letter_ids
 from vqa.rows import read_rows
 from vqa.runs import DTYPES, WEIGHTS, Run, base_run, check_alike, check_base, trained_run
 from vqa.scoring import letter_shares, normalised
-from vqa.views import Answers, View, by_image, collected, make_views
+from vqa.statistics import letter_scores
+from vqa.truth import Truth
+from vqa.tta import Trial, pooled
+from vqa.views import ORDER_SETS, Answers, View, by_image, collected, make_views
 from vqa.vision import is_tower_untouched
 
 NO_IMAGE = "image unreadable, answered from the text alone"
@@ -50,26 +58,19 @@ def main() -> None:
     args = parse_args()
     start_processes()
     runs, base_files = settled_once(lambda: read_runs(args))
-    rows = settled_once(lambda: read_test_rows(args, runs[0]))
-    model_args, data = runs[0].model, runs[0].data
-    processor = load_processor(model_args.model, model_args.trust_remote_code)
-    ids, collate = letter_ids(processor), Collator(processor, data.image_size, data.instruction)
-    views = make_views(rows, collate, args.scales, args.orders)
-    jobs = [make_job(item, views, args.output_dir, item.fingerprint(base_files)) for item in runs]
-    jobs = settled_once(lambda: unfinished(jobs))
-    if not jobs:
-        return
-    model = load_base(model_args.model, model_args.load_in_4bit, runs[0].dtype, model_args.trust_remote_code)
-    features = open_features(model, processor, data, [])
-    for number, job in enumerate(jobs):
-        if job.run.adapter:  # one base in memory for all of them; PEFT's names take no dots
-            model = load_adapter(model, job.run.adapter, f"run{number}")
-        collate.features = features if is_tower_untouched(model) else None
-        asked = Asked(model, collate, ids, args.batch_size or job.run.batch_size, args.workers)
-        parts, answers = answer(job, asked)
+    rows = settled_once(lambda: read_oof_rows(args, runs) if args.oof else [read_test_rows(args, runs[0])] * len(runs))
+    asker = Asker(runs[0], args)
+    jobs = make_jobs(args, runs, rows, asker.collate, base_files)
+    if not args.oof:
+        done = settled_once(lambda: [is_finished(job) for job in jobs])
+        jobs = [job for job, finished in zip(jobs, done) if not finished]
+    seen = []
+    for job in jobs:
+        seen.append(answer(job, asker, None if args.oof else args.gate))
         if PartialState().is_main_process:
-            card = {"test_csv": args.csv or data.test_csv} | looked_at(job, parts, answers, asked, args)
-            write_job(job, answers, card)
+            write_job(job, *seen[-1], asker, args)
+    if args.oof and PartialState().is_main_process:
+        write_report(jobs, seen, args.csv or runs[0].data.train_csv)
 
 
 def parse_args() -> argparse.Namespace:
@@ -82,7 +83,30 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="folder of the base model, where it lies elsewhere than in training")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default: as in training)")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="image scales (default: 1.0)")
-    parser.add_argument("--orders", type=int, default=1, help="orders of the choices, by rotation (default: 1)")
+    parser.add_argument("--orders", type=int, default=1, help="orders of the choices (default: 1)")
+    parser.add_argument(
+        "--order_set",
+        choices=ORDER_SETS,
+        default="cyclic",
+        help="cyclic: rotations; latin: Williams' design, in which neighbours change too (default: cyclic)",
+    )
+    parser.add_argument(
+        "--flip",
+        action="store_true",
+        help="a view with images mirrored, text and left and right too: see first what --oof says of it",
+    )
+    parser.add_argument(
+        "--gate",
+        type=float,
+        metavar="MARGIN",
+        help="show further views only of rows whose first and second letter are less than this apart in the plain "
+        "view; --oof finds it",
+    )
+    parser.add_argument(
+        "--oof",
+        action="store_true",
+        help="predict each fold's validation rows instead, to oof/, and report what each view is worth",
+    )
     parser.add_argument("--batch_size", type=int, help="rows a GPU takes at once (default: as in validation)")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
     parser.add_argument(
@@ -106,6 +130,8 @@ def parse_args() -> argparse.Namespace:
         raise UserError("no folds given; name the folders that train_fold.py wrote, such as checkpoints/fold0")
     if min(args.scales) <= 0 or args.orders < 1:
         raise UserError("--scales have to be above 0 and --orders at least 1")
+    if args.oof and args.base:
+        raise UserError("--oof is for folds: the base model was validated on nothing; leave --base out")
     return args
 
 
@@ -122,7 +148,7 @@ def read_runs(args: argparse.Namespace) -> tuple[list[Run], str]:
     """(the weights to predict with, the fingerprint of the base model that all of them go with)."""
     runs = [base_run(args.base, args.model, args.dtype)] if args.base else []
     runs += [trained_run(folder, args.weights, args.model, args.dtype) for folder in args.folds]
-    check_alike(runs, ("test_csv", "image_root"))
+    check_alike(runs, ("train_csv" if args.oof else "test_csv", "image_root"))
     for name in ("vision_cache", "vision_cache_dir", "vision_cache_gb"):
         if getattr(args, name) is not None:
             setattr(runs[0].data, name, getattr(args, name))
@@ -133,6 +159,26 @@ def read_test_rows(args: argparse.Namespace, first: Run) -> list[dict]:
     """The rows to predict, each with the `hash` of its image's bytes."""
     csv = args.csv or first.data.test_csv
     return with_images(read_rows(csv, args.image_root or first.data.image_root).to_list(), csv, args.skip_bad_images)
+
+
+def read_oof_rows(args: argparse.Namespace, runs: Sequence[Run]) -> list[list[dict]]:
+    """For each run the rows that its training validated on, with their answers: those of its out-of-fold file."""
+    csv, found = args.csv or runs[0].data.train_csv, []
+    rows = read_rows(csv, args.image_root or runs[0].data.image_root, with_answer=True).to_list()
+    place = {row["id"]: row for row in with_images(rows, csv, args.skip_bad_images)}
+    for item in runs:
+        if not (item.adapter / "oof.csv").is_file():
+            raise UserError(f"{item.adapter}: no oof.csv, since it was validated on no rows; --oof is for folds")
+        ids, _ = read_predictions(item.adapter / "oof.csv")
+        if strange := [row_id for row_id in ids if row_id not in place]:
+            raise UserError(
+                f"{csv}: {len(strange)} out-of-fold rows of {item.name} are not in it: {first_few(strange)}"
+            )
+        found.append([place[row_id] for row_id in ids])
+    ids = [row["id"] for own in found for row in own]
+    if len(set(ids)) < len(ids):
+        raise UserError("two of the folds were validated on the same rows; predict the folds of one model at a time")
+    return found
 
 
 def with_images(rows: list[dict], csv: str, skip_bad: bool) -> list[dict]:
@@ -157,111 +203,192 @@ class Job:
     model: str
     key: str
 
-
-def make_job(item: Run, views: list[View], output_dir: str | None, model: str) -> Job:
-    views = views if item.adapter else views[:1]  # the base is there to compare with
-    path = Path(output_dir or item.output_dir, f"{item.name}.csv" if item.adapter else "base/base.csv")
-    return Job(item, views, path, model, view_fingerprint(model, [row for v in views for row in v.changed_rows()]))
+    @property
+    def rows(self) -> list[dict]:
+        return self.views[0].rows
 
 
-def unfinished(jobs: list[Job]) -> list[Job]:
-    """The jobs whose file is not there as they would write it."""
+def make_jobs(
+    args: argparse.Namespace, runs: Sequence[Run], rows: Sequence[list[dict]], collate: Collator, base_files: str
+) -> list[Job]:
+    """A job for each run, of its `rows`."""
+    jobs, made = [], {}
+    for item, own in zip(runs, rows):
+        if id(own) not in made:
+            made[id(own)] = make_views(own, collate, args.scales, args.orders, args.order_set, args.flip)
+        views = made[id(own)] if item.adapter else made[id(own)][:1]  # the base is there to compare with
+        folder = Path(args.output_dir or item.output_dir, *(["oof"] if args.oof else []))
+        path, model = folder / (f"{item.name}.csv" if item.adapter else "base/base.csv"), item.fingerprint(base_files)
+        shown = [row for view in views for row in view.changed_rows()]
+        jobs.append(Job(item, views, path, model, view_fingerprint(f"{model} {args.gate}", shown)))
     places = [str(job.path) for job in jobs]
     if twice := sorted({place for place in places if places.count(place) > 1}):
         raise UserError(f"two folders would both write {first_few(twice)}; predict them in two commands")
-    left = [job for job in jobs if not job.path.is_file() or read_card(job.path).get("key") != job.key]
-    for job in jobs:
-        if job not in left:
-            print(f"{job.path} is finished; nothing to predict")
-    return left
+    return jobs
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The model that is asked, and how its batches are made."""
+def is_finished(job: Job) -> bool:
+    """Whether the job's file is there as it would be written."""
+    if not job.path.is_file() or read_card(job.path).get("key") != job.key:
+        return False
+    print(f"{job.path} is finished; nothing to predict")
+    return True
 
-    model: torch.nn.Module
-    collate: Collator
-    letter_ids: list[int]
-    batch_size: int
-    workers: int
 
-    def shares(self, views: list[View], label: str) -> list[np.ndarray]:
+class Asker:
+    """The base model in memory, loaded once something is asked of it, with the adapter of one run at a time on it."""
+
+    def __init__(self, first: Run, args: argparse.Namespace):
+        processor = load_processor(first.model.model, first.model.trust_remote_code)
+        self.first, self.batch_size, self.workers = first, args.batch_size or first.batch_size, args.workers
+        self.letter_ids = letter_ids(processor)
+        self.pixels = Collator(processor, first.data.image_size, first.data.instruction)
+        self.collate = Collator(processor, first.data.image_size, first.data.instruction)
+        self.model = self.features = None
+        self.adapters: list[Path] = []  # in the order in which they were loaded; the last one is active
+
+    def load(self, item: Run) -> torch.nn.Module:
+        """The model with the run's weights."""
+        if self.model is None:
+            args = self.first.model
+            self.model = load_base(args.model, args.load_in_4bit, self.first.dtype, args.trust_remote_code)
+            self.features = open_features(self.model, self.pixels.processor, self.first.data, [])
+        if item.adapter and self.adapters[-1:] != [item.adapter]:
+            self.model = load_adapter(self.model, item.adapter, f"run{len(self.adapters)}")  # PEFT's names take no dot
+            self.adapters.append(item.adapter)
+        self.collate.features = self.features if is_tower_untouched(self.model) else None
+        return self.model
+
+    def shares(self, item: Run, views: list[View]) -> list[np.ndarray]:
         """Shares (changed, letters) of the rows that each of `views` changes; all show the same images.
 
         The one place where a model is asked. The processes share the rows out.
         """
+        model = self.load(item)
         if self.collate.features:
             rows = {row["image"]: row for view in views for row in view.changed_rows() if row["image"]}
-            self.collate.features.add(self.model, list(rows.values()), PartialState().is_main_process)
+            self.collate.features.add(model, list(rows.values()), PartialState().is_main_process)
 
         def score(view: View) -> Callable[[list[dict]], np.ndarray]:
-            told = f"{label}, {view.name}" if PartialState().is_main_process else None
-            return lambda rows: letter_shares(
-                self.model, rows, self.collate, self.letter_ids, self.batch_size, told, self.workers
-            )
+            label = f"{item.name}, {view.name}" if PartialState().is_main_process else None
+            options = self.letter_ids, self.batch_size, label, self.workers
+            return lambda rows: letter_shares(model, rows, self.collate, *options)
 
         return [shared_out(view.changed_rows(), score(view)) for view in views]
 
 
-def answer(job: Job, asked: Asked) -> tuple[list[Part], Answers]:
-    """What the job's weights say of its rows in each view; what a run that was cut off has kept is not asked again."""
-    parts = []
-    for views in by_image(job.views):
-        parts += answer_views(Parts(job.path, job.model), views, asked, job.run.name)
-    return parts, collected(job.views, [normalised(part.shares) for part in parts])
+def answer(job: Job, asker: Asker, gate: float | None) -> tuple[list[Part], Answers]:
+    """What the job's weights say of its rows in each view, which may be kept of a run that was cut off."""
+    views, parts = [], []
+    groups = by_image(job.views) if gate is None else [job.views[:1], *by_image(job.views[1:])]
+    for together in groups:
+        if gate is not None and parts:
+            unsure = collected(views[:1], [normalised(parts[0].shares)]).unsure(gate)
+            together = [view.only(unsure) for view in together]
+        views += together
+        parts += answer_views(job, together, asker)
+    return parts, collected(views, [normalised(part.shares) for part in parts])
 
 
-def answer_views(kept: Parts, views: list[View], asked: Asked, label: str) -> list[Part]:
+def answer_views(job: Job, views: list[View], asker: Asker) -> list[Part]:
     """A part for each of `views`, which show the same images: as it was kept, or asked for now and kept."""
+    kept = Parts(job.path, job.model)
     parts = settled_once(lambda: [kept.read(view.changed_rows()) for view in views])
     missing = [view for view, part in zip(views, parts) if part is None]
     start = time.time()
-    shares = iter(asked.shares(missing, label) if missing else [])
+    shares = iter(asker.shares(job.run, missing) if missing else [])
     seconds = (time.time() - start) / max(1, len(missing))
-    for i, (view, part) in enumerate(zip(views, parts)):
-        if part is None:
+    for i, view in enumerate(views):
+        if parts[i] is None:
             parts[i] = Part(next(shares), seconds)
             if PartialState().is_main_process:
                 kept.write(view.changed_rows(), parts[i])
     return parts
 
 
-def looked_at(job: Job, parts: list[Part], answers: Answers, asked: Asked, args: argparse.Namespace) -> dict:
-    """What the card notes of the answers: seconds, mass on the letters, rows without an image, `generate`."""
-    rows, found = job.views[0].rows, {"seconds": round(sum(part.seconds for part in parts), 1)}
-    found["letter_mass"] = float(parts[0].shares.sum(1).mean())
-    found["without_image"] = [row["id"] for row in rows if not row["image"]]
-    drawn = [i for i, row in enumerate(rows) if row["image"]]
-    drawn = np.random.default_rng(0).permutation(drawn)[: args.check_generation]
-    if len(drawn):
-        pixels = Collator(asked.collate.processor, asked.collate.image_size, asked.collate.instruction)
-        texts = generated(asked.model, [rows[i] for i in drawn], pixels, asked.batch_size)
-        agreeing = sum(text == letter for text, letter in zip(texts, letters(answers.probabilities[0][drawn])))
-        found["generate"] = {"rows": len(drawn), "agreeing": agreeing}
-    return found
-
-
-def write_job(job: Job, answers: Answers, card: dict) -> None:
+def write_job(job: Job, parts: list[Part], answers: Answers, asker: Asker, args: argparse.Namespace) -> None:
     """The mean of the views and, in plain/, what the plain view says where there are more; beside each a JSON card."""
-    rows, path, alone = job.views[0].rows, job.path, job.path.parent / "plain" / job.path.name
-    item = job.run
-    card |= {"adapter": item.adapter and str(item.adapter), "weights": item.weights, "validation": item.validation}
+    path, alone = job.path, job.path.parent / "plain" / job.path.name
+    card = make_card(job, parts, args) | compare_with_generate(job, answers, asker, args)
     for old in (alone, alone.with_suffix(".json"), path.with_suffix(".json")):  # of an earlier run
         old.unlink(missing_ok=True)
     if len(job.views) > 1:
-        write_predictions(alone, rows, answers.probabilities[0])
-        write_json(alone.with_suffix(".json"), card | {"views": answers.names[:1]})
-    write_predictions(path, rows, answers.mean())
-    write_json(path.with_suffix(".json"), card | {"views": answers.names, "key": job.key})  # says that all is there
-    Parts(path, job.model).remove()
-    print(f"{path}: {len(rows)} rows, {item.weights} weights, {len(job.views)} views, {card['seconds']} s")
+        write_file(alone, job.rows, answers.probabilities[0], card | {"views": answers.names[:1], "gate": None})
+    write_file(path, job.rows, answers.mean(gate=args.gate), card | {"key": job.key})
+    if not args.oof:  # kept there, they let other sets of these views be tried at no cost
+        Parts(path, job.model).remove()
+    forwards = answers.asked(range(len(job.views)), args.gate).sum(0).mean()
+    print(
+        f"{path}: {len(job.rows)} rows, {card['weights']} weights, {forwards:.2f} forwards a row, {card['seconds']} s"
+    )
     print(f"  {card['letter_mass']:.2%} of the probability is on the letters offered", end="")
     if generate := card.get("generate"):
         print(f"; `generate` writes the same letter for {generate['agreeing']} of {generate['rows']} rows", end="")
     print()
     if blind := card["without_image"]:
         print(f"  {len(blind)} rows were answered without their image, which cannot be read: {first_few(blind)}")
+
+
+def write_file(path: Path, rows: list[dict], probabilities: np.ndarray, card: dict) -> None:
+    """A prediction file and, after it, its card; where answers are known, with the scores."""
+    write_predictions(path, rows, probabilities)
+    if "answer" in rows[0]:
+        card = card | {"scores": letter_scores(probabilities, [row["answer"] for row in rows])}
+    write_json(path.with_suffix(".json"), card)
+
+
+def make_card(job: Job, parts: list[Part], args: argparse.Namespace) -> dict:
+    """What stands beside a prediction file: where its weights come from, and how the rows were asked."""
+    item = job.run
+    csv = {"train_csv": args.csv or item.data.train_csv} if args.oof else {"test_csv": args.csv or item.data.test_csv}
+    return csv | {
+        "adapter": item.adapter and str(item.adapter),
+        "weights": item.weights,
+        "validation": item.validation,
+        "model": job.model,
+        "views": [view.name for view in job.views],
+        "gate": args.gate,
+        "seconds": round(sum(part.seconds for part in parts), 1),
+        "letter_mass": float(parts[0].shares.sum(1).mean()),
+        "without_image": [row["id"] for row in job.rows if not row["image"]],
+    }
+
+
+def compare_with_generate(job: Job, answers: Answers, asker: Asker, args: argparse.Namespace) -> dict:
+    """How often transformers' `generate` writes the plain view's letter, on rows drawn by seed."""
+    drawn = [i for i, row in enumerate(job.rows) if row["image"]]
+    drawn = np.random.default_rng(0).permutation(drawn)[: 0 if args.oof else args.check_generation]
+    if not len(drawn):
+        return {}
+    texts = generated(asker.load(job.run), [job.rows[i] for i in drawn], asker.pixels, asker.batch_size)
+    agreeing = sum(text == letter for text, letter in zip(texts, letters(answers.probabilities[0][drawn])))
+    return {"generate": {"rows": len(drawn), "agreeing": agreeing}}
+
+
+def write_report(jobs: list[Job], seen: list[tuple[list[Part], Answers]], csv: str) -> None:
+    """What each view is worth on the out-of-fold rows of all folds: printed, and in tta.json and tta.csv."""
+    rows, truth = [row for job in jobs for row in job.rows], Truth(csv)
+    together, ids = pooled([answers for _, answers in seen]), [row["id"] for row in rows]
+    seconds = dict.fromkeys(together.names, 0.0)
+    for job, (parts, _) in zip(jobs, seen):
+        for view, part in zip(job.views, parts):
+            seconds[view.name] += part.seconds
+    trial = Trial(together, truth.answers(ids), truth.clusters(ids), np.array(list(seconds.values())))
+    report = {
+        "rows": len(rows),
+        "views": trial.table(),
+        "position_bias": trial.position_bias(),
+        "recommendation": trial.recommendation(),
+    }
+    print(f"\neach view added to those before it, on {len(rows)} out-of-fold rows of {csv}:")
+    print(pd.DataFrame(report["views"]).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
+    print("\nhow often each letter is right, and is chosen:")
+    print(pd.DataFrame(report["position_bias"]).to_string(index=False, float_format="{:.3f}".format))
+    print(f"\n{report['recommendation']}")
+    folder = jobs[0].path.parent
+    write_json(folder / "tta.json", report)
+    with whole(folder / "tta.csv") as temporary:
+        pd.DataFrame(report["views"]).to_csv(temporary, index=False, lineterminator="\n")
 
 
 if __name__ == "__main__":

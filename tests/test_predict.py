@@ -100,17 +100,19 @@ class Killed(BaseException):
 @pytest.fixture
 def counted(monkeypatch):
     """Labels of the views that a model is asked for; the one that `counted.dies` names ends the run."""
-    asked, letter_shares = [], predict.letter_shares
+    letter_shares = predict.letter_shares
 
     class Counted(list):
         dies = None
 
     asked = Counted()
+    asked.rows = []
 
     def watched(model, rows, collate, ids, size, label, workers):
         if label == asked.dies:
             raise Killed
         asked.append(label)
+        asked.rows.append(len(rows))
         return letter_shares(model, rows, collate, ids, size, label, workers)
 
     monkeypatch.setattr(predict, "letter_shares", watched)
@@ -195,8 +197,14 @@ def test_the_card_tells_the_mass_on_the_letters_and_what_generate_writes(
     assert f"{card['letter_mass']:.2%} of the probability" in output
 
 
-def test_generate_is_greedy_search_from_the_pixels(model, processor, rows):
-    collate = Collator(processor, 112)
+def test_generate_is_greedy_search_from_the_pixels(model, processor, rows, request):
+    """Two tokens: with a model that never ends its turn, so that the second is seen."""
+    collate, end = Collator(processor, 112), processor.tokenizer.eos_token_id
+
+    def go_on(module, inputs, output):
+        output.logits[..., end] = -1e9
+
+    request.addfinalizer(model.register_forward_hook(go_on).remove)
     for row, text in zip(rows[:3], generated(model, rows[:3], collate, 2)):
         batch = collate([row])
         image = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
@@ -205,7 +213,7 @@ def test_generate_is_greedy_search_from_the_pixels(model, processor, rows):
             with torch.no_grad():
                 best = model(input_ids=tokens, mm_token_type_ids=kinds, **image).logits[:, -1:].argmax(-1)
             tokens, kinds = torch.cat([tokens, best], 1), torch.cat([kinds, kinds[:, :1] * 0], 1)
-        assert text == processor.decode(tokens[0, -2:], skip_special_tokens=True).strip() and text
+        assert text == processor.decode(tokens[0, -2:], skip_special_tokens=True).strip() and len(text) > 1
 
 
 def test_an_unreadable_image_is_refused_or_answered_from_the_text_and_marked(
@@ -322,6 +330,101 @@ def test_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="without FSDP"):
         predict.start_processes()
+
+
+def test_the_gate_shows_further_views_of_unsure_rows_only(ask, counted, small_csv, tmp_path):
+    flags = [*VIEWS, "--csv", small_csv]
+    assert ask(*flags, outputs=tmp_path / "all")[0] == 0
+    plain, everything = table(tmp_path / "all/plain/fold0.csv"), table(tmp_path / "all/fold0.csv")
+    top = np.sort(plain)[:, ::-1]
+    margins = top[:, 0] - top[:, 1]
+    gate = float(np.sort(margins)[2:4].mean())
+    counted.rows.clear()
+    code, output, error = ask(*flags, "--gate", gate, outputs=tmp_path / "gated")
+    assert code == 0, error
+    assert counted.rows == [8, 3, 3] and "8 rows, " in output and "1.75 forwards a row" in output
+    gated = table(tmp_path / "gated/fold0.csv")
+    unsure = margins < gate
+    assert np.abs(gated[~unsure] - plain[~unsure]).max() < 1e-9 and np.abs(gated - everything)[unsure].max() < 1e-5
+    assert json.loads((tmp_path / "gated/fold0.json").read_text())["gate"] == gate
+    assert np.abs(everything - plain)[~unsure].max() > 1e-4
+
+
+def test_each_fold_answers_its_own_validation_rows_in_the_same_views(
+    ask, folds, counted, trained, tmp_path, monkeypatch
+):
+    outputs = tmp_path / "outputs"
+    code, output, error = ask("--oof", *VIEWS, "--weights", "ema", of=folds)
+    assert code == 0, error
+    for fold in folds:
+        alone, plain = outputs / "oof" / f"{fold.name}.csv", outputs / "oof" / "plain" / f"{fold.name}.csv"
+        wanted = pd.read_csv(fold / "ema" / "oof.csv")
+        assert list(pd.read_csv(alone)["id"]) == list(pd.read_csv(plain)["id"]) == list(wanted["id"])
+        assert np.abs(table(plain) - wanted.filter(like="p_").to_numpy()).max() < 1e-6, "what training logged"
+        assert np.abs(table(alone) - table(plain)).max() > 1e-4
+        card = json.loads(alone.with_suffix(".json").read_text())
+        truth = pd.read_csv(trained / "data" / "train.csv").set_index("id")["answer"][wanted["id"]].to_numpy()
+        assert card["scores"]["accuracy"] == (pd.read_csv(alone)["answer"] == truth).mean()
+        assert card["views"] == ["plain", "rotation 1", "scale 1.4"] and "test_csv" not in card
+    report = json.loads((outputs / "oof" / "tta.json").read_text())
+    assert report["rows"] == 24 and [line["views"] for line in report["views"]][:3] == [
+        "plain",
+        "+ rotation 1",
+        "+ scale 1.4",
+    ]
+    assert report["recommendation"] in output and "each view added to those before it, on 24 out-of-fold" in output
+    written = pd.read_csv(outputs / "oof" / "tta.csv")
+    assert list(written["log_loss"]) == pytest.approx([line["log_loss"] for line in report["views"]])
+
+    monkeypatch.setattr(predict, "load_base", lambda *args: pytest.fail("views that are kept were asked for again"))
+    code, output, error = ask("--oof", "--orders", "2", "--gate", "0.5", "--weights", "ema", of=folds)
+    assert code == 0, error
+    ids, mean = read_predictions(outputs / "oof" / "fold1.csv")
+    assert json.loads((outputs / "oof" / "fold1.json").read_text())["gate"] == 0.5
+    plain = read_predictions(outputs / "oof" / "plain" / "fold1.csv")[1]
+    top = np.sort(plain)[:, ::-1]
+    sure = top[:, 0] - top[:, 1] >= 0.5
+    assert np.abs(mean[sure] - plain[sure]).max(initial=0) < 1e-12 and 0 < (~sure).sum()
+    assert np.abs(mean[~sure] - plain[~sure]).max() > 1e-4
+
+
+def test_an_ensemble_is_tuned_on_out_of_fold_rows_of_the_same_views(ask, folds, script, tmp_path):
+    outputs = tmp_path / "outputs"
+    for flags in ([], ["--oof"]):
+        assert ask(*VIEWS, *flags, of=folds)[0] == 0
+    files = [outputs / "fold0.csv", outputs / "fold1.csv"]
+    code, output, error = script("ensemble", *files)
+    assert code == 0 and "out of fold without" not in output, error
+    scores = [json.loads((outputs / "oof" / f"fold{i}.json").read_text())["scores"]["log_loss"] for i in (0, 1)]
+    assert f"log-loss {np.mean(scores):.4f}, 24 rows" in output
+    assert ask("--orders", "2", "--oof", of=folds)[0] == 0
+    code, output, error = script("ensemble", *files)
+    assert code == 0 and "2 more" not in output and "made with TTA, out of fold without" in output, error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--base", "args/demo/fold0.json"], "--oof is for folds"),
+        (["--csv", "small"], "out-of-fold rows of fold0 are not in it"),
+        (["--weights", "swa"], "no oof.csv"),
+    ],
+)
+def test_out_of_fold_rows_that_are_none_are_refused(ask, folds, trained, tmp_path, flags, message):
+    fold = tmp_path / "fold0"
+    shutil.copytree(folds[0], fold, ignore=shutil.ignore_patterns("checkpoint-*"))
+    (fold / "swa" / "oof.csv").unlink()
+    small = trained / "data" / "train_small.csv"
+    pd.read_csv(trained / "data" / "train.csv", dtype=str).iloc[:8].to_csv(small, index=False)
+    code, _, error = ask("--oof", *[small if flag == "small" else flag for flag in flags], of=[fold])
+    assert (code, error.count("\n")) == (2, 1) and message in error, error
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_rows_that_two_folds_were_validated_on_are_refused(ask, folds, tmp_path):
+    shutil.copytree(folds[0], tmp_path / "fold9", ignore=shutil.ignore_patterns("checkpoint-*"))
+    code, _, error = ask("--oof", of=[folds[0], tmp_path / "fold9"])
+    assert (code, error.count("\n")) == (2, 1) and "validated on the same rows" in error
 
 
 def test_two_processes_give_the_file_of_one(launched, ask, folds, bad_csv, tmp_path):

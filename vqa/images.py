@@ -37,8 +37,10 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def sized_image(row: dict, image_size: int, patch: int) -> dict:
-    """A row's decoded image, and the size that it is to be given, as `qwen_vl_utils` takes them."""
+    """A row's decoded image, mirrored where it says `flip`, and the size to give it, as `qwen_vl_utils` takes them."""
     image = open_image(row["image"])
+    if row.get("flip"):
+        image = ImageOps.mirror(image)
     width, height = target_size(*image.size, image_size, row.get("scale", 1.0), patch)
     return {"image": image, "resized_width": width, "resized_height": height}
 

@@ -1,5 +1,6 @@
 """Test-time augmentation: the views of each row whose probabilities are averaged."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -10,6 +11,9 @@ from accelerate import PartialState
 
 from collator import Collator
 from vqa.images import target_size, upright_size
+
+ORDER_SETS = {"cyclic": "rotation", "latin": "latin"}  # and what their views are called
+SIDES = re.compile(r"\b(left|right)(most)?\b|왼쪽|왼편|오른쪽|오른편|좌측|우측|좌우", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,13 @@ class Answers:
         With a `gate`, the plain view alone answers rows whose margin in it is not below.
         """
         views = list(range(len(self.names))) if views is None else list(views)
-        shown = self.shown[views] & ((np.array(views) == 0)[:, None] | self.unsure(gate))
-        return (self.probabilities[views] * shown[..., None]).sum(0) / shown.sum(0)[:, None]
+        asked = self.asked(views, gate)
+        return (self.probabilities[views] * asked[..., None]).sum(0) / asked.sum(0)[:, None]
+
+    def asked(self, views: Sequence[int], gate: float | None = None) -> np.ndarray:
+        """Which rows each of `views` is asked for, bool (views, rows)."""
+        plain = np.array(views)[:, None] == 0
+        return self.shown[list(views)] & (plain | self.unsure(gate))
 
     def unsure(self, gate: float | None) -> np.ndarray:
         """Rows, bool (rows,), whose first and second letter in the plain view are less than `gate` apart."""
@@ -67,32 +76,63 @@ def collected(views: Sequence[View], probabilities: Sequence[np.ndarray]) -> Ans
     return Answers([view.name for view in views], values, shown)
 
 
-def make_views(rows: list[dict], collate: Collator, scales: Iterable[float] = (1.0,), orders: int = 1) -> list[View]:
-    """The plain view, one per further order of the choices, and one per scale other than 1.
+def make_views(
+    rows: list[dict],
+    collate: Collator,
+    scales: Iterable[float] = (1.0,),
+    orders: int = 1,
+    order_set: str = "cyclic",
+    flip: bool = False,
+) -> list[View]:
+    """The plain view, one per further order of the choices, one per scale other than 1, and one mirrored.
 
     Additive, not every scale with every order: each view costs one pass, and each changes one thing. With `orders` 4,
     every one of four choices stands once at every letter. A scale that leaves an image's grid as an earlier view has
     it gives no new view of that row; how many it does change is printed, and where it is none, the view is left out.
     """
     views = [View("plain", rows, list(range(len(rows))))]
-    views += [_rotated(rows, shift) for shift in range(1, orders)]
+    views += [_ordered(rows, number, order_set) for number in range(1, orders)]
     views += _scaled(rows, scales, collate)
+    views += [_flipped(rows)] if flip else []
     return [view for view in views if view.changed]
 
 
 def by_image(views: Sequence[View]) -> list[list[View]]:
     """The views in their order, those together that show the same images: they differ in the choices' order alone."""
-    return [list(same) for _, same in groupby(views, lambda view: view.rows[0].get("scale", 1.0))]
+    shown = groupby(views, lambda view: (view.rows[0].get("scale", 1.0), view.rows[0].get("flip", False)))
+    return [list(same) for _, same in shown]
 
 
-def _rotated(rows: list[dict], shift: int) -> View:
-    """Choice `i + shift` at letter `i`. A row with no more than `shift` choices has had all its rotations."""
-    viewed, changed = [], []
-    for i, row in enumerate(rows):
-        count = len(row["choices"])
-        viewed.append({**row, "order": [(j + shift) % count for j in range(count)]})
-        changed += [i] if shift < count else []
-    return View(f"rotation {shift}", viewed, changed)
+def choice_orders(count: int, order_set: str) -> list[list[int]]:
+    """`count` orders of `count` choices, the CSV's own first; each lists the choice that stands at each letter.
+
+    In both sets every choice stands once at every letter. "cyclic" are the rotations. "latin" is Williams' design
+    (1949): with an even count every choice also follows every other one once, so that no neighbour is favoured.
+    """
+    first = list(range(count))
+    if order_set == "latin":  # 0, 1, -1, 2, -2, ...: every difference between neighbours occurs once
+        first = [(k + 1) // 2 if k % 2 else -(k // 2) % count for k in range(count)]
+    name = {choice: i for i, choice in enumerate(first)}
+    return [[name[(choice + shift) % count] for choice in first] for shift in range(count)]
+
+
+def _ordered(rows: list[dict], number: int, order_set: str) -> View:
+    """The choices in the order of that number. A row with no more choices than `number` has had all its orders."""
+    changed = [i for i, row in enumerate(rows) if number < len(row["choices"])]
+    orders = {count: choice_orders(count, order_set) for count in {len(row["choices"]) for row in rows}}
+    viewed = [{**row, "order": orders[n][number % n]} for row in rows for n in [len(row["choices"])]]
+    return View(f"{ORDER_SETS[order_set]} {number}", viewed, changed)
+
+
+def _flipped(rows: list[dict]) -> View:
+    """Every image mirrored, but for rows that mention a side."""
+    sided = [bool(SIDES.search("\n".join([row["question"], *row["choices"]]))) for row in rows]
+    PartialState().print(
+        f"flip: mirrors the text in images, and left and right; {sum(sided)} of {len(rows)} rows mention left or "
+        "right (왼쪽, 오른쪽) and are not flipped"
+    )
+    changed = [i for i, row in enumerate(rows) if row["image"] and not sided[i]]
+    return View("flip", [{**row, "flip": True} for row in rows], changed)
 
 
 def _scaled(rows: list[dict], scales: Iterable[float], collate: Collator) -> list[View]:
