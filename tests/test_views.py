@@ -67,6 +67,8 @@ def test_orders_of_one_image_stand_together(processor, rows):
         ["scale 1.4"],
         ["flip"],
     ]
+    views = make_views(rows, Collator(processor, 140), orders=2, flip=True)
+    assert [len(together) for together in by_image(views)] == [2, 1]
 
 
 class Letters(torch.nn.Module):
