@@ -56,6 +56,9 @@ def test_the_ladder_is_climbed_from_the_contest_to_the_table(here, script, tmp_p
         for name in ("orders/fold1", "larger/fold1")
     }
     assert cards["orders/fold1"]["views"] == ["plain", "rotation 1"] == cards["larger/fold1"]["views"]
+    for weights in ladder.WEIGHTS:
+        card = json.loads((tmp_path / f"outputs/ladder/5/{weights}/fold1.json").read_text())
+        assert card["weights"] == weights and card["views"] == ["plain"]
     assert "larger" in cards["larger/fold1"]["adapter"]
     args = json.loads((tmp_path / "checkpoints/ladder/5/larger/fold1/args.json").read_text())
     assert (args["image_size"], args["fold"], args["seed"], args["max_steps"]) == (ladder.LARGER, 1, 5, 2)
@@ -70,7 +73,7 @@ def test_the_ladder_is_climbed_from_the_contest_to_the_table(here, script, tmp_p
 
 @pytest.fixture
 def planted(tmp_path):
-    """Rungs of three seeds on 300 rows: every one is the last one, but three folds by majority are much better."""
+    """Rungs of three seeds on 300 rows: the base is worse, three folds by majority are better, all others are one."""
     random = np.random.default_rng(0)
     answers = random.integers(0, 4, 300)
     ids = [f"r{i}" for i in range(300)]
@@ -84,7 +87,8 @@ def planted(tmp_path):
     seeds = []
     for _ in range(3):
         same = values(1.0)
-        seeds.append([(ids, values(2.5) if name == ladder.MAJORITY else same) for name in ladder.RUNGS])
+        others = {"base model, untrained": values(0.2), ladder.MAJORITY: values(2.5)}
+        seeds.append([(ids, others.get(name, same)) for name in ladder.RUNGS])
     return seeds, Truth(tmp_path / "answers.csv"), answers
 
 
