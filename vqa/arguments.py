@@ -43,6 +43,9 @@ class ModelArguments:
     lora_rank: int = _field(16, "Rank of the adapter: 16 is ample for a contest of some thousand rows.")
     lora_alpha: int = _field(32, "Scale of the adapter; the usual choice is twice the rank.")
     lora_dropout: float = _field(0.05, "Dropout before the adapter: a few thousand rows are soon learned by heart.")
+    compile_layers: bool = _field(
+        False, "Compile the language model for training: half a minute, then faster on an H100. Not tried on a T4."
+    )
     trust_remote_code: bool = _field(False, "Run code that comes with the model. No Qwen model needs it.")
 
 
@@ -95,15 +98,21 @@ class RecipeArguments(TrainingArguments):
     learning_rate: float = _field(2e-4, "Peak learning rate: QLoRA's usual one; ten times that of full fine-tuning.")
     lr_scheduler_type: str = _field("cosine", "Falls to zero by the end: the last steps settle, as contests reward.")
     warmup_steps: float = _field(0.05, "Steps of warm-up; below 1, a share of the run.")
-    per_device_train_batch_size: int = _field(
-        8, "Rows a GPU takes at once: the first thing to halve when out of memory."
-    )
-    gradient_accumulation_steps: int = _field(2, "Batches per optimiser step: double it when halving the batch.")
+    per_device_train_batch_size: int = _field(8, "Rows a GPU takes at once, where auto_batch is off.")
+    gradient_accumulation_steps: int = _field(2, "Batches an optimiser step; times the batch size: its rows.")
     per_device_eval_batch_size: int = _field(16, "Rows a GPU scores at once.")
+    auto_batch: bool = _field(
+        True,
+        "Cut a step's rows (batch size times accumulation) into the micro-batches that suit this GPU; "
+        "gradient_checkpointing is left out where memory allows, unless it is set. Out of memory, they get smaller.",
+    )
+    train_sampling_strategy: str = _field(
+        "group_by_length", "Rows of like length share a step, which saves padding; random: they do not."
+    )
     max_grad_norm: float = _field(1.0, "Gradients are clipped to this norm.")
     fp16: bool = _field(False, "Mixed precision for GPUs before Ampere, such as the T4, which have no bf16.")
     gradient_checkpointing: bool | None = _field(
-        None, "Recompute activations in the backward pass: memory for a third of speed."
+        None, "Recompute activations in the backward pass: memory for a third of speed. null: auto_batch decides."
     )
     eval_strategy: str = _field("epoch", "When to validate: epoch, steps (every eval_steps) or no.")
     save_strategy: str = _field("epoch", "When to write a checkpoint to resume from: epoch, steps (save_steps) or no.")
@@ -133,8 +142,8 @@ class RecipeArguments(TrainingArguments):
         self.use_cpu |= "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
         super().__post_init__()
         self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns of it where there is no GPU
-        if self.gradient_checkpointing:  # without re-entrance no input needs a gradient, so the vision tower gets none
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
+        # Without re-entrance no input needs a gradient, so the vision tower gets none.
+        self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
 
 
 LOWEST = {"swa_start": 0, "swa_every": 1, "ema_decay": 0, "max_hours": 0, "lora_rank": 1, "image_size": 28}

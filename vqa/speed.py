@@ -8,11 +8,12 @@ from vqa.families import vision_tower
 from vqa.memory import Batch, Setup, layers, linear_parameters, text_config
 
 # A step takes so many times as long as its matrix products alone: attention, norms, dropout, unpacking 4 bits.
-# Measured on an H200 with the 3B in 4 bits, batches of 32 and 64.
-BESIDE_PRODUCTS = 2.5
+# Measured on an H100 with the 3B in 4 bits, batches of 64.
+BESIDE_PRODUCTS = 2.8
 # Where batches are small it is the host that limits: seconds to launch one layer's kernels, once through. The same
-# GPU, batches of 8.
-LAUNCH_SECONDS = 0.004
+# GPU, batches of 4 and 8.
+LAUNCH_SECONDS = 0.005
+T4_OPERATIONS = 65e12  # a second, by the T4's data sheet (fp16 on tensor cores): to compare ways, not to tell the time
 
 
 def seconds_a_batch(setup: Setup, batch: Batch, training: bool, operations_a_second: float) -> float:
