@@ -197,13 +197,13 @@ def look_at_cost(
     heading("Memory and time (estimates)")
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     room, name = (memory_room(), gpu.name) if gpu else (T4_BYTES - CUDA_BYTES, "a 16 GB T4")
-    rate = measured_rate(setup, train.batch(8)) if gpu else T4_OPERATIONS
+    rate = measured_rate(setup) if gpu else T4_OPERATIONS
     if data.vision_cache:
         train, valid = (part and replace(part, patches=0) for part in (train, valid))
     size = recipe.per_device_train_batch_size
     if recipe.auto_batch:
         rows = size * recipe.gradient_accumulation_steps
-        fields = quickest(setup, train, rows, SLACK * room, rate, recipe.gradient_checkpointing)
+        fields = quickest(setup, train, rows, SLACK * room, rate, recipe.wants_checkpointing)
         size = fields["per_device_train_batch_size"]
         setup = replace(setup, checkpointing=fields["gradient_checkpointing"])
         how = "with" if setup.checkpointing else "without"

@@ -17,14 +17,13 @@ from transformers import enable_full_determinism, set_seed
 from callbacks import EMACallback, SWACallback, WeightAverage
 from collator import Collator
 from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_arguments
-from vqa.batching import count_tokens, fit_batches
+from vqa.batching import count_tokens, fit_batches, take_batches
 from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run
 from vqa.features import open_features
 from vqa.files import read_json, write_json
 from vqa.fingerprint import adapter_fingerprint, base_fingerprint, rows_fingerprint
 from vqa.folds import read_folds, split_fold
-from vqa.fused import compile_layers
 from vqa.images import check_images
 from vqa.model import add_adapter, load_base, load_processor
 from vqa.precision import model_dtype
@@ -85,8 +84,6 @@ def main() -> None:
     collate.features = prompts.features = open_features(model, processor, data, [train_rows + valid_rows], show)
     lengths = count_tokens(train_rows, collate, show)
     set_batches(recipe, settled_once(lambda: fit_batches(recipe, model_args, lengths, collate.features is None)))
-    if model_args.compile_layers:
-        compile_layers(model)
     rows = TrainRows(train_rows, data.shuffle_choices, recipe.seed)
     trainer = FoldTrainer(
         model,
@@ -154,8 +151,7 @@ def steps_worth(recipe: RecipeArguments, rows: int) -> float:
 
 
 def set_batches(recipe: RecipeArguments, fields: dict) -> None:
-    for name, value in fields.items():
-        setattr(recipe, name, value)
+    take_batches(recipe, fields)
     if fields and PartialState().is_main_process:
         checkpointing = "with" if recipe.gradient_checkpointing else "without"
         size, batches = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps

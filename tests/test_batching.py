@@ -8,8 +8,8 @@ import torch
 from conftest import TINY
 
 from collator import Collator
-from vqa.arguments import ModelArguments
-from vqa.batching import GroupedByLength, Lengths, count_tokens, quickest
+from vqa.arguments import ModelArguments, RecipeArguments
+from vqa.batching import GroupedByLength, Lengths, count_tokens, fit_batches, quickest, take_batches
 from vqa.memory import Setup, outline, training_peak
 from vqa.training import FoldTrainer, split_rows
 
@@ -134,3 +134,22 @@ def test_a_batch_that_does_not_fit_goes_in_parts_to_the_same_gradients(
     with pytest.raises(torch.OutOfMemoryError):
         trainer.most_rows = 4
         trainer.training_step(model, batch, 10.0)
+
+
+@pytest.mark.parametrize("given", [None, False, True])
+def test_what_the_args_leave_open_is_chosen_and_reaches_the_trainer(given, tmp_path, monkeypatch):
+    """With the GPU's part played: 64 rows fit only with checkpointing, which is quicker where it is allowed."""
+    recipe = RecipeArguments(str(tmp_path), per_device_train_batch_size=32, gradient_checkpointing=given, use_cpu=True)
+    recipe.fp16 = True  # a CPU would be refused
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("vqa.batching.memory_room", lambda: 2e8)
+    monkeypatch.setattr("vqa.batching.measured_rate", lambda setup: 1e15)
+    fields = fit_batches(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False)
+    take_batches(recipe, fields)
+    wanted = given is not False
+    assert recipe.gradient_checkpointing == recipe.activation_checkpointing == wanted
+    assert recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps == 64
+    assert recipe.activation_checkpointing_kwargs["use_reentrant"] is False
+    recipe.resume_from_checkpoint = "checkpoint-1"
+    monkeypatch.setattr("vqa.batching.memory_room", lambda: 1e12)
+    assert fit_batches(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False) == fields

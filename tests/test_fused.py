@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from vqa.fused import AdaptedLinear, compile_layers, fuse_adapters
+from vqa.fused import AdaptedLinear, fuse_adapters
 from vqa.model import add_adapter, load_base
 
 
@@ -79,17 +79,3 @@ def test_a_disabled_or_a_second_adapter_is_pefts_own_business():
     model.add_adapter("second", model.peft_config["default"])
     fuse_adapters(model).base_model.set_adapter(["default", "second"])  # the second one's B is zero: it adds nothing
     torch.testing.assert_close(outcome(model)[0], logits, rtol=1e-5, atol=1e-5)
-
-
-def test_compiled_layers_give_the_same(monkeypatch):
-    """Traced as for a GPU, but run by torch's own operations: the compiler itself would take half a minute."""
-    compiler = torch.compile
-    monkeypatch.setattr("torch.compile", lambda function: compiler(function, backend="aot_eager"))
-    model = trained_adapter(0.0)
-    logits, gradients = outcome(model)
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    compiled_logits, compiled_gradients = outcome(compile_layers(model))
-    torch.testing.assert_close(compiled_logits, logits, rtol=1e-5, atol=1e-5)
-    for name, gradient in gradients.items():
-        other = compiled_gradients[name]
-        torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())

@@ -28,6 +28,7 @@ from vqa.prompt import INSTRUCTION
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
 
 DEMO = "args/demo/fold0.json"
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # from transformers 5.23 on, and before
 
 
 def _field(default, text: str):
@@ -43,9 +44,6 @@ class ModelArguments:
     lora_rank: int = _field(16, "Rank of the adapter: 16 is ample for a contest of some thousand rows.")
     lora_alpha: int = _field(32, "Scale of the adapter; the usual choice is twice the rank.")
     lora_dropout: float = _field(0.05, "Dropout before the adapter: a few thousand rows are soon learned by heart.")
-    compile_layers: bool = _field(
-        False, "Compile the language model for training: half a minute, then faster on an H100. Not tried on a T4."
-    )
     trust_remote_code: bool = _field(False, "Run code that comes with the model. No Qwen model needs it.")
 
 
@@ -140,10 +138,19 @@ class RecipeArguments(TrainingArguments):
             self.fp16 = not self.bf16
         # Without a GPU processes find each other only when told that the CPU is meant; each would train on its own.
         self.use_cpu |= "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
+        named = [name for name in CHECKPOINTING if hasattr(self, name)]
+        self.wants_checkpointing = next((v for v in (getattr(self, name) for name in named) if v is not None), None)
+        for name in named:  # without re-entrance no input needs a gradient, so the vision tower gets none
+            given = getattr(self, f"{name}_kwargs") or {}
+            setattr(self, f"{name}_kwargs", {"use_reentrant": False} | given)
         super().__post_init__()
         self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns of it where there is no GPU
-        # Without re-entrance no input needs a gradient, so the vision tower gets none.
-        self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Under both of its names, since the Trainer reads the newer where there is one."""
+        for name in CHECKPOINTING:
+            if hasattr(self, name):
+                setattr(self, name, on)
 
 
 LOWEST = {"swa_start": 0, "swa_every": 1, "ema_decay": 0, "max_hours": 0, "lora_rank": 1, "image_size": 28}

@@ -5,6 +5,7 @@ What the args say is an optimiser step: `per_device_train_batch_size` times `gra
 is left out where its memory is not needed. The mean over the step's rows stays the same.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -45,8 +46,10 @@ def count_tokens(rows: Sequence[dict], collate: Collator, show: bool = True) -> 
     image_tokens = count_image_tokens({row["image"] for row in rows}, collate)
     bar = tqdm(rows, desc="counting tokens", unit=" rows", leave=False, disable=not show)
     chats = (messages(row, {"type": "image"}, collate.instruction, collate.special) for row in bar)
-    texts = [render(collate.processor, chat, LETTERS[0]) for chat in chats]
-    text_tokens = [len(ids) - 1 for ids in collate.processor.tokenizer(texts).input_ids]  # 1: <|image_pad|>
+    texts = (render(collate.processor, chat, LETTERS[0]) for chat in chats)
+    some = iter(lambda: list(itertools.islice(texts, 1000)), [])  # not all at once: only the counts are kept
+    tokenizer = collate.processor.tokenizer
+    text_tokens = np.array([len(ids) - 1 for part in some for ids in tokenizer(part).input_ids])  # 1: <|image_pad|>
     of_images = np.array([image_tokens[row["image"]] for row in rows])
     return Lengths(text_tokens + of_images, of_images, collate.processor.image_processor.merge_size**2)
 
@@ -102,11 +105,17 @@ def fit_batches(
     averages = (recipe.ema_decay > 0) + (recipe.swa_start is not None)
     setup = Setup(outline(model_args, dtype), model_args.load_in_4bit, True, recipe.optim.value, averages)
     lengths = lengths if encodes_images else replace(lengths, patches=0)
-    rate = measured_rate(setup, lengths.batch(8))
+    rate = measured_rate(setup)
     rows = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    fields = quickest(setup, lengths, rows, SLACK * memory_room(), rate, recipe.gradient_checkpointing)
+    fields = quickest(setup, lengths, rows, SLACK * memory_room(), rate, recipe.wants_checkpointing)
     write_json(record, fields)
     return fields
+
+
+def take_batches(recipe: RecipeArguments, fields: dict[str, int | bool]) -> None:
+    """Set what `fit_batches` found in the recipe."""
+    for name, value in fields.items():
+        recipe.set_checkpointing(value) if name == "gradient_checkpointing" else setattr(recipe, name, value)
 
 
 def memory_room() -> int:

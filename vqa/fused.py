@@ -6,7 +6,6 @@ torch's own kernel. Parameters, files and names stay PEFT's and transformers'.
 """
 
 import os
-from functools import partial
 from types import MethodType
 
 import torch
@@ -99,26 +98,3 @@ def weight_of(layer: nn.Linear) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit  # slow to import, and of use on a GPU alone
 
     return dequantize_4bit(layer.weight.data, state)
-
-
-def compile_layers(model: nn.Module) -> nn.Module:
-    """Compile each decoder layer of the adapted language model, in place of the fused passes. Returns the model.
-
-    Gradient checkpointing goes around the compiled code: within it, torch 2.11 kept every product of a 4-bit layer.
-    """
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # one compilation for all layers, whatever their number
-    torch._dynamo.config.cache_size_limit = 64
-    for module in model.modules():
-        if module.__dict__.get("forward") is not None and module.forward.__func__ in (_adapted_linear, _rms_norm):
-            del module.forward
-    for layer in model.get_base_model().model.language_model.layers:
-        plain = getattr(type(layer).forward, "__wrapped__", type(layer).forward)  # without transformers' checkpointing
-        layer.forward = MethodType(partial(_compiled_layer, torch.compile(plain)), layer)
-    return model
-
-
-def _compiled_layer(compiled, self: nn.Module, hidden: torch.Tensor, *args, **kwargs):
-    forward = partial(compiled, self, **kwargs)
-    if self.training and self.gradient_checkpointing:
-        return self._gradient_checkpointing_func(forward, hidden, *args)
-    return forward(hidden, *args)
