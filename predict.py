@@ -20,7 +20,7 @@ same weights in the same way, is left as it is.
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,14 +41,14 @@ from vqa.model import load_adapter, load_base, load_processor
 from vqa.parts import Part, Parts, view_fingerprint
 from vqa.predictions import letters, read_card, read_predictions, write_predictions
 from vqa.processes import settled_once, shared_out
-from vqa.prompt import letter_ids
+from vqa.prompt import LETTERS, letter_ids
 from vqa.rows import read_rows
 from vqa.runs import DTYPES, WEIGHTS, Run, base_run, check_alike, check_base, trained_run
-from vqa.scoring import letter_shares, normalised
+from vqa.scoring import letter_shares, normalised, order_shares
 from vqa.statistics import letter_scores
 from vqa.truth import Truth
 from vqa.tta import Trial, pooled
-from vqa.views import ORDER_SETS, Answers, View, by_image, collected, make_views
+from vqa.views import ORDER_SETS, Answers, View, all_orders, by_image, collected, make_views
 from vqa.vision import is_tower_untouched
 
 NO_IMAGE = "image unreadable, answered from the text alone"
@@ -264,17 +264,26 @@ class Asker:
 
         The one place where a model is asked. The processes share the rows out.
         """
-        model = self.load(item)
+        model, first = self.load(item), views[0].rows
+        changed = sorted({i for view in views for i in view.changed})
         if self.collate.features:
-            rows = {row["image"]: row for view in views for row in view.changed_rows() if row["image"]}
-            self.collate.features.add(model, list(rows.values()), PartialState().is_main_process)
+            shown = [first[i] for i in changed if first[i]["image"]]
+            self.collate.features.add(model, shown, PartialState().is_main_process)
+        label = f"{item.name}, {' + '.join(view.name for view in views)}" if PartialState().is_main_process else None
+        options = self.collate, self.letter_ids, self.batch_size, label, self.workers
+        if len(views) == 1:
+            return [shared_out([first[i] for i in changed], lambda rows: letter_shares(model, rows, *options))]
 
-        def score(view: View) -> Callable[[list[dict]], np.ndarray]:
-            label = f"{item.name}, {view.name}" if PartialState().is_main_process else None
-            options = self.letter_ids, self.batch_size, label, self.workers
-            return lambda rows: letter_shares(model, rows, self.collate, *options)
+        def score(rows: list[dict]) -> np.ndarray:
+            """(rows, views, letters), 0 where a view does not change a row."""
+            found = np.zeros((len(rows), len(views), len(LETTERS)))
+            for row, own, shares in zip(rows, found, order_shares(model, rows, *options)):
+                own[row["views"]] = shares
+            return found
 
-        return [shared_out(view.changed_rows(), score(view)) for view in views]
+        found = shared_out(all_orders(views, changed), score)
+        place = {i: k for k, i in enumerate(changed)}
+        return [found[[place[i] for i in view.changed], v] for v, view in enumerate(views)]
 
 
 def answer(job: Job, asker: Asker, gate: float | None) -> tuple[list[Part], Answers]:

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from vqa.errors import UserError, first_few
+from vqa.fused import fuse_adapters, fuse_norms
 from vqa.precision import attention_for_device, guard_fp16
 from vqa.vision import check_takes_features
 from vqa.windows import group_windows
@@ -55,7 +56,7 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
     check_takes_features(base)
     if dtype == torch.float16:
         guard_fp16(base)
-    return group_windows(base.requires_grad_(False))
+    return fuse_norms(group_windows(base.requires_grad_(False)))
 
 
 def check_model_path(model: str) -> None:
@@ -84,7 +85,7 @@ def add_adapter(base: torch.nn.Module, rank: int, alpha: int, dropout: float) ->
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
     )
-    return get_peft_model(base, config)
+    return fuse_adapters(get_peft_model(base, config))
 
 
 def load_adapter(model: torch.nn.Module, folder: str | Path, name: str = "default") -> PeftModel:
@@ -112,7 +113,7 @@ def load_adapter(model: torch.nn.Module, folder: str | Path, name: str = "defaul
             f"{folder}: the adapter {DOES_NOT_FIT} ({len(unmatched)} weights without a counterpart: "
             f"{first_few(unmatched)})"
         )
-    return model.eval().requires_grad_(False)
+    return fuse_adapters(model).eval().requires_grad_(False)
 
 
 def is_adapter(folder: str | Path) -> bool:

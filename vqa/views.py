@@ -103,6 +103,16 @@ def by_image(views: Sequence[View]) -> list[list[View]]:
     return [list(same) for _, same in shown]
 
 
+def all_orders(views: Sequence[View], changed: Sequence[int]) -> list[dict]:
+    """The rows at `changed`, each with the places of those `views` that change it, and the `orders` that they show."""
+    sets, rows = [set(view.changed) for view in views], []
+    for i in changed:
+        own, row = [v for v, of in enumerate(sets) if i in of], views[0].rows[i]
+        plain = list(range(len(row["choices"])))
+        rows.append({**row, "orders": [views[v].rows[i].get("order", plain) for v in own], "views": own})
+    return rows
+
+
 def choice_orders(count: int, order_set: str) -> list[list[int]]:
     """`count` orders of `count` choices, the CSV's own first; each lists the choice that stands at each letter.
 
