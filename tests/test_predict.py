@@ -359,7 +359,7 @@ def test_each_fold_answers_its_own_validation_rows_in_the_same_views(
         alone, plain = outputs / "oof" / f"{fold.name}.csv", outputs / "oof" / "plain" / f"{fold.name}.csv"
         wanted = pd.read_csv(fold / "ema" / "oof.csv")
         assert list(pd.read_csv(alone)["id"]) == list(pd.read_csv(plain)["id"]) == list(wanted["id"])
-        assert np.abs(table(plain) - wanted.filter(like="p_").to_numpy()).max() < 1e-6, "what training logged"
+        assert np.abs(table(plain) - wanted.filter(like="p_").to_numpy()).max() < 1e-5, "what training logged"
         assert np.abs(table(alone) - table(plain)).max() > 1e-4
         card = json.loads(alone.with_suffix(".json").read_text())
         truth = pd.read_csv(trained / "data" / "train.csv").set_index("id")["answer"][wanted["id"]].to_numpy()
