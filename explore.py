@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import chisquare
 from tokenizers import Tokenizer
 
 from vqa.blind import FOLDS, Blind
@@ -25,6 +24,7 @@ from vqa.errors import UserError, count, first_few, run
 from vqa.files import folder_under, read_json, whole
 from vqa.folds import folds_path, read_folds
 from vqa.images import target_size
+from vqa.letters import evenness
 from vqa.pages import Page, card, thumbnail
 from vqa.prompt import LETTERS
 from vqa.question_types import OTHER, question_type
@@ -164,26 +164,19 @@ def tiles(rows: pd.DataFrame, pictures: dict[str, Picture], blind: dict) -> list
 def look_at_letters(rows: pd.DataFrame, warnings: Warnings) -> list[dict]:
     found = []
     for name, own in by_split(answered(rows)):
-        offered = own["choices"].map(len).to_numpy()
-        width = offered.max()
-        counts = np.bincount(own["answer"].astype(int), minlength=width)
-        fair = np.array([(1 / offered[offered > i]).sum() for i in range(width)])
-        p_value = chisquare(counts, fair).pvalue
-        uneven = p_value < NOISE
-        verdict = f"{'Not e' if uneven else 'E'}ven: a fair draw would be so uneven in {p_value:.1%} of cases."
-        if uneven:
+        counts, fair, p_value = evenness(own["answer"].to_numpy(dtype=int), own["choices"].map(len).to_numpy())
+        shares, even = counts / len(own), fair / len(own)
+        if p_value < NOISE:
             most = int((counts / fair).argmax())
             warnings.add(
                 "letters",
-                f"{name}: the answer is {LETTERS[most]} in {counts[most] / len(own):.1%} of the rows, where "
-                f"{fair[most] / len(own):.1%} would be even; shuffle_choices, on by default, keeps a model from "
-                "learning that",
+                f"{name}: the answer is {LETTERS[most]} in {shares[most]:.1%} of the rows, where {even[most]:.1%} "
+                "would be even; shuffle_choices, on by default, keeps a model from learning that",
             )
-        lines = [
-            {"letter": LETTERS[i], "rows": counts[i], "share": counts[i] / len(own), "fair": fair[i] / len(own)}
-            for i in range(width)
-        ]
-        found.append({"name": name, "lines": lines, "verdict": verdict})
+        verdict = (
+            f"{'Not e' if p_value < NOISE else 'E'}ven: a fair draw would be so uneven in {p_value:.1%} of cases."
+        )
+        found.append({"name": name, "lines": list(zip(LETTERS, counts, shares, even)), "verdict": verdict})
     return found
 
 

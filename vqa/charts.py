@@ -11,6 +11,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vqa.calibration import Reliability
+from vqa.statistics import accuracy_interval
+
 INK, SOFT, BARS = "#1b1f24", "#5b6470", "#8db4ee"
 COLOURS = ("#2563c9", "#d97706", "#15803d", "#9333ea", "#b91c1c", "#0e7490")
 STYLE = {
@@ -68,4 +71,33 @@ def image_sizes(sizes: np.ndarray, budgets: Sequence[int]) -> Figure:
             axes.plot(widths[shown], heights[shown], color=SOFT, linewidth=0.8)
             axes.annotate(str(budget), (widths[shown][-1], heights[shown][-1]), color=SOFT, ha="right", va="bottom")
     axes.set(xlim=(0, right), ylim=(0, top))
+    return figure
+
+
+def reliability_diagram(found: Reliability) -> Figure:
+    """Accuracy against confidence, with the 95 % intervals of the bins; a dot's area goes by its rows."""
+    figure, axes = blank("reliability", "confidence", "accuracy")
+    axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=":")
+    right = found.accuracy * found.rows
+    low, high = np.array([accuracy_interval(r, n) for r, n in zip(right, found.rows)]).T
+    axes.vlines(found.confidence, low, high, color=COLOURS[0], linewidth=1)
+    axes.plot(found.confidence, found.accuracy, color=COLOURS[0], linewidth=1)
+    axes.scatter(
+        found.confidence, found.accuracy, s=10 + 90 * found.rows / found.rows.max(), color=COLOURS[0], zorder=3
+    )
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    return figure
+
+
+def learning_curves(curves: Mapping[str, Sequence[np.ndarray]], score: str) -> Figure:
+    """A score of validation against the step: name of the weights -> an array (validations, 2) for each fold."""
+    figure, axes = blank(f"{score} of validation; thin lines are folds", "step", score)
+    for number, (name, folds) in enumerate(curves.items()):
+        for fold in folds:
+            axes.plot(*fold.T, color=COLOURS[number], linewidth=0.7, alpha=0.45)
+        steps = sorted(set.intersection(*(set(fold[:, 0]) for fold in folds)))
+        means = [np.mean([fold[fold[:, 0] == step, 1][0] for fold in folds]) for step in steps]
+        axes.plot(steps, means, color=COLOURS[number], marker="o", markersize=3, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.legend(frameon=False)
     return figure

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
-from qwen_vl_utils.vision_process import smart_resize
 from tqdm.auto import tqdm
 
 from vqa.errors import UserError, first_few
@@ -62,6 +61,8 @@ def target_size(width: int, height: int, image_size: int, scale: float = 1.0, pa
     (test-time augmentation) is relative to that size, so 1.1 also changes images smaller than the budget.
     The rule is Qwen's own, `qwen_vl_utils.smart_resize`.
     """
+    from qwen_vl_utils.vision_process import smart_resize  # brings torch, which takes seconds to import
+
     factor = 2 * patch
     lowest = MIN_TOKENS * factor**2
     height, width = smart_resize(height, width, factor, min_pixels=lowest, max_pixels=max(lowest, image_size**2))
