@@ -17,6 +17,7 @@ from transformers import enable_full_determinism, set_seed
 from callbacks import EMACallback, SWACallback, WeightAverage
 from collator import Collator
 from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_arguments
+from vqa.batching import count_tokens, fit_batches, take_batches
 from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run
 from vqa.features import open_features
@@ -30,7 +31,7 @@ from vqa.processes import settled_once
 from vqa.prompt import letter_ids
 from vqa.resume import StopInTime, WholeCheckpoints, checkpoint_to_resume
 from vqa.rows import read_rows
-from vqa.training import FoldTrainer, TellEpoch, TrainRows
+from vqa.training import FoldTrainer, TellEpoch, TrainRows, rows_a_step
 
 STOPPED = 3  # exit code of a run that was stopped in time
 # Fields that a run may go on with in another form: they change where and how fast it runs, not what comes out.
@@ -81,6 +82,8 @@ def main() -> None:
     prompts = Collator(processor, data.image_size, data.instruction)
     show = PartialState().is_main_process and not recipe.disable_tqdm
     collate.features = prompts.features = open_features(model, processor, data, [train_rows + valid_rows], show)
+    lengths = count_tokens(train_rows, collate, show)
+    set_batches(recipe, settled_once(lambda: fit_batches(recipe, model_args, lengths, collate.features is None)))
     rows = TrainRows(train_rows, data.shuffle_choices, recipe.seed)
     trainer = FoldTrainer(
         model,
@@ -92,6 +95,7 @@ def main() -> None:
         averages=averages,
         letter_ids=ids,
         prompts=prompts,
+        lengths=lengths.tokens,
     )
     if trainer.is_world_process_zero():
         write_json(Path(recipe.output_dir, "args.json"), resolved)
@@ -143,7 +147,15 @@ def read_fold(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
 
 def steps_worth(recipe: RecipeArguments, rows: int) -> float:
     """How many optimiser steps take about as long as scoring `rows` rows does, at most: no gradients are needed."""
-    return rows / (recipe.train_batch_size * recipe.gradient_accumulation_steps * recipe.world_size)
+    return rows / rows_a_step(recipe)
+
+
+def set_batches(recipe: RecipeArguments, fields: dict) -> None:
+    take_batches(recipe, fields)
+    if fields and PartialState().is_main_process:
+        checkpointing = "with" if recipe.gradient_checkpointing else "without"
+        size, batches = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+        print(f"a step is {batches} x {size} rows on each GPU, {checkpointing} gradient checkpointing")
 
 
 def make_averages(recipe: RecipeArguments) -> list[WeightAverage]:
@@ -181,13 +193,13 @@ def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float)
         trainer.evaluate()
     if not trainer.is_world_process_zero():
         return
-    rows_a_step = recipe.train_batch_size * recipe.gradient_accumulation_steps * recipe.world_size
+    rows = (step - trainer._initial_global_step) * rows_a_step(recipe)
     metrics = {
         "train_rows": len(trainer.train_dataset),
         "valid_rows": len(trainer.eval_dataset),
         "steps": step,
         "seconds": round(seconds, 1),
-        "rows_per_second": round((step - trainer._initial_global_step) * rows_a_step / seconds, 2),
+        "rows_per_second": round(rows / seconds, 2),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
         "fingerprints": weights_before,
         "skipped_steps": trainer.skipped_steps(),

@@ -12,6 +12,9 @@ from parsed import Parsed, needs_nothing
 from PIL import Image
 from sklearn.metrics import log_loss
 
+from vqa.runs import curve, read_fold
+from vqa.truth import Truth
+
 ROWS, FOLDS = 300, 3
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 QUESTIONS = {"colour": "무슨 색인가요?", "count": "몇 개 있나요?", "place": "Where is it?"}
@@ -168,6 +171,17 @@ def test_one_fold_without_averages_or_history_is_enough(contest, analyze):
     code, said, error, html = analyze(folder)
     assert code == 0 and "100 rows, 1 fold" in said, error
     assert "EMA" not in said and "No learning curves" in html
+
+
+def test_a_learning_curve_is_of_its_own_weights(contest):
+    folder = contest.model("A", trio(contest), best="ema")[1]
+    fold, history = read_fold(folder, Truth(contest.csv)), json.loads((folder / "history.json").read_text())
+    for weights, key in (("raw", "eval_accuracy"), ("ema", "eval_ema_accuracy"), ("swa", "eval_swa_accuracy")):
+        assert curve(fold, weights, "accuracy").tolist() == [[logs["step"], logs[key]] for logs in history]
+        assert curve(fold, weights, "log_loss")[-1, 1] == pytest.approx(fold.scores[weights]["log_loss"] + 0.1)
+    assert fold.scores["ema"]["log_loss"] < fold.scores["raw"]["log_loss"] - 0.01
+    del fold.history[0]["eval_swa_accuracy"]
+    assert curve(fold, "swa", "accuracy")[:, 0].tolist() == [20, 30], "SWA begins later"
 
 
 def change(path, **values):

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from vqa.errors import UserError, first_few
+from vqa.fused import fuse_adapters, fuse_norms
 from vqa.precision import attention_for_device, guard_fp16
 from vqa.vision import check_takes_features
 from vqa.windows import group_windows
@@ -53,7 +54,7 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
     check_takes_features(base)
     if dtype == torch.float16:
         guard_fp16(base)
-    return group_windows(base.requires_grad_(False))
+    return fuse_norms(group_windows(base.requires_grad_(False)))
 
 
 def check_model_path(model: str) -> None:
@@ -82,7 +83,7 @@ def add_adapter(base: torch.nn.Module, rank: int, alpha: int, dropout: float) ->
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
     )
-    return get_peft_model(base, config)
+    return fuse_adapters(get_peft_model(base, config))
 
 
 def load_adapter(model: torch.nn.Module, folder: str | Path, name: str = "default") -> PeftModel:
@@ -100,7 +101,7 @@ def load_adapter(model: torch.nn.Module, folder: str | Path, name: str = "defaul
             f"{folder}: the adapter does not fit this base model: {len(wanted ^ found)} weights without a counterpart "
             f"({first_few(sorted(wanted ^ found))}); give the base model that it was trained on"
         )
-    return model.eval().requires_grad_(False)
+    return fuse_adapters(model).eval().requires_grad_(False)
 
 
 def is_adapter(folder: str | Path) -> bool:
