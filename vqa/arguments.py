@@ -18,7 +18,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from vqa.errors import UserError
-from vqa.files import read_json
+from vqa.files import folder_under, read_json
 from vqa.folds import folds_path
 from vqa.precision import has_bf16
 from vqa.prompt import INSTRUCTION
@@ -214,12 +214,6 @@ def read_args_file(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict
     if (Path(path).parent / base).resolve() in chain:
         raise UserError(f"{path}: extends itself, by way of {base}; name the file that holds what the folds share")
     return read_args_file(Path(path).parent / base, chain) | values
-
-
-def folder_under(root: str, path: str | Path, below: str) -> Path:
-    """`path` moved under `root`: checkpoints/demo/fold0 for args/demo/fold0 and below="args"."""
-    parts = Path(path).parts
-    return Path(root, *(parts[parts.index(below) + 1 :] if below in parts else parts[-1:]))
 
 
 def folds_file(data: DataArguments) -> Path:

@@ -151,22 +151,29 @@ def _training_csv(oof: Path) -> str:
 def _read_checked(file: str, oof: Path, truth: Truth) -> tuple[list[str], np.ndarray]:
     """An out-of-fold file: the very rows of its fold, and scoring what training measured on them."""
     ids, probabilities = read_predictions(oof)
-    _check_fold(ids, oof)
+    check_fold(ids, oof)
     card = read_card(file)
     measured = (
         card.get("validation") if oof == Path(card.get("adapter") or "", "oof.csv") else read_card(oof).get("scores")
     )
     if (expected := (measured or {}).get("log_loss")) is not None:  # one given may be of other views
-        got = row_losses(probabilities, truth.answers(ids)).mean()
-        if abs(got - expected) > 1e-6 * max(1, expected):
-            raise UserError(
-                f"{oof}: its log-loss against {truth.path} is {got:.4f} and was {expected:.4f} when it was made; its "
-                "ids were exchanged or the answers changed: make it anew, or leave that fold out"
-            )
+        check_measured(oof, probabilities, truth.answers(ids), expected, truth.path)
     return ids, probabilities
 
 
-def _check_fold(ids: Sequence[str], oof: Path) -> None:
+def check_measured(
+    oof: Path, probabilities: np.ndarray, answers: np.ndarray, expected: float, truth: str | Path
+) -> None:
+    """Refuse an out-of-fold file whose log-loss is not the one that training measured."""
+    got = row_losses(probabilities, answers).mean()
+    if abs(got - expected) > 1e-6 * max(1, expected):
+        raise UserError(
+            f"{oof}: its log-loss against {truth} is {got:.4f} and training measured {expected:.4f}; its ids "
+            "were exchanged or the answers changed: train that fold again, or leave it out"
+        )
+
+
+def check_fold(ids: Sequence[str], oof: Path) -> None:
     """Refuse rows that the model was trained on, by the run's args.json and folds file."""
     args = _run_args(oof)
     if not args:

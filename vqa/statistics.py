@@ -115,6 +115,13 @@ def paired_difference(
     return Difference(float(gaps.mean()), float(interval.low), float(interval.high))
 
 
+def mean_loss(losses: np.ndarray, clusters: Mapping[str, np.ndarray] | None = None) -> Difference:
+    """Mean of the row losses (rows,) and its interval by that bootstrap; of a single row there is none (nan)."""
+    if len(losses) < 2:
+        return Difference(float(losses.mean()), np.nan, np.nan)
+    return paired_difference(np.zeros(len(losses)), losses, clusters)
+
+
 class Comparison(NamedTuple):
     """Two models on the same rows; differences are the second's minus the first's."""
 

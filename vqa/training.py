@@ -226,8 +226,14 @@ class FoldTrainer(Trainer):
             prefix = metric_key_prefix if name == "raw" else f"{metric_key_prefix}_{name}"
             metrics |= {f"{prefix}_{key}": value for key, value in scores.items()}
         self.log(metrics)
+        if self.args.should_save:
+            write_json(Path(self.args.output_dir, "history.json"), self.validations())
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def validations(self) -> list[dict[str, float]]:
+        """What every validation so far logged. Checkpoints keep it (its keys sorted), so a resumed run has it too."""
+        return [dict(sorted(logs.items())) for logs in self.state.log_history if "eval_log_loss" in logs]
 
     def weight_sets(self) -> list:
         """(name, context in which the model holds these weights): raw, and each average that has begun."""
