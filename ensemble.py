@@ -14,14 +14,17 @@ The submission has the ids and order of the sample submission: the one given, or
 """
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from vqa.comparison import tell_comparison
 from vqa.ensembles import METHODS, Ensemble, fit, nested, score_weights
 from vqa.errors import UserError, run
+from vqa.experiments import changed, log_run
 from vqa.oof import Evidence, NoEvidence, check_agreement, gather, group_models
 from vqa.predictions import (
     check_offered,
@@ -34,16 +37,17 @@ from vqa.predictions import (
     write_submission,
 )
 from vqa.prompt import LETTERS
-from vqa.statistics import accuracy, compare, paired_difference, row_losses
+from vqa.statistics import accuracy, paired_difference, row_losses, scored
 from vqa.truth import Truth
 
 NO_WEIGHT = 0.01
 
 
 def main() -> None:
-    args = parse_args()
+    start, args = time.time(), parse_args()
     if args.compare:
-        return print_comparison(*args.compare, args.truth)
+        ids, stack = join(args.compare)
+        return tell_comparison(*args.compare, ids, stack, Truth(args.truth))
     files, oof = prediction_files(args.predictions, args.oof)
     output = Path(args.output or Path(files[0]).parent / "submission.csv")
     before = previous_answers(output)
@@ -63,9 +67,9 @@ def main() -> None:
     print_weights(chosen, names)
     print_letters(probabilities, evidence)
     print_changes(before, ids, probabilities)
-    print(
-        f"{output}: {len(ids)} rows, " + (f"ids and order of {sample}" if sample else "order not checked: no sample")
-    )
+    run_id = log_ensemble(output, args, files, chosen, evidence, time.time() - start)
+    order = f"ids and order of {sample}" if sample else "order not checked: no sample"
+    print(f"{output}: {len(ids)} rows, {order}" + (f"; {run_id} in the experiment log" if run_id else ""))
 
 
 def parse_args() -> argparse.Namespace:
@@ -109,6 +113,7 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--compare takes two files and the --truth to judge them by, and nothing else")
     if not args.compare and not args.predictions:
         raise UserError("no predictions given; name the files that predict.py wrote, such as outputs/*.csv")
+    args.differing = changed(parser, args)
     return args
 
 
@@ -263,22 +268,27 @@ def print_changes(before: dict[str, str], ids: list[str], probabilities: np.ndar
     print(f"{differing} of {len(ids)} answers differ from the submission that was there")
 
 
-def print_comparison(first: str, second: str, truth: str) -> None:
-    ids, stack = join([first, second])
-    known = Truth(truth)
-    answers, clusters = known.answers(ids), known.clusters(ids)
-    for name, values in ((first, stack[0]), (second, stack[1])):
-        right = accuracy(values.argmax(1) == answers, clusters)
-        print(f"{name}: accuracy {right}, log-loss {row_losses(values, answers).mean():.4f}")
-    found = compare(*stack, answers, clusters)
-    print(
-        f"right in {second} only: {found.only_second}, in {first} only: {found.only_first}; McNemar's exact test "
-        f"p = {found.p_value:.3g}"
-    )
-    for name in ("accuracy", "log_loss"):
-        gap = getattr(found, name)
-        print(f"{name}: {gap.value:+.4f} (95 % interval {gap.low:+.4f} to {gap.high:+.4f}, paired bootstrap)")
-    print(found.verdict(first, second))
+def log_ensemble(
+    output: Path,
+    args: argparse.Namespace,
+    files: list[str],
+    chosen: Ensemble,
+    evidence: Evidence | None,
+    seconds: float,
+) -> str:
+    """Add the ensemble to the experiment log, with what it scores on out-of-fold rows that it was not fitted on."""
+    cards, known = [read_card(file) for file in files], {}
+    if evidence:
+        answers, clusters = evidence.answers, evidence.clusters
+        method = chosen.method if len(evidence.stack) > 1 else "mean"  # of one model each row has one opinion
+        values = nested(method, evidence.stack, answers, clusters, args.temperature, args.weight_by)
+        scores = scored(values, answers, clusters)
+        if method == "majority":  # shares of votes are no probabilities
+            del scores["log_loss"]
+        known = {"scores": scores, "truth": evidence.truth, "out_of_fold": (evidence.ids, values)}
+    data = cards[0].get("data", "")
+    parents = [card.get("run", "") for card in cards]
+    return log_run("ensemble", output, args.differing, seconds, data, parents=parents, **known)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from transformers import enable_full_determinism, set_seed
 
 from callbacks import EMACallback, SWACallback, WeightAverage
 from collator import Collator
-from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_arguments
+from vqa.arguments import DataArguments, RecipeArguments, differing, folds_file, parse_arguments
 from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run
+from vqa.experiments import log_run
 from vqa.features import open_features
 from vqa.files import read_json, write_json
 from vqa.fingerprint import adapter_fingerprint, base_fingerprint, rows_fingerprint
@@ -26,11 +27,14 @@ from vqa.folds import read_folds, split_fold
 from vqa.images import check_images
 from vqa.model import add_adapter, load_base, load_processor
 from vqa.precision import model_dtype
+from vqa.predictions import join
 from vqa.processes import settled_once
 from vqa.prompt import letter_ids
 from vqa.resume import StopInTime, WholeCheckpoints, checkpoint_to_resume
 from vqa.rows import read_rows
-from vqa.training import FoldTrainer, TellEpoch, TrainRows
+from vqa.statistics import scored
+from vqa.training import FoldTrainer, TellEpoch, TrainRows, weights_folder
+from vqa.truth import Truth
 
 STOPPED = 3  # exit code of a run that was stopped in time
 # Fields that a run may go on with in another form: they change where and how fast it runs, not what comes out.
@@ -101,7 +105,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     if stop.stopped:
         say_how_to_go_on(trainer)
-    finish(trainer, weights_before, time.time() - start)
+    finish(trainer, weights_before, time.time() - start, resolved)
 
 
 def is_finished(recipe: RecipeArguments, resolved: dict, rows_used: str) -> bool:
@@ -168,8 +172,8 @@ def say_how_to_go_on(trainer: FoldTrainer) -> None:
     sys.exit(STOPPED)
 
 
-def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float) -> None:
-    """Write what the fold's folder still lacks; metrics.json comes last and says that the fold is complete."""
+def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float, resolved: dict) -> None:
+    """Log the run, write what its folder still lacks; metrics.json comes last and says that the fold is complete."""
     if base_fingerprint(trainer.model) != weights_before["base"]:
         raise RuntimeError("training has changed weights of the base model, which is to stay as it is")
     recipe, step = trainer.args, trainer.state.global_step
@@ -194,11 +198,34 @@ def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float)
         "best": trainer.best_weights(),
         "weights": trainer.best,
     }
+    metrics["run"] = log_training(recipe.output_dir, metrics, resolved)
     write_json(Path(recipe.output_dir, "metrics.json"), metrics)
     for name, scores in trainer.best.items():
         mark = f"step {scores['step']}" + ("  <- best" if name == metrics["best"] else "")
         print(f"{name:4} accuracy {scores['accuracy']:.4f}  log-loss {scores['log_loss']:.4f}  {mark}")
     print(f"{recipe.output_dir}: adapters, args.json, metrics.json" + (", oof.csv" if trainer.eval_dataset else ""))
+
+
+def log_training(folder: str, metrics: dict, resolved: dict) -> str:
+    """Add the run to the experiment log, and to the scores of each of its weights their number of rows and interval.
+
+    Returns the run's id in the log.
+    """
+    truth, out_of_fold = Truth(resolved["train_csv"]), {}
+    for name, scores in metrics["weights"].items():
+        ids, (probabilities,) = join([weights_folder(folder, name) / "oof.csv"])
+        out_of_fold[name] = ids, probabilities
+        scores |= scored(probabilities, truth.answers(ids), truth.clusters(ids))
+    return log_run(
+        "training",
+        folder,
+        differing(resolved),
+        metrics["seconds"],
+        metrics["fingerprints"]["rows"],
+        metrics["weights"].get(metrics["best"]),
+        resolved["train_csv"],
+        out_of_fold.get(metrics["best"]),
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """What the tests share: the tiny model, a contest of a few drawn rows, and a way to run the scripts."""
 
+import atexit
 import csv
 import importlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["EXPERIMENTS_LOG"] = f"{tempfile.mkdtemp()}/log.csv"  # and not the log of whoever runs the tests
 
 import pytest
 import torch
@@ -21,6 +25,7 @@ from vqa.model import load_base, load_processor
 from vqa.prompt import LETTERS, letter_ids
 from vqa.rows import read_rows
 
+atexit.register(shutil.rmtree, Path(os.environ["EXPERIMENTS_LOG"]).parent)
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "checkpoints" / "tiny")
 HEADER = ["id", "path", "question", "a", "b", "c", "d", "answer"]

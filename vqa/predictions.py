@@ -19,8 +19,13 @@ SURELY_OFFERED = 0.01  # no file of another program rounds this to 0
 def write_predictions(path: str | Path, rows: Sequence[dict], probabilities: np.ndarray) -> None:
     """Write probabilities (rows, letters) of `rows` in their order, with the likeliest letter as answer."""
     width = max(len(row["choices"]) for row in rows)
-    table = pd.DataFrame({"id": [row["id"] for row in rows], "answer": letters(probabilities)})
-    for i in range(width):
+    write_probabilities(path, [row["id"] for row in rows], probabilities[:, :width])
+
+
+def write_probabilities(path: str | Path, ids: Sequence[str], probabilities: np.ndarray) -> None:
+    """The same of bare ids, with a column for each of the letters (rows, letters)."""
+    table = pd.DataFrame({"id": ids, "answer": letters(probabilities)})
+    for i in range(probabilities.shape[1]):
         table[f"p_{LETTERS[i]}"] = probabilities[:, i]
     with whole(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.17g")

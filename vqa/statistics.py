@@ -76,6 +76,14 @@ def design_effect(values: np.ndarray, codes: np.ndarray) -> float:
     return max(1.0, float(clusters / (clusters - 1) * (sums**2).sum() / (rows * spread)))
 
 
+def scored(
+    probabilities: np.ndarray, answers: np.ndarray, clusters: Mapping[str, np.ndarray] | None = None
+) -> dict[str, float]:
+    """Letter scores of probabilities (rows, letters), with the number of rows and the accuracy's interval."""
+    _, low, high, _ = accuracy(probabilities.argmax(1) == answers, clusters)
+    return {"rows": len(answers), "low": low, "high": high} | letter_scores(probabilities, answers)
+
+
 class Difference(NamedTuple):
     """A paired difference of means and the bounds of its 95 % interval."""
 

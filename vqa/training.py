@@ -217,7 +217,7 @@ class FoldTrainer(Trainer):
         adapter = {name: gathered(parameter) for name, parameter in trainable(model)}
         if not self.args.should_save:
             return
-        folder = Path(self.args.output_dir) / ("" if name == "raw" else name)
+        folder = weights_folder(self.args.output_dir, name)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=".export-") as temporary:
             model.save_pretrained(temporary, state_dict=adapter, save_embedding_layers=False)
@@ -225,3 +225,8 @@ class FoldTrainer(Trainer):
                 write_predictions(Path(temporary, "oof.csv"), self.eval_dataset, probabilities)
             for file in Path(temporary).iterdir():
                 os.replace(file, folder / file.name)
+
+
+def weights_folder(folder: str | Path, name: str) -> Path:
+    """Where a fold's folder holds the adapter of that name (raw, ema, swa) and its out-of-fold file."""
+    return Path(folder) if name == "raw" else Path(folder, name)
