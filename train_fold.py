@@ -142,7 +142,15 @@ def read_fold(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
         if data.max_train_rows < 1:
             raise UserError(f"max_train_rows is {data.max_train_rows}; give 1 or more, or leave it out for all rows")
         train = np.sort(np.random.default_rng(seed).permutation(train)[: data.max_train_rows])
-    return [rows[i] for i in train], [rows[i] for i in valid]
+    train_rows, valid_rows = [rows[i] for i in train], [rows[i] for i in valid]
+    return with_soft_labels(train_rows, data.train_csv) if data.soft_labels else train_rows, valid_rows
+
+
+def with_soft_labels(rows: list[dict], csv: str) -> list[dict]:
+    """The rows with their annotators' shares as the target of the loss."""
+    if "annotators" not in rows[0]:
+        raise UserError(f"soft_labels: {csv} has no columns answer1, answer2, ...; add them, or leave soft_labels out")
+    return [{**row, "target": row["annotators"]} for row in rows]
 
 
 def steps_worth(recipe: RecipeArguments, rows: int) -> float:

@@ -62,6 +62,11 @@ class DataArguments:
     shuffle_choices: bool = _field(
         True, "Show the choices in another order every epoch, so that the position of the answer is not learned."
     )
+    soft_labels: bool = _field(
+        False,
+        "Train on how the annotators' answers (columns answer1, answer2, ...) are spread over the choices instead of "
+        "on the one answer: worth a try where they often disagree.",
+    )
     vision_cache: bool = _field(
         True, "Compute the vision tower's features once an image and size, and keep them on disk for all runs."
     )

@@ -94,7 +94,7 @@ def _append(row: dict[str, str], out_of_fold: tuple[Sequence[str], np.ndarray] |
 def read_log(path: str | Path) -> pd.DataFrame:
     """The log as text cells, oldest first; columns that an older log lacks are blank."""
     if not Path(path).exists():
-        raise UserError(f"{path}: no such file; train, predict or ensemble something first, or set EXPERIMENTS_LOG to another file")
+        raise UserError(f"{path}: no such file; train something first, or name another log by EXPERIMENTS_LOG")
     table = read_table(path, ("id", "kind"))
     return table.reindex(columns=[*COLUMNS, *(name for name in table.columns if name not in COLUMNS)], fill_value="")
 

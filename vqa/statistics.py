@@ -36,6 +36,12 @@ def row_losses(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return -np.log(np.maximum(right, EPS))
 
 
+def annotator_losses(probabilities: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Cross-entropy, in nats (rows,), of probabilities (rows, letters) to annotators' shares (rows, 10)."""
+    probabilities = np.pad(probabilities, ((0, 0), (0, shares.shape[1] - probabilities.shape[1])))
+    return -(shares * np.log(np.maximum(probabilities, EPS))).sum(1)
+
+
 def letter_scores(probabilities: np.ndarray, answers: Sequence[int]) -> dict[str, float]:
     """{"accuracy", "log_loss"} of probabilities (rows, letters) against the answers' indices (rows,)."""
     answers = np.asarray(answers)

@@ -17,8 +17,10 @@ from collator import IGNORE, Collator
 from vqa.errors import UserError, first_few
 from vqa.files import read_json, write_json
 from vqa.predictions import write_predictions
+from vqa.prompt import shown_target
 from vqa.resume import COMPLETE
 from vqa.scoring import answer_logits, letter_logits, letter_metrics, score_rows
+from vqa.statistics import annotator_losses
 
 MAX_NON_FINITE = 5
 SCALER_START = 2.0**12
@@ -94,6 +96,7 @@ class FoldTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the vocabulary at the labels, or over the offered letters at the answer (`loss`).
 
+        Where the batch has soft labels (`target`), they are what the letter's logits are held against.
         A mean over rows: of this batch, or this batch's share of the step's mean where the step's number of rows is
         given (`num_items_in_batch`). Logits are computed from the first labelled position on, not for the whole
         sequence.
@@ -103,10 +106,17 @@ class FoldTrainer(Trainer):
         logits = answer_logits(model, inputs, keep=labels.shape[1] - first + 1)[:, :-1]
         if self.args.loss == "letter":
             offered = letter_logits(logits[:, 0], self.letter_ids, inputs["offered"])
-            losses = cross_entropy(offered, inputs["answer"], reduction="none")
+            if "target" in inputs:  # 0 times the logarithm of 0 is to be 0
+                offered = offered.clamp(min=torch.finfo(offered.dtype).min)
+            losses = cross_entropy(offered, inputs.get("target", inputs["answer"]), reduction="none")
         else:
             labels = labels[:, first:]
             losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+            if "target" in inputs:
+                target = torch.zeros_like(logits[:, 0])
+                target[:, self.letter_ids] = inputs["target"]
+                at_letter = cross_entropy(logits[:, 0], target, reduction="none")
+                losses = torch.cat([at_letter[:, None], losses[:, 1:]], dim=1)
             losses = losses.sum(1) / (labels != IGNORE).sum(1)
         if num_items_in_batch is None:
             loss = losses.mean()
@@ -173,6 +183,9 @@ class FoldTrainer(Trainer):
             with weights:
                 probabilities = self._score(name)
                 scores = letter_metrics(probabilities, [row["answer"] for row in self.eval_dataset])
+                if "annotators" in self.eval_dataset[0]:
+                    shares = np.array([shown_target({"target": row["annotators"]}) for row in self.eval_dataset])
+                    scores["annotator_log_loss"] = float(annotator_losses(probabilities, shares).mean())
                 self._keep_if_best(name, scores, probabilities)
             prefix = metric_key_prefix if name == "raw" else f"{metric_key_prefix}_{name}"
             metrics |= {f"{prefix}_{key}": value for key, value in scores.items()}
