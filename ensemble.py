@@ -34,6 +34,7 @@ from vqa.predictions import (
     previous_answers,
     read_card,
     validation_scores,
+    write_probabilities,
     write_submission,
 )
 from vqa.prompt import LETTERS
@@ -50,6 +51,7 @@ def main() -> None:
         return tell_comparison(*args.compare, ids, stack, Truth(args.truth))
     files, oof = prediction_files(args.predictions, args.oof)
     output = Path(args.output or Path(files[0]).parent / "submission.csv")
+    check_place(args.probabilities, files)
     before = previous_answers(output)
     models = group_models(files)
     ids, stack = join(files)
@@ -64,6 +66,8 @@ def main() -> None:
     probabilities = chosen(members)
     sample = args.sample or sample_beside(test_csv)
     write_submission(output, ids, probabilities, sample)
+    if args.probabilities:
+        write_probabilities(args.probabilities, ids, probabilities)
     print_weights(chosen, names)
     print_letters(probabilities, evidence)
     print_changes(before, ids, probabilities)
@@ -108,6 +112,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--sample", help="sample submission (default: sample_submission.csv beside the test CSV)")
     parser.add_argument("--output", help="(default: submission.csv beside the first file)")
+    parser.add_argument(
+        "--probabilities", metavar="FILE", help="write the ensemble's probabilities too, as a pseudo_csv for training"
+    )
     args = parser.parse_args()
     if args.compare and (args.predictions or not args.truth):
         raise UserError("--compare takes two files and the --truth to judge them by, and nothing else")
@@ -131,6 +138,15 @@ def prediction_files(paths: list[str], oof: list[str] | None) -> tuple[list[str]
     if oof and len(oof) != len(named):
         raise UserError(f"{len(named)} predictions and {len(oof)} --oof files; give one each, in the same order")
     return sorted(named), dict(zip(named, oof)) if oof else None
+
+
+def check_place(probabilities: str | None, files: list[str]) -> None:
+    """Refuse to put the ensemble's probabilities where the next `*.csv` would take them for another model's."""
+    if probabilities and Path(probabilities).parent.resolve() in {Path(file).parent.resolve() for file in files}:
+        raise UserError(
+            f"{probabilities} would lie among the predictions, and be taken for one of them the next time; name "
+            f"another folder, such as {Path(probabilities).parent / 'ensemble' / Path(probabilities).name}"
+        )
 
 
 def csv_beside(file: str) -> str | None:

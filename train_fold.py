@@ -30,6 +30,7 @@ from vqa.precision import model_dtype
 from vqa.predictions import join
 from vqa.processes import settled_once
 from vqa.prompt import letter_ids
+from vqa.pseudo import pseudo_rows
 from vqa.resume import StopInTime, WholeCheckpoints, checkpoint_to_resume
 from vqa.rows import read_rows
 from vqa.statistics import scored
@@ -131,7 +132,10 @@ def is_finished(recipe: RecipeArguments, resolved: dict, rows_used: str) -> bool
 
 
 def read_fold(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
-    """(training rows, validation rows) of the fold; no validation rows where fold is null."""
+    """(training rows, validation rows) of the fold; no validation rows where fold is null.
+
+    Pseudo-labelled test rows, where asked for, are training rows beside max_train_rows.
+    """
     dataset = read_rows(data.train_csv, data.image_root, with_answer=True)
     rows = dataset.to_list()
     train, valid = np.arange(len(rows)), np.array([], dtype=int)
@@ -143,7 +147,9 @@ def read_fold(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
             raise UserError(f"max_train_rows is {data.max_train_rows}; give 1 or more, or leave it out for all rows")
         train = np.sort(np.random.default_rng(seed).permutation(train)[: data.max_train_rows])
     train_rows, valid_rows = [rows[i] for i in train], [rows[i] for i in valid]
-    return with_soft_labels(train_rows, data.train_csv) if data.soft_labels else train_rows, valid_rows
+    if data.soft_labels:
+        train_rows = with_soft_labels(train_rows, data.train_csv)
+    return train_rows + pseudo_rows(data, valid_rows), valid_rows
 
 
 def with_soft_labels(rows: list[dict], csv: str) -> list[dict]:

@@ -67,6 +67,13 @@ class DataArguments:
         "Train on how the annotators' answers (columns answer1, answer2, ...) are spread over the choices instead of "
         "on the one answer: worth a try where they often disagree.",
     )
+    pseudo_csv: str | None = _field(
+        None,
+        "A prediction file of test_csv, whose surest rows become further training rows with its probabilities as soft "
+        "labels. Give each fold its own fold's (outputs/fold0.csv); with an ensemble's (ensemble.py --probabilities) "
+        "validation flatters, since other members of it were trained on the rows that this fold validates on.",
+    )
+    pseudo_min_confidence: float = _field(0.9, "Least probability of the likeliest choice for a row to be taken.")
     vision_cache: bool = _field(
         True, "Compute the vision tower's features once an image and size, and keep them on disk for all runs."
     )
