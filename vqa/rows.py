@@ -21,13 +21,15 @@ def read_rows(path: str | Path, image_root: str | Path | None = None, with_answe
     """Rows of a contest CSV (`id,path,question,a,b,...` and `answer`), checked.
 
     Returns a Dataset with `id`, `image` (path of the file), `question`, `choices` (list of the texts offered) and,
-    `with_answer`, `answer` (index into `choices`) and, where the CSV has annotators, `annotators` (the share of them
-    that chose each choice). Raises UserError, naming file and row, for whatever cannot be used.
+    `with_answer`, `answer` (index into `choices`). Where the CSV has other wordings of the question, `paraphrases`
+    lists them; where it has annotators, `annotators` is the share of them that chose each choice. Raises UserError,
+    naming file and row, for whatever cannot be used.
     """
     from datasets import Dataset  # takes a second to import, and most readers of this module want tables only
 
     table = read_table(path, ("id", "path", "question", "a", "b"))
-    annotators = annotator_columns(table) if with_answer else []
+    annotators = numbered_columns(table, "answer") if with_answer else []
+    paraphrases = numbered_columns(table, "question_")
     if with_answer and not annotators:
         require(path, table, ("answer",))
     names = _choice_columns(path, list(table.columns))
@@ -46,6 +48,8 @@ def read_rows(path: str | Path, image_root: str | Path | None = None, with_answe
             escaping.append(f"{cells['path']!r} (id {cells['id']})")
         if not cells["question"].strip():
             raise UserError(f"{place}: the question is empty; write one or drop the row")
+        if paraphrases:
+            row["paraphrases"] = [cells[name] for name in paraphrases if cells[name].strip()]
         if annotators:
             row["answer"], row["annotators"] = count_votes(place, cells, annotators, len(row["choices"]))
         elif with_answer:
@@ -88,9 +92,9 @@ def require(path: str | Path, table: pd.DataFrame, required: tuple[str, ...]) ->
         )
 
 
-def annotator_columns(table: pd.DataFrame) -> list[str]:
-    """`answer1`, `answer2`, ...: a letter of each annotator; as far as they go without a gap."""
-    return list(takewhile(table.columns.__contains__, (f"answer{number}" for number in count(1))))
+def numbered_columns(table: pd.DataFrame, name: str) -> list[str]:
+    """The columns `answer1`, `answer2`, ... or of another name, as far as they go without a gap."""
+    return list(takewhile(table.columns.__contains__, (f"{name}{number}" for number in count(1))))
 
 
 def count_votes(place: str, cells: Mapping[str, str], annotators: list[str], offered: int) -> tuple[int, list[float]]:

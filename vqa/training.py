@@ -27,7 +27,9 @@ SCALER_START = 2.0**12
 
 
 class TrainRows(torch.utils.data.Dataset):
-    """Training rows; with `shuffle` each shows its choices in an order drawn from seed, row and epoch alone."""
+    """Training rows; each asks its question in one of its wordings and, with `shuffle`, shows its choices in an order
+    that are drawn from seed, row and epoch alone.
+    """
 
     def __init__(self, rows: list[dict], shuffle: bool, seed: int):
         self.rows, self.shuffle, self.seed = rows, shuffle, seed
@@ -37,12 +39,14 @@ class TrainRows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        if not self.shuffle:
-            return row
-        order = list(range(len(row["choices"])))
-        random.Random(f"{self.seed} {row['id']} {int(self.epoch)}").shuffle(order)
-        return {**row, "order": order}
+        row = dict(self.rows[index])
+        draw = random.Random(f"{self.seed} {row['id']} {int(self.epoch)}")
+        if self.shuffle:
+            row["order"] = list(range(len(row["choices"])))
+            draw.shuffle(row["order"])
+        if row.get("paraphrases"):
+            row["question"] = draw.choice([row["question"], *row["paraphrases"]])
+        return row
 
 
 class TellEpoch(TrainerCallback):

@@ -8,7 +8,7 @@ import pandas as pd
 
 from vqa.errors import UserError, first_few
 from vqa.prompt import LETTERS
-from vqa.rows import annotator_columns, count_votes, read_table, require
+from vqa.rows import count_votes, numbered_columns, read_table, require
 
 CLUSTER_COLUMNS = {"image": "path", "question": "question"}
 # With fewer, a clustering tells kinds of rows that every sample has (ten question templates), and its variance is
@@ -22,7 +22,7 @@ class Truth:
     def __init__(self, path: str | Path):
         self.path = path
         self.table = read_table(path, ("id",))
-        self.annotators = annotator_columns(self.table)
+        self.annotators = numbered_columns(self.table, "answer")
         if not self.annotators:
             require(path, self.table, ("answer",))
         if (again := self.table["id"].duplicated()).any():
