@@ -37,6 +37,7 @@ class NoEvidence(UserError):
 class Evidence:
     """Out-of-fold rows that all models predicted: stack (models, rows, letters), answers' indices (rows,)."""
 
+    ids: list[str]
     stack: np.ndarray
     answers: np.ndarray
     clusters: dict[str, np.ndarray]
@@ -85,7 +86,8 @@ def gather(
             )
     stack = np.stack([values[ids.get_indexer(order)] for ids, values in parts.values()])
     ids = list(order)
-    return Evidence(stack[..., : _width(stack)], answers_csv.answers(ids), answers_csv.clusters(ids), answers_csv.path)
+    answers, clusters = answers_csv.answers(ids), answers_csv.clusters(ids)
+    return Evidence(ids, stack[..., : _width(stack)], answers, clusters, answers_csv.path)
 
 
 def check_agreement(names: Sequence[str], members: np.ndarray, evidence: Evidence) -> None:
