@@ -32,6 +32,7 @@ from transformers.hf_argparser import string_to_bool
 
 from collator import Collator
 from vqa.errors import UserError, first_few, run
+from vqa.experiments import changed, log_run
 from vqa.features import open_features
 from vqa.files import whole, write_json
 from vqa.folds import image_groups
@@ -45,7 +46,7 @@ from vqa.prompt import LETTERS, letter_ids
 from vqa.rows import read_rows
 from vqa.runs import DTYPES, WEIGHTS, Run, base_run, check_alike, check_base, trained_run
 from vqa.scoring import letter_shares, normalised, order_shares
-from vqa.statistics import letter_scores
+from vqa.statistics import letter_scores, scored
 from vqa.truth import Truth
 from vqa.tta import Trial, pooled
 from vqa.views import ORDER_SETS, Answers, View, all_orders, by_image, collected, make_views
@@ -130,6 +131,7 @@ def parse_args() -> argparse.Namespace:
         raise UserError("no folds given; name the folders that train_fold.py wrote, such as checkpoints/fold0")
     if min(args.scales) <= 0 or args.orders < 1:
         raise UserError("--scales have to be above 0 and --orders at least 1")
+    args.differing = changed(parser, args)
     if args.oof and args.base:
         raise UserError("--oof is for folds: the base model was validated on nothing; leave --base out")
     return args
@@ -323,7 +325,8 @@ def write_job(job: Job, parts: list[Part], answers: Answers, asker: Asker, args:
         old.unlink(missing_ok=True)
     if len(job.views) > 1:
         write_file(alone, job.rows, answers.probabilities[0], card | {"views": answers.names[:1], "gate": None})
-    write_file(path, job.rows, answers.mean(gate=args.gate), card | {"key": job.key})
+    mean = answers.mean(gate=args.gate)
+    write_file(path, job.rows, mean, card | {"key": job.key, "run": log_prediction(job, mean, card["seconds"], args)})
     if not args.oof:  # kept there, they let other sets of these views be tried at no cost
         Parts(path, job.model).remove()
     forwards = answers.asked(range(len(job.views)), args.gate).sum(0).mean()
@@ -346,6 +349,19 @@ def write_file(path: Path, rows: list[dict], probabilities: np.ndarray, card: di
     write_json(path.with_suffix(".json"), card)
 
 
+def log_prediction(job: Job, probabilities: np.ndarray, seconds: float, args: argparse.Namespace) -> str:
+    """Add the prediction to the experiment log, with what its weights score in these views; its id there."""
+    run_id, data = job.run.logged
+    truth, known = args.csv or job.run.data.train_csv, {}
+    if args.oof:
+        ids, answers = [row["id"] for row in job.rows], np.array([row["answer"] for row in job.rows])
+        scores = scored(probabilities, answers, Truth(truth).clusters(ids))
+        known = {"scores": scores, "truth": truth, "out_of_fold": (ids, probabilities)}
+    elif len(job.views) == 1 and job.run.validation:  # training has scored the plain view
+        known = {"scores": job.run.validation, "truth": job.run.data.train_csv}
+    return log_run("prediction", job.path, args.differing, seconds, data, parents=[run_id], **known)
+
+
 def make_card(job: Job, parts: list[Part], args: argparse.Namespace) -> dict:
     """What stands beside a prediction file: where its weights come from, and how the rows were asked."""
     item = job.run
@@ -355,6 +371,7 @@ def make_card(job: Job, parts: list[Part], args: argparse.Namespace) -> dict:
         "weights": item.weights,
         "validation": item.validation,
         "model": job.model,
+        "data": item.logged[1],
         "views": [view.name for view in job.views],
         "gate": args.gate,
         "seconds": round(sum(part.seconds for part in parts), 1),

@@ -37,6 +37,7 @@ class Run:
     weights: str
     validation: dict | None
     base_files: str | None
+    logged: tuple[str, str]  # its id in the experiment log, and the fingerprint of the rows it was trained on
     output_dir: Path
     model: ModelArguments
     data: DataArguments
@@ -64,14 +65,16 @@ def trained_run(folder: str, weights: str = "best", model: str | None = None, dt
     if not is_adapter(adapter):
         raise UserError(f"{folder}: it has no {weights} weights; predict with --weights best, or train with them on")
     output_dir = folder_under("outputs", path.parent, below="checkpoints")
-    validation, base = metrics["weights"].get(weights), metrics.get("fingerprints", {}).get("files")
-    known = (path.resolve().name, adapter, weights, validation, base, output_dir)
+    prints = metrics.get("fingerprints", {})
+    logged = metrics.get("run", ""), prints.get("rows", "")
+    validation, base = metrics["weights"].get(weights), prints.get("files")
+    known = (path.resolve().name, adapter, weights, validation, base, logged, output_dir)
     return _make_run(known, path / "args.json", model, dtype)
 
 
 def base_run(args_file: str, model: str | None = None, dtype: str | None = None) -> Run:
     output_dir = folder_under("outputs", Path(args_file).parent, below="args")
-    return _make_run(("base", None, "base", None, None, output_dir), Path(args_file), model, dtype)
+    return _make_run(("base", None, "base", None, None, ("", ""), output_dir), Path(args_file), model, dtype)
 
 
 def _make_run(known: tuple, args_file: Path, model: str | None, dtype: str | None) -> Run:
