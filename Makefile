@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(ready)
 	rm -rf data/demo checkpoints/demo outputs/demo
 	python data/make_demo.py
-	TRUTH=data/demo/test_answers.csv JOBS=3 bash run.sh args/demo
+	EXPERIMENTS_LOG=experiments/demo.csv TRUTH=data/demo/test_answers.csv JOBS=3 bash run.sh args/demo
 
 test: $(ready)
 	python -m pytest -q

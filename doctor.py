@@ -10,7 +10,6 @@ mend (exit code 1). Warnings do not stand in the way. What cannot even be read i
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from vqa.batching import SLACK, Lengths, count_tokens, memory_room, quickest
 from vqa.checks import (
     adapter_problems,
     adapter_targets,
-    equal_choices,
     images_across_folds,
     label_problems,
     missing_weights,
@@ -34,14 +32,15 @@ from vqa.checks import (
     split_problems,
     supervised_texts,
 )
-from vqa.errors import UserError, first_few, run
+from vqa.errors import UserError, count, first_few, run
 from vqa.folds import read_folds, split_fold
 from vqa.images import check_images, target_size, upright_size
 from vqa.memory import CUDA_BYTES, GIB, T4_BYTES, Batch, Setup, outline, resident_terms, training_peak, validation_peak
 from vqa.model import load_processor
 from vqa.precision import model_dtype
 from vqa.prompt import LETTERS, letter_ids, shown_answer
-from vqa.rows import read_rows
+from vqa.pseudo import pseudo_rows
+from vqa.rows import equal_choices, read_rows
 from vqa.speed import T4_OPERATIONS, measured_rate, seconds_a_batch
 from vqa.training import TrainRows, rows_a_step
 
@@ -101,11 +100,12 @@ def read_contest(data: DataArguments) -> Contest:
     for these, label in ((rows, data.train_csv), (test, data.test_csv)):
         check_images(these, label)
     if data.fold is None:
-        return Contest(rows, None, rows, [], test)
+        return Contest(rows, None, rows + pseudo_rows(data, []), [], test)
     path = folds_file(data)
     folds = read_folds(path, [row["id"] for row in rows], data.train_csv)
     train, valid = split_fold(folds, data.fold, path)
-    return Contest(rows, folds, [rows[i] for i in train], [rows[i] for i in valid], test)
+    valid_rows = [rows[i] for i in valid]
+    return Contest(rows, folds, [rows[i] for i in train] + pseudo_rows(data, valid_rows), valid_rows, test)
 
 
 def look_at_labels(findings: Findings, collate: Collator, rows: TrainRows) -> None:
@@ -167,10 +167,10 @@ def look_at_rows(findings: Findings, contest: Contest, data: DataArguments) -> N
     print("choices a row: " + ", ".join(f"{counts[n]} rows offer {n}" for n in sorted(counts)))
     for rows, label in ((contest.rows, data.train_csv), (contest.test, data.test_csv)):
         if equal := equal_choices(rows):
-            findings.warnings.append(f"{label}: {count(equal, 'row')} with two equal choices: {first_few(equal)}")
+            findings.warnings.append(f"{label}: {count(len(equal), 'row')} with two equal choices: {first_few(equal)}")
     if pairs := shared_images(contest.test, contest.rows):
         named = first_few([f"{a} and {b}" for a, b in pairs])
-        findings.warnings.append(f"{count(pairs, 'test row')} with the very image of a training row: {named}")
+        findings.warnings.append(f"{count(len(pairs), 'test row')} with the very image of a training row: {named}")
     elif not contest.test:
         findings.warnings.append(f"{data.test_csv}: no such file, so the test rows have not been looked at")
     if contest.folds is None:
@@ -178,7 +178,9 @@ def look_at_rows(findings: Findings, contest: Contest, data: DataArguments) -> N
     findings.blockers += split_problems(contest.train, contest.valid)
     if across := images_across_folds(contest.rows, contest.folds):
         named = first_few([" and ".join(ids[:2]) for ids in across])
-        findings.warnings.append(f"{count(across, 'image')} in more than one fold: {named}; the folds' scores flatter")
+        findings.warnings.append(
+            f"{count(len(across), 'image')} in more than one fold: {named}; the folds' scores flatter"
+        )
 
 
 def make_setup(args: ModelArguments, recipe: RecipeArguments, model: PeftModel) -> Setup:
@@ -243,10 +245,6 @@ def training_seconds(setup: Setup, recipe: RecipeArguments, batch: Batch, rows: 
 
 def heading(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}")
-
-
-def count(items: Sequence, what: str) -> str:
-    return f"{len(items)} {what}{'s' if len(items) != 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -267,3 +267,17 @@ def test_comparison_ends_in_one_sentence(planted, script):
         "ensemble", "--compare", bad, planted.oof(files[1]), "--truth", planted.folder / "train.csv"
     )
     assert (code, error.count("\n")) == (2, 1) and "are missing" in error
+
+
+def test_an_ensembles_probabilities_are_the_mean_and_do_not_get_among_the_predictions(planted, script):
+    values = planted.probabilities(1.0)
+    files = planted.model("good", values)
+    path = planted.folder / "pseudo" / "all.csv"
+    code, _, error = script("ensemble", *files, "--probabilities", path)
+    assert code == 0, error
+    table = pd.read_csv(path)
+    assert list(table["id"]) == list(planted.ids[TRAIN:])
+    np.testing.assert_allclose(table[["p_a", "p_b", "p_c", "p_d"]], values[TRAIN:], atol=1e-15)
+    among = files[0].with_name("all.csv")
+    code, _, error = script("ensemble", *files, "--probabilities", among)
+    assert (code, error.count("\n")) == (2, 1) and "would lie among the predictions" in error and not among.exists()

@@ -177,7 +177,15 @@ def test_resuming_ends_with_the_bytes_of_the_uninterrupted_run(trained, script):
     assert code == 0, error
     for name in ("adapter_model.safetensors", "ema.safetensors", "swa.safetensors"):
         assert (part / "checkpoint-4" / name).read_bytes() == (whole / "checkpoint-4" / name).read_bytes(), name
+    history = json.loads((whole / "history.json").read_text())
+    assert [logs["step"] for logs in history] == [2, 4] and (part / "history.json").read_bytes() == (
+        whole / "history.json"
+    ).read_bytes()
     best = json.loads((whole / "best.json").read_text())
+    for name, scores in best.items():
+        prefix = "eval" if name == "raw" else f"eval_{name}"
+        logged = {logs["step"]: logs.get(f"{prefix}_log_loss") for logs in history}
+        assert logged[scores["step"]] == scores["log_loss"] == min(filter(None, logged.values())), name
     assert best["swa"]["step"] == 4, "SWA begins after half of the run"
     for name in (name for name in best if best[name]["step"] == 4):
         for file in ("adapter_model.safetensors", "oof.csv"):

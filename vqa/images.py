@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
-from qwen_vl_utils.vision_process import smart_resize
 from tqdm.auto import tqdm
 
 from vqa.errors import UserError, first_few
@@ -19,14 +18,17 @@ MIN_TOKENS = 4  # Qwen's own lower bound: an image is at least four tokens
 Image.MAX_IMAGE_PIXELS = None
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, enough: int | None = None) -> Image.Image:
     """Decode one image file as people see it: EXIF orientation applied, transparency on white.
 
-    Any PIL mode is taken. Returns mode RGB (or RGBA, which `qwen_vl_utils` composites on white).
+    Any PIL mode is taken. Returns mode RGB (or RGBA, which `qwen_vl_utils` composites on white). Where sides of
+    `enough` pixels will do, a JPEG is decoded at a fraction of its size, which is many times faster.
     Raises ValueError or OSError where the file is not an image that can be used.
     """
     with Image.open(path) as image:
         _check_size(image)
+        if enough:
+            image.draft("RGB", (enough, enough))
         image.load()
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # 16 and 32 bit greys: PIL's convert() would clip them at 255
@@ -34,6 +36,15 @@ def open_image(path: str | Path) -> Image.Image:
         top = max(255.0, 65535.0 if image.mode.startswith("I;16") else float(grey.max(initial=0)))
         return Image.fromarray((grey.clip(0) * (255.0 / top)).round().astype(np.uint8)).convert("RGB")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def small_image(path: str | Path, side: int) -> Image.Image:
+    """A picture to look at: mode RGB, no side longer than `side` pixels."""
+    image = open_image(path, enough=side)
+    image.thumbnail((side, side))
+    paper = Image.new("RGB", image.size, "white")
+    paper.paste(image, mask=image if image.mode == "RGBA" else None)
+    return paper
 
 
 def sized_image(row: dict, image_size: int, patch: int) -> dict:
@@ -52,6 +63,8 @@ def target_size(width: int, height: int, image_size: int, scale: float = 1.0, pa
     (test-time augmentation) is relative to that size, so 1.1 also changes images smaller than the budget.
     The rule is Qwen's own, `qwen_vl_utils.smart_resize`.
     """
+    from qwen_vl_utils.vision_process import smart_resize  # brings torch, which takes seconds to import
+
     factor = 2 * patch
     lowest = MIN_TOKENS * factor**2
     height, width = smart_resize(height, width, factor, min_pixels=lowest, max_pixels=max(lowest, image_size**2))
@@ -98,11 +111,16 @@ def _problem(path: str) -> str | None:
             _check_size(image)
             image.draft("RGB", (image.width // 8, image.height // 8))
             image.load()
-    except FileNotFoundError:
-        return "no such file"
     except Exception as error:  # PIL raises many kinds for damaged files; each of them means unusable
-        return " ".join(str(error).split())[:80] or type(error).__name__
+        return reason(error)
     return None
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be opened as an image, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return " ".join(str(error).split())[:80] or type(error).__name__
 
 
 def _check_size(image: Image.Image) -> None:

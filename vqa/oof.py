@@ -37,6 +37,7 @@ class NoEvidence(UserError):
 class Evidence:
     """Out-of-fold rows that all models predicted: stack (models, rows, letters), answers' indices (rows,)."""
 
+    ids: list[str]
     stack: np.ndarray
     answers: np.ndarray
     clusters: dict[str, np.ndarray]
@@ -85,7 +86,8 @@ def gather(
             )
     stack = np.stack([values[ids.get_indexer(order)] for ids, values in parts.values()])
     ids = list(order)
-    return Evidence(stack[..., : _width(stack)], answers_csv.answers(ids), answers_csv.clusters(ids), answers_csv.path)
+    answers, clusters = answers_csv.answers(ids), answers_csv.clusters(ids)
+    return Evidence(ids, stack[..., : _width(stack)], answers, clusters, answers_csv.path)
 
 
 def check_agreement(names: Sequence[str], members: np.ndarray, evidence: Evidence) -> None:
@@ -151,22 +153,29 @@ def _training_csv(oof: Path) -> str:
 def _read_checked(file: str, oof: Path, truth: Truth) -> tuple[list[str], np.ndarray]:
     """An out-of-fold file: the very rows of its fold, and scoring what training measured on them."""
     ids, probabilities = read_predictions(oof)
-    _check_fold(ids, oof)
+    check_fold(ids, oof)
     card = read_card(file)
     measured = (
         card.get("validation") if oof == Path(card.get("adapter") or "", "oof.csv") else read_card(oof).get("scores")
     )
     if (expected := (measured or {}).get("log_loss")) is not None:  # one given may be of other views
-        got = row_losses(probabilities, truth.answers(ids)).mean()
-        if abs(got - expected) > 1e-6 * max(1, expected):
-            raise UserError(
-                f"{oof}: its log-loss against {truth.path} is {got:.4f} and was {expected:.4f} when it was made; its "
-                "ids were exchanged or the answers changed: make it anew, or leave that fold out"
-            )
+        check_measured(oof, probabilities, truth.answers(ids), expected, truth.path)
     return ids, probabilities
 
 
-def _check_fold(ids: Sequence[str], oof: Path) -> None:
+def check_measured(
+    oof: Path, probabilities: np.ndarray, answers: np.ndarray, expected: float, truth: str | Path
+) -> None:
+    """Refuse an out-of-fold file whose log-loss is not the one measured when it was made."""
+    got = row_losses(probabilities, answers).mean()
+    if abs(got - expected) > 1e-6 * max(1, expected):
+        raise UserError(
+            f"{oof}: its log-loss against {truth} is {got:.4f} and was {expected:.4f} when it was made; its ids "
+            "were exchanged or the answers changed: make it anew, or leave that fold out"
+        )
+
+
+def check_fold(ids: Sequence[str], oof: Path) -> None:
     """Refuse rows that the model was trained on, by the run's args.json and folds file."""
     args = _run_args(oof)
     if not args:

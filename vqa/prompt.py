@@ -54,6 +54,13 @@ def shown_answer(row: dict) -> int:
     return list(row["order"]).index(row["answer"]) if row.get("order") else row["answer"]
 
 
+def shown_target(row: dict) -> list[float]:
+    """Probability of each of the ten letters, as the row shows its choices: its `target`, or 1 for its answer."""
+    target = row.get("target") or [float(i == row["answer"]) for i in range(len(row["choices"]))]
+    shown = [target[choice] for choice in row.get("order") or range(len(target))]
+    return shown + [0.0] * (len(LETTERS) - len(shown))
+
+
 def render(processor, conversation: list[dict], answer: str | None = None) -> str:
     """The chat as text. Without `answer` it ends where the model has to write; with it, it goes on to the end."""
     if answer is None:

@@ -20,7 +20,8 @@ from vqa.prompt import LETTERS
 from vqa.statistics import letter_scores
 from vqa.vision import encode_images
 
-MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered", "ids", "weight")  # ours; a model swallows them without a word
+# Ours; a model swallows them without a word.
+MODEL_KEYS_LEFT_OUT = ("labels", "answer", "offered", "ids", "weight", "target")
 
 
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: int = 1) -> torch.Tensor:

@@ -37,6 +37,12 @@ def row_losses(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return -np.log(np.maximum(right, EPS))
 
 
+def annotator_losses(probabilities: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Cross-entropy, in nats (rows,), of probabilities (rows, letters) to annotators' shares (rows, 10)."""
+    probabilities = np.pad(probabilities, ((0, 0), (0, shares.shape[1] - probabilities.shape[1])))
+    return -(shares * np.log(np.maximum(probabilities, EPS))).sum(1)
+
+
 def letter_scores(probabilities: np.ndarray, answers: Sequence[int]) -> dict[str, float]:
     """{"accuracy", "log_loss"} of probabilities (rows, letters) against the answers' indices (rows,)."""
     answers = np.asarray(answers)
@@ -77,6 +83,14 @@ def design_effect(values: np.ndarray, codes: np.ndarray) -> float:
     return max(1.0, float(clusters / (clusters - 1) * (sums**2).sum() / (rows * spread)))
 
 
+def scored(
+    probabilities: np.ndarray, answers: np.ndarray, clusters: Mapping[str, np.ndarray] | None = None
+) -> dict[str, float]:
+    """Letter scores of probabilities (rows, letters), with the number of rows and the accuracy's interval."""
+    _, low, high, _ = accuracy(probabilities.argmax(1) == answers, clusters)
+    return {"rows": len(answers), "low": low, "high": high} | letter_scores(probabilities, answers)
+
+
 class Difference(NamedTuple):
     """A paired difference of means and the bounds of its 95 % interval."""
 
@@ -113,6 +127,13 @@ def paired_difference(
         rng=np.random.default_rng(0),
     ).confidence_interval
     return Difference(float(gaps.mean()), float(interval.low), float(interval.high))
+
+
+def mean_loss(losses: np.ndarray, clusters: Mapping[str, np.ndarray] | None = None) -> Difference:
+    """Mean of the row losses (rows,) and its interval by that bootstrap; of a single row there is none (nan)."""
+    if len(losses) < 2:
+        return Difference(float(losses.mean()), np.nan, np.nan)
+    return paired_difference(np.zeros(len(losses)), losses, clusters)
 
 
 class Comparison(NamedTuple):

@@ -19,15 +19,19 @@ from vqa.errors import UserError, first_few
 from vqa.files import read_json, write_json
 from vqa.predictions import write_predictions
 from vqa.processes import shared_out
+from vqa.prompt import shown_target
 from vqa.resume import COMPLETE
 from vqa.scoring import answer_logits, letter_logits, letter_metrics, score_rows
+from vqa.statistics import annotator_losses
 
 MAX_NON_FINITE = 5
 SCALER_START = 2.0**12
 
 
 class TrainRows(torch.utils.data.Dataset):
-    """Training rows; with `shuffle` each shows its choices in an order drawn from seed, row and epoch alone."""
+    """Training rows; each asks its question in one of its wordings and, with `shuffle`, shows its choices in an order
+    that are drawn from seed, row and epoch alone.
+    """
 
     def __init__(self, rows: list[dict], shuffle: bool, seed: int):
         self.rows, self.shuffle, self.seed = rows, shuffle, seed
@@ -37,12 +41,14 @@ class TrainRows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        if not self.shuffle:
-            return row
-        order = list(range(len(row["choices"])))
-        random.Random(f"{self.seed} {row['id']} {int(self.epoch)}").shuffle(order)
-        return {**row, "order": order}
+        row = dict(self.rows[index])
+        draw = random.Random(f"{self.seed} {row['id']} {int(self.epoch)}")
+        if self.shuffle:
+            row["order"] = list(range(len(row["choices"])))
+            draw.shuffle(row["order"])
+        if row.get("paraphrases"):
+            row["question"] = draw.choice([row["question"], *row["paraphrases"]])
+        return row
 
 
 class TellEpoch(TrainerCallback):
@@ -143,6 +149,7 @@ class FoldTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the vocabulary at the labels, or over the offered letters at the answer (`loss`).
 
+        Where the batch has soft labels (`target`), they are what the letter's logits are held against.
         A mean over rows: of this batch, or this batch's share of the step's mean where the step's number of rows is
         given (`num_items_in_batch`). Logits are computed from the first labelled position on, not for the whole
         sequence.
@@ -152,10 +159,17 @@ class FoldTrainer(Trainer):
         logits = answer_logits(model, inputs, keep=labels.shape[1] - first + 1)[:, :-1]
         if self.args.loss == "letter":
             offered = letter_logits(logits[:, 0], self.letter_ids, inputs["offered"])
-            losses = cross_entropy(offered, inputs["answer"], reduction="none")
+            if "target" in inputs:  # 0 times the logarithm of 0 is to be 0
+                offered = offered.clamp(min=torch.finfo(offered.dtype).min)
+            losses = cross_entropy(offered, inputs.get("target", inputs["answer"]), reduction="none")
         else:
             labels = labels[:, first:]
             losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+            if "target" in inputs:
+                target = torch.zeros_like(logits[:, 0])
+                target[:, self.letter_ids] = inputs["target"]
+                at_letter = cross_entropy(logits[:, 0], target, reduction="none")
+                losses = torch.cat([at_letter[:, None], losses[:, 1:]], dim=1)
             losses = losses.sum(1) / (labels != IGNORE).sum(1)
         if num_items_in_batch is None:
             loss = losses.mean()
@@ -222,12 +236,21 @@ class FoldTrainer(Trainer):
             with weights:
                 probabilities = self._score(name)
                 scores = letter_metrics(probabilities, [row["answer"] for row in self.eval_dataset])
+                if "annotators" in self.eval_dataset[0]:
+                    shares = np.array([shown_target({"target": row["annotators"]}) for row in self.eval_dataset])
+                    scores["annotator_log_loss"] = float(annotator_losses(probabilities, shares).mean())
                 self._keep_if_best(name, scores, probabilities)
             prefix = metric_key_prefix if name == "raw" else f"{metric_key_prefix}_{name}"
             metrics |= {f"{prefix}_{key}": value for key, value in scores.items()}
         self.log(metrics)
+        if self.args.should_save:
+            write_json(Path(self.args.output_dir, "history.json"), self.validations())
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def validations(self) -> list[dict[str, float]]:
+        """What every validation so far logged. Checkpoints keep it (its keys sorted), so a resumed run has it too."""
+        return [dict(sorted(logs.items())) for logs in self.state.log_history if "eval_log_loss" in logs]
 
     def weight_sets(self) -> list:
         """(name, context in which the model holds these weights): raw, and each average that has begun."""
@@ -266,7 +289,7 @@ class FoldTrainer(Trainer):
         adapter = {name: gathered(parameter) for name, parameter in trainable(model)}
         if not self.args.should_save:
             return
-        folder = Path(self.args.output_dir) / ("" if name == "raw" else name)
+        folder = weights_folder(self.args.output_dir, name)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=".export-") as temporary:
             model.save_pretrained(temporary, state_dict=adapter, save_embedding_layers=False)
@@ -301,3 +324,8 @@ def split_rows(batch: dict, most: int) -> list[dict]:
         for part, piece in zip(parts, pieces):
             part[key] = piece
     return parts
+
+
+def weights_folder(folder: str | Path, name: str) -> Path:
+    """Where a fold's folder holds the adapter of that name (raw, ema, swa) and its out-of-fold file."""
+    return Path(folder) if name == "raw" else Path(folder, name)
