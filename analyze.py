@@ -26,8 +26,8 @@ from vqa.groups import TYPE, group_rows, group_table
 from vqa.letters import confusion, leanings
 from vqa.pages import Page, card
 from vqa.prompt import LETTERS
+from vqa.results import Results, curve, finished, put_together, read_models, training_csv
 from vqa.rows import read_rows
-from vqa.runs import Results, curve, finished, put_together, read_models, training_csv
 from vqa.statistics import NOISE, accuracy, compare, mean_loss, row_losses
 from vqa.suspects import find_suspects
 from vqa.truth import Truth

@@ -8,7 +8,7 @@ import torch
 from qwen_vl_utils import process_vision_info
 
 from vqa.images import sized_image
-from vqa.prompt import INSTRUCTION, LETTERS, messages, render, shown_answer, special_tokens
+from vqa.prompt import INSTRUCTION, LETTERS, messages, render, shown_answer, shown_target, special_tokens
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
 PADDING = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
@@ -25,8 +25,10 @@ class Collator:
         features: a `FeatureStore`. Where it holds every image of a batch, none is decoded, and the batch has
             `image_features` (1 + deepstack layers, image tokens of all rows, hidden) in place of `pixel_values`.
 
-    A row is a dict with `image` (path), `question`, `choices` and, with answers, `answer` (index of the right choice);
-    `order` (the choice shown at each letter) and `scale` (of the image) are optional. Rows are not changed.
+    A row is a dict with `image` (path, or None for one that is asked by its text alone), `question`, `choices` and,
+    with answers, `answer` (index of the right choice); `order` (the choice shown at each letter), `scale` and `flip`
+    (of the image) and `target` (how likely each choice is to be right, for soft labels) are optional. Rows are not
+    changed.
 
     The batch holds every key that the processor returns (`input_ids`, `attention_mask`, `mm_token_type_ids`,
     `pixel_values`, `image_grid_thw`), and
@@ -34,7 +36,8 @@ class Collator:
         offered: bool (rows, 10), which letters the row offers;
     and with answers
         labels: int64 (rows, tokens), the token id at the answer's letter and at the end of the turn, -100 elsewhere;
-        answer: int64 (rows,), the position of the right letter.
+        answer: int64 (rows,), the position of the right letter;
+        target: float32 (rows, 10), how likely each letter is to be right, where a row has soft labels.
 
         <|im_start|> system ... <|im_end|> ... <|im_start|> assistant \\n   b   <|im_end|>   \\n
             -100      -100        -100             -100       -100   -100   66    151645    -100
@@ -65,6 +68,8 @@ class Collator:
         if self.with_answer:
             batch["labels"] = self.labels(batch["input_ids"], prompts, texts)
             batch["answer"] = torch.tensor([shown_answer(row) for row in rows])
+            if any("target" in row for row in rows):
+                batch["target"] = torch.tensor([shown_target(row) for row in rows], dtype=torch.float32)
         return batch
 
     def with_pixels(self, texts: list[str], conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
@@ -89,11 +94,12 @@ class Collator:
 
     def conversation(self, row: dict, decode: bool = True) -> list[dict]:
         """The row's chat messages; with `decode` they hold the image and the size that it is to be given."""
-        if not decode:
-            return messages(row, {"type": "image"}, self.instruction, self.special)
-        patch = self.processor.image_processor.patch_size
-        image = sized_image(row["image"], self.image_size, row.get("scale", 1.0), patch)
-        return messages(row, {"type": "image"} | image, self.instruction, self.special)
+        image = {"type": "image"}
+        if row["image"] is None:
+            image = None
+        elif decode:
+            image |= sized_image(row, self.image_size, self.processor.image_processor.patch_size)
+        return messages(row, image, self.instruction, self.special)
 
     def labels(self, input_ids: torch.Tensor, prompts: list[str], texts: list[str]) -> torch.Tensor:
         """Labels by construction: what follows the prompt is the letter, the end of the turn, and white space.

@@ -39,6 +39,7 @@ from vqa.memory import CUDA_BYTES, GIB, T4_BYTES, Batch, Setup, outline, residen
 from vqa.model import load_processor
 from vqa.precision import model_dtype
 from vqa.prompt import LETTERS, letter_ids, shown_answer
+from vqa.pseudo import pseudo_rows
 from vqa.rows import equal_choices, read_rows
 from vqa.speed import T4_OPERATIONS, measured_rate, seconds_a_batch
 from vqa.training import TrainRows, rows_a_step
@@ -99,11 +100,12 @@ def read_contest(data: DataArguments) -> Contest:
     for these, label in ((rows, data.train_csv), (test, data.test_csv)):
         check_images(these, label)
     if data.fold is None:
-        return Contest(rows, None, rows, [], test)
+        return Contest(rows, None, rows + pseudo_rows(data, []), [], test)
     path = folds_file(data)
     folds = read_folds(path, [row["id"] for row in rows], data.train_csv)
     train, valid = split_fold(folds, data.fold, path)
-    return Contest(rows, folds, [rows[i] for i in train], [rows[i] for i in valid], test)
+    valid_rows = [rows[i] for i in valid]
+    return Contest(rows, folds, [rows[i] for i in train] + pseudo_rows(data, valid_rows), valid_rows, test)
 
 
 def look_at_labels(findings: Findings, collate: Collator, rows: TrainRows) -> None:

@@ -14,14 +14,17 @@ The submission has the ids and order of the sample submission: the one given, or
 """
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from vqa.comparison import tell_comparison
 from vqa.ensembles import METHODS, Ensemble, fit, nested, score_weights
 from vqa.errors import UserError, run
+from vqa.experiments import changed, log_run
 from vqa.oof import Evidence, NoEvidence, check_agreement, gather, group_models
 from vqa.predictions import (
     check_offered,
@@ -31,21 +34,24 @@ from vqa.predictions import (
     previous_answers,
     read_card,
     validation_scores,
+    write_probabilities,
     write_submission,
 )
 from vqa.prompt import LETTERS
-from vqa.statistics import accuracy, compare, paired_difference, row_losses
+from vqa.statistics import accuracy, paired_difference, row_losses, scored
 from vqa.truth import Truth
 
 NO_WEIGHT = 0.01
 
 
 def main() -> None:
-    args = parse_args()
+    start, args = time.time(), parse_args()
     if args.compare:
-        return print_comparison(*args.compare, args.truth)
+        ids, stack = join(args.compare)
+        return tell_comparison(*args.compare, ids, stack, Truth(args.truth))
     files, oof = prediction_files(args.predictions, args.oof)
     output = Path(args.output or Path(files[0]).parent / "submission.csv")
+    check_place(args.probabilities, files)
     before = previous_answers(output)
     models = group_models(files)
     ids, stack = join(files)
@@ -60,12 +66,14 @@ def main() -> None:
     probabilities = chosen(members)
     sample = args.sample or sample_beside(test_csv)
     write_submission(output, ids, probabilities, sample)
+    if args.probabilities:
+        write_probabilities(args.probabilities, ids, probabilities)
     print_weights(chosen, names)
     print_letters(probabilities, evidence)
     print_changes(before, ids, probabilities)
-    print(
-        f"{output}: {len(ids)} rows, " + (f"ids and order of {sample}" if sample else "order not checked: no sample")
-    )
+    run_id = log_ensemble(output, args, files, chosen, evidence, time.time() - start)
+    order = f"ids and order of {sample}" if sample else "order not checked: no sample"
+    print(f"{output}: {len(ids)} rows, {order}" + (f"; {run_id} in the experiment log" if run_id else ""))
 
 
 def parse_args() -> argparse.Namespace:
@@ -104,11 +112,15 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--sample", help="sample submission (default: sample_submission.csv beside the test CSV)")
     parser.add_argument("--output", help="(default: submission.csv beside the first file)")
+    parser.add_argument(
+        "--probabilities", metavar="FILE", help="write the ensemble's probabilities too, as a pseudo_csv for training"
+    )
     args = parser.parse_args()
     if args.compare and (args.predictions or not args.truth):
         raise UserError("--compare takes two files and the --truth to judge them by, and nothing else")
     if not args.compare and not args.predictions:
         raise UserError("no predictions given; name the files that predict.py wrote, such as outputs/*.csv")
+    args.differing = changed(parser, args)
     return args
 
 
@@ -126,6 +138,15 @@ def prediction_files(paths: list[str], oof: list[str] | None) -> tuple[list[str]
     if oof and len(oof) != len(named):
         raise UserError(f"{len(named)} predictions and {len(oof)} --oof files; give one each, in the same order")
     return sorted(named), dict(zip(named, oof)) if oof else None
+
+
+def check_place(probabilities: str | None, files: list[str]) -> None:
+    """Refuse to put the ensemble's probabilities where the next `*.csv` would take them for another model's."""
+    if probabilities and Path(probabilities).parent.resolve() in {Path(file).parent.resolve() for file in files}:
+        raise UserError(
+            f"{probabilities} would lie among the predictions, and be taken for one of them the next time; name "
+            f"another folder, such as {Path(probabilities).parent / 'ensemble' / Path(probabilities).name}"
+        )
 
 
 def csv_beside(file: str) -> str | None:
@@ -263,22 +284,27 @@ def print_changes(before: dict[str, str], ids: list[str], probabilities: np.ndar
     print(f"{differing} of {len(ids)} answers differ from the submission that was there")
 
 
-def print_comparison(first: str, second: str, truth: str) -> None:
-    ids, stack = join([first, second])
-    known = Truth(truth)
-    answers, clusters = known.answers(ids), known.clusters(ids)
-    for name, values in ((first, stack[0]), (second, stack[1])):
-        right = accuracy(values.argmax(1) == answers, clusters)
-        print(f"{name}: accuracy {right}, log-loss {row_losses(values, answers).mean():.4f}")
-    found = compare(*stack, answers, clusters)
-    print(
-        f"right in {second} only: {found.only_second}, in {first} only: {found.only_first}; McNemar's exact test "
-        f"p = {found.p_value:.3g}"
-    )
-    for name in ("accuracy", "log_loss"):
-        gap = getattr(found, name)
-        print(f"{name}: {gap.value:+.4f} (95 % interval {gap.low:+.4f} to {gap.high:+.4f}, paired bootstrap)")
-    print(found.verdict(first, second))
+def log_ensemble(
+    output: Path,
+    args: argparse.Namespace,
+    files: list[str],
+    chosen: Ensemble,
+    evidence: Evidence | None,
+    seconds: float,
+) -> str:
+    """Add the ensemble to the experiment log, with what it scores on out-of-fold rows that it was not fitted on."""
+    cards, known = [read_card(file) for file in files], {}
+    if evidence:
+        answers, clusters = evidence.answers, evidence.clusters
+        method = chosen.method if len(evidence.stack) > 1 else "mean"  # of one model each row has one opinion
+        values = nested(method, evidence.stack, answers, clusters, args.temperature, args.weight_by)
+        scores = scored(values, answers, clusters)
+        if method == "majority":  # shares of votes are no probabilities
+            del scores["log_loss"]
+        known = {"scores": scores, "truth": evidence.truth, "out_of_fold": (evidence.ids, values)}
+    data = cards[0].get("data", "")
+    parents = [card.get("run", "") for card in cards]
+    return log_run("ensemble", output, args.differing, seconds, data, parents=parents, **known)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from vqa.files import write_json
 from vqa.predictions import join, read_card, read_predictions
 from vqa.predictions import validation_scores as scores_in_training
 from vqa.rows import read_table
-from vqa.statistics import accuracy, row_losses
+from vqa.statistics import scored
 from vqa.truth import Truth
 
 METHODS = ("mean", "majority", "weighted")
@@ -72,9 +72,8 @@ def test_scores(folder: Path, folds: list[Path], truth: str) -> list[dict]:
 
 def score_step(step: str, ids: list[str], probabilities: np.ndarray, truth: Truth) -> dict:
     answers = truth.answers(ids)
-    value, low, high, _ = accuracy(probabilities.argmax(1) == answers, truth.clusters(ids))
-    log_loss = float(row_losses(probabilities, answers).mean())
-    return {"step": step, "rows": len(ids), "accuracy": value, "low": low, "high": high, "log_loss": log_loss}
+    found = scored(probabilities, answers, truth.clusters(ids))
+    return {"step": step} | {name: found[name] for name in ("rows", "accuracy", "low", "high", "log_loss")}
 
 
 def read_seconds(path: Path) -> dict[str, int]:

@@ -16,22 +16,27 @@ from transformers import enable_full_determinism, set_seed
 
 from callbacks import EMACallback, SWACallback, WeightAverage
 from collator import Collator
-from vqa.arguments import DataArguments, RecipeArguments, folds_file, parse_arguments
+from vqa.arguments import DataArguments, RecipeArguments, differing, folds_file, parse_arguments
 from vqa.batching import count_tokens, fit_batches, take_batches
 from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run
+from vqa.experiments import log_run
 from vqa.features import open_features
 from vqa.files import read_json, write_json
-from vqa.fingerprint import adapter_fingerprint, base_fingerprint, rows_fingerprint
+from vqa.fingerprint import adapter_fingerprint, base_fingerprint, files_fingerprint, rows_fingerprint
 from vqa.folds import read_folds, split_fold
 from vqa.images import check_images
 from vqa.model import add_adapter, load_base, load_processor
 from vqa.precision import model_dtype
+from vqa.predictions import join
 from vqa.processes import settled_once
 from vqa.prompt import letter_ids
+from vqa.pseudo import pseudo_rows
 from vqa.resume import StopInTime, WholeCheckpoints, checkpoint_to_resume
 from vqa.rows import read_rows
-from vqa.training import FoldTrainer, TellEpoch, TrainRows, rows_a_step
+from vqa.statistics import scored
+from vqa.training import FoldTrainer, TellEpoch, TrainRows, rows_a_step, weights_folder
+from vqa.truth import Truth
 
 STOPPED = 3  # exit code of a run that was stopped in time
 # Fields that a run may go on with in another form: they change where and how fast it runs, not what comes out.
@@ -100,12 +105,12 @@ def main() -> None:
     if trainer.is_world_process_zero():
         write_json(Path(recipe.output_dir, "args.json"), resolved)
         write_json(Path(recipe.output_dir, "rows.json"), {"fingerprint": rows_used})
-    weights_before = fingerprints(model) | {"rows": rows_used}
+    weights_before = fingerprints(model) | {"files": files_fingerprint(model_args.model), "rows": rows_used}
     start = time.time()
     trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     if stop.stopped:
         say_how_to_go_on(trainer)
-    finish(trainer, weights_before, time.time() - start)
+    finish(trainer, weights_before, time.time() - start, resolved)
 
 
 def is_finished(recipe: RecipeArguments, resolved: dict, rows_used: str) -> bool:
@@ -131,7 +136,10 @@ def is_finished(recipe: RecipeArguments, resolved: dict, rows_used: str) -> bool
 
 
 def read_fold(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
-    """(training rows, validation rows) of the fold; no validation rows where fold is null."""
+    """(training rows, validation rows) of the fold; no validation rows where fold is null.
+
+    Pseudo-labelled test rows, where asked for, are training rows beside max_train_rows.
+    """
     dataset = read_rows(data.train_csv, data.image_root, with_answer=True)
     rows = dataset.to_list()
     train, valid = np.arange(len(rows)), np.array([], dtype=int)
@@ -142,7 +150,17 @@ def read_fold(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
         if data.max_train_rows < 1:
             raise UserError(f"max_train_rows is {data.max_train_rows}; give 1 or more, or leave it out for all rows")
         train = np.sort(np.random.default_rng(seed).permutation(train)[: data.max_train_rows])
-    return [rows[i] for i in train], [rows[i] for i in valid]
+    train_rows, valid_rows = [rows[i] for i in train], [rows[i] for i in valid]
+    if data.soft_labels:
+        train_rows = with_soft_labels(train_rows, data.train_csv)
+    return train_rows + pseudo_rows(data, valid_rows), valid_rows
+
+
+def with_soft_labels(rows: list[dict], csv: str) -> list[dict]:
+    """The rows with their annotators' shares as the target of the loss."""
+    if "annotators" not in rows[0]:
+        raise UserError(f"soft_labels: {csv} has no columns answer1, answer2, ...; add them, or leave soft_labels out")
+    return [{**row, "target": row["annotators"]} for row in rows]
 
 
 def steps_worth(recipe: RecipeArguments, rows: int) -> float:
@@ -180,8 +198,8 @@ def say_how_to_go_on(trainer: FoldTrainer) -> None:
     sys.exit(STOPPED)
 
 
-def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float) -> None:
-    """Write what the fold's folder still lacks; metrics.json comes last and says that the fold is complete."""
+def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float, resolved: dict) -> None:
+    """Log the run, write what its folder still lacks; metrics.json comes last and says that the fold is complete."""
     if base_fingerprint(trainer.model) != weights_before["base"]:
         raise RuntimeError("training has changed weights of the base model, which is to stay as it is")
     recipe, step = trainer.args, trainer.state.global_step
@@ -206,11 +224,34 @@ def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float)
         "best": trainer.best_weights(),
         "weights": trainer.best,
     }
+    metrics["run"] = log_training(recipe.output_dir, metrics, resolved)
     write_json(Path(recipe.output_dir, "metrics.json"), metrics)
     for name, scores in trainer.best.items():
         mark = f"step {scores['step']}" + ("  <- best" if name == metrics["best"] else "")
         print(f"{name:4} accuracy {scores['accuracy']:.4f}  log-loss {scores['log_loss']:.4f}  {mark}")
     print(f"{recipe.output_dir}: adapters, args.json, metrics.json" + (", oof.csv" if trainer.eval_dataset else ""))
+
+
+def log_training(folder: str, metrics: dict, resolved: dict) -> str:
+    """Add the run to the experiment log, and to the scores of each of its weights their number of rows and interval.
+
+    Returns the run's id in the log.
+    """
+    truth, out_of_fold = Truth(resolved["train_csv"]), {}
+    for name, scores in metrics["weights"].items():
+        ids, (probabilities,) = join([weights_folder(folder, name) / "oof.csv"])
+        out_of_fold[name] = ids, probabilities
+        scores |= scored(probabilities, truth.answers(ids), truth.clusters(ids))
+    return log_run(
+        "training",
+        folder,
+        differing(resolved),
+        metrics["seconds"],
+        metrics["fingerprints"]["rows"],
+        metrics["weights"].get(metrics["best"]),
+        resolved["train_csv"],
+        out_of_fold.get(metrics["best"]),
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Whether the host's memory and the cost of a row stay flat as a contest grows: trains the tiny model on more and more rows.
+"""Whether the host's memory stays flat as a contest grows: trains the tiny model on more and more rows.
 
     python benchmarks/host_memory.py --rows 1000 10000 100000
 
-Each contest has so many rows over the same 200 drawn pictures; training is --steps steps of 16 rows. One JSON line each:
-the peak resident memory of the training process in MiB, and the seconds from its start to its end.
+Each contest has so many rows over the same 200 drawn pictures; training is --steps steps of 16 rows. One JSON line
+each: the peak resident memory of the training process in MiB, and the seconds from its start to its end.
 """
 
 import argparse

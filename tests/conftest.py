@@ -1,26 +1,34 @@
 """What the tests share: the tiny model, a contest of a few drawn rows, and a way to run the scripts."""
 
+import atexit
 import csv
 import importlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["EXPERIMENTS_LOG"] = f"{tempfile.mkdtemp()}/log.csv"  # and not the log of whoever runs the tests
 
 import pytest
 import torch
 
+from collator import Collator
+from vqa.arguments import RecipeArguments
 from vqa.drawn import CONTEST, ask, draw_scene, four_choices
 from vqa.errors import run
-from vqa.model import load_base, load_processor
+from vqa.model import add_adapter, load_base, load_processor
 from vqa.prompt import LETTERS, letter_ids
 from vqa.rows import read_rows
+from vqa.training import FoldTrainer, TrainRows
 
+atexit.register(shutil.rmtree, Path(os.environ["EXPERIMENTS_LOG"]).parent)
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "checkpoints" / "tiny")
 HEADER = ["id", "path", "question", "a", "b", "c", "d", "answer"]
@@ -78,6 +86,28 @@ def contest(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def rows(contest) -> list[dict]:
     return read_rows(contest / "train.csv", with_answer=True).to_list()
+
+
+@pytest.fixture
+def make_trainer(processor, ids, rows, tmp_path):
+    """A FoldTrainer of the tiny model on eight rows; fields are those of the recipe."""
+
+    def make(callbacks=(), **fields) -> FoldTrainer:
+        usual = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+        recipe = RecipeArguments(**usual | {"use_cpu": True, "disable_tqdm": True, "eval_strategy": "no"} | fields)
+        return FoldTrainer(
+            add_adapter(load_base(TINY, False, torch.float32), 4, 8, 0.0),
+            recipe,
+            data_collator=Collator(processor, 112, with_answer=True),
+            train_dataset=TrainRows(rows[:8], True, 42),
+            eval_dataset=[],
+            callbacks=list(callbacks),
+            averages=[],
+            letter_ids=ids,
+            prompts=Collator(processor, 112),
+        )
+
+    return make
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from parsed import Parsed, needs_nothing
 from PIL import Image
 from sklearn.metrics import log_loss
 
-from vqa.runs import curve, read_fold
+from vqa.results import curve, read_fold
 from vqa.truth import Truth
 
 ROWS, FOLDS = 306, 3

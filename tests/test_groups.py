@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import log_loss
 
 from vqa.groups import group_rows, group_table, in_parts, likeness
-from vqa.runs import Model, Results
+from vqa.results import Model, Results
 from vqa.statistics import accuracy_interval
 
 

@@ -6,36 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import GradScalerKwargs
-from conftest import TINY
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
-from collator import Collator
-from vqa.arguments import RecipeArguments
 from vqa.errors import UserError, run
-from vqa.model import add_adapter, load_base
 from vqa.resume import COMPLETE, WholeCheckpoints
-from vqa.training import MAX_NON_FINITE, SCALER_START, FoldTrainer, TellEpoch, TrainRows
-
-
-@pytest.fixture
-def make_trainer(processor, ids, rows, tmp_path):
-    def make(callbacks=(), **fields) -> FoldTrainer:
-        usual = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-        recipe = RecipeArguments(**usual | {"use_cpu": True, "disable_tqdm": True, "eval_strategy": "no"} | fields)
-        return FoldTrainer(
-            add_adapter(load_base(TINY, False, torch.float32), 4, 8, 0.0),
-            recipe,
-            data_collator=Collator(processor, 112, with_answer=True),
-            train_dataset=TrainRows(rows[:8], True, 42),
-            eval_dataset=[],
-            callbacks=list(callbacks),
-            averages=[],
-            letter_ids=ids,
-            prompts=Collator(processor, 112),
-        )
-
-    return make
+from vqa.training import MAX_NON_FINITE, SCALER_START, TellEpoch, TrainRows
 
 
 def optimizer(rate: float) -> torch.optim.Optimizer:
@@ -119,7 +95,7 @@ def test_a_run_that_changed_the_base_is_not_finished(make_trainer):
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight[0, 0] += 1.0
     with pytest.raises(RuntimeError, match="changed weights of the base"):
-        finish(trainer, before, 1.0)
+        finish(trainer, before, 1.0, {})
 
 
 def test_gpu_memory_that_runs_out_is_one_line(capsys):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from vqa.errors import UserError
 from vqa.files import folder_under, read_json
@@ -62,6 +63,18 @@ class DataArguments:
     shuffle_choices: bool = _field(
         True, "Show the choices in another order every epoch, so that the position of the answer is not learned."
     )
+    soft_labels: bool = _field(
+        False,
+        "Train on how the annotators' answers (columns answer1, answer2, ...) are spread over the choices instead of "
+        "on the one answer: worth a try where they often disagree.",
+    )
+    pseudo_csv: str | None = _field(
+        None,
+        "A prediction file of test_csv, whose surest rows become further training rows with its probabilities as soft "
+        "labels. Give each fold its own fold's (outputs/fold0.csv); with an ensemble's (ensemble.py --probabilities) "
+        "validation flatters, since other members of it were trained on the rows that this fold validates on.",
+    )
+    pseudo_min_confidence: float = _field(0.9, "Least probability of the likeliest choice for a row to be taken.")
     vision_cache: bool = _field(
         True, "Compute the vision tower's features once an image and size, and keep them on disk for all runs."
     )
@@ -199,6 +212,12 @@ def parse_arguments(
         raise UserError(f"{path or 'the command line'}: {error}") from None
 
 
+def differing(resolved: dict) -> dict:
+    """The fields of a run that differ from the defaults; not where it wrote."""
+    usual = {f.name: f.default for kind in CLASSES for f in dataclasses.fields(kind)} | {"debug": None}  # parsed: ""
+    return {name: value for name, value in resolved.items() if value != usual[name] and name != "output_dir"}
+
+
 def read_args_file(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict:
     """The values of an args file, those of the file that it `extends` included. Its own come first."""
     values = read_json(path)
@@ -308,12 +327,26 @@ def check_recipe(values: dict) -> None:
     for name, why in REFUSED.items():
         if values[name]:
             raise UserError(f"{name} is not for this recipe: {why}; leave it out")
+    check_reports(values["report_to"])
     if values["save_total_limit"] == 1:
         raise UserError("save_total_limit 1 deletes the last checkpoint before the next is whole; give 2 or more")
     if values["swa_lr"] is not None and values["swa_start"] is None:
         raise UserError("swa_lr is given but swa_start is null; say where SWA begins, or leave swa_lr out")
     if values["swa_lr"] is not None and values["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy"):
         raise UserError(f"swa_lr needs a schedule by steps, and {values['lr_scheduler_type']} is none; use cosine")
+
+
+def check_reports(report_to: str | list[str]) -> None:
+    """Stop where a package that is to be reported to is unknown or not there."""
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(
+                f"report_to {name!r} does not exist; it is none, all or {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"report_to {name} needs a package that is not here: pip install {name}")
 
 
 def section(kind: type, values: dict):

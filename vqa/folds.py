@@ -31,7 +31,10 @@ def assign_folds(answers: Sequence[int], images: Sequence[str], folds: int, seed
 
 def image_groups(images: Sequence[str]) -> list[str]:
     """A fingerprint of each image's bytes, equal for byte-identical files."""
-    seen = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in set(images)}
+    try:
+        seen = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in set(images)}
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; copy the image again, or drop its rows") from None
     return [seen[path] for path in images]
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from vqa.images import upright_size
 from vqa.question_types import question_type
-from vqa.runs import Results
+from vqa.results import Results
 from vqa.statistics import accuracy, mean_loss, row_losses
 
 PARTS = 4

@@ -47,10 +47,12 @@ def small_image(path: str | Path, side: int) -> Image.Image:
     return paper
 
 
-def sized_image(path: str | Path, image_size: int, scale: float, patch: int) -> dict:
-    """A decoded image and the size that it is to be given, as `qwen_vl_utils` takes them."""
-    image = open_image(path)
-    width, height = target_size(*image.size, image_size, scale, patch)
+def sized_image(row: dict, image_size: int, patch: int) -> dict:
+    """A row's decoded image, mirrored where it says `flip`, and the size to give it, as `qwen_vl_utils` takes them."""
+    image = open_image(row["image"])
+    if row.get("flip"):
+        image = ImageOps.mirror(image)
+    width, height = target_size(*image.size, image_size, row.get("scale", 1.0), patch)
     return {"image": image, "resized_width": width, "resized_height": height}
 
 
@@ -80,7 +82,17 @@ def upright_size(path: str | Path) -> tuple[int, int]:
 
 
 def check_images(rows: list[dict], label: str) -> None:
-    """Decode every image once and stop if any cannot be used: all of them are counted, the first few named.
+    """Decode every image once and stop if any cannot be used: all of them are counted, the first few named."""
+    if broken := unusable_images(rows, label):
+        told = first_few([f"{path} ({problem})" for path, problem in broken.items()])
+        raise UserError(
+            f"{label}: {len(broken)} of {len({row['image'] for row in rows})} images cannot be used: {told}; "
+            "mend or replace the files, or drop their rows"
+        )
+
+
+def unusable_images(rows: list[dict], label: str) -> dict[str, str]:
+    """Path -> what is wrong with it, of every image that cannot be used.
 
     Decoding is cheap beside training: JPEGs are read at an eighth of their size, which still reads the whole file.
     """
@@ -89,12 +101,7 @@ def check_images(rows: list[dict], label: str) -> None:
         checks = tqdm(
             pool.map(_problem, paths), total=len(paths), desc=f"checking images of {label}", leave=False, disable=None
         )
-        broken = [f"{path} ({problem})" for path, problem in zip(paths, checks) if problem]
-    if broken:
-        raise UserError(
-            f"{label}: {len(broken)} of {len(paths)} images cannot be used: {first_few(broken)}; "
-            "mend or replace the files, or drop their rows"
-        )
+        return {path: problem for path, problem in zip(paths, checks) if problem}
 
 
 def _problem(path: str) -> str | None:

@@ -1,6 +1,7 @@
 """The base model, the adapter on its language half, and adapters read back from a fold's folder."""
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from vqa.windows import group_windows
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # Giving this list drops bitsandbytes' own default, so it has to name the output layer as well as the vision tower.
 NOT_IN_4BIT = ["lm_head", "visual", "model.visual"]
+DOES_NOT_FIT = "does not fit this base model; give --model the one that it was trained on"
 
 
 def load_processor(model: str, trust_remote_code: bool = False):
@@ -87,19 +89,29 @@ def add_adapter(base: torch.nn.Module, rank: int, alpha: int, dropout: float) ->
 
 
 def load_adapter(model: torch.nn.Module, folder: str | Path, name: str = "default") -> PeftModel:
-    """Attach the adapter in `folder` as `name` and make it the active one. Unmatched weights are an error."""
-    if isinstance(model, PeftModel):
-        model.load_adapter(folder, adapter_name=name)
-        model.set_adapter(name)
-    else:
-        model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    """Attach the adapter in `folder` as `name`, in place of any other. Weights that do not fit are an error."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # what it warns of is an error below
+            if isinstance(model, PeftModel):
+                before = list(model.peft_config)
+                model.load_adapter(folder, adapter_name=name)
+                model.set_adapter(name)
+                for other in before:
+                    model.delete_adapter(other)
+            else:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # of other shapes, or for layers that are not there
+        raise UserError(f"{folder}: the adapter {DOES_NOT_FIT} ({str(error)[:200]})") from None
     wanted = set(get_peft_model_state_dict(model, adapter_name=name))
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
         found = set(file.keys())
     if wanted != found:  # PEFT only warns, and predicts with an adapter of zeros
+        unmatched = sorted(wanted ^ found)
         raise UserError(
-            f"{folder}: the adapter does not fit this base model: {len(wanted ^ found)} weights without a counterpart "
-            f"({first_few(sorted(wanted ^ found))}); give the base model that it was trained on"
+            f"{folder}: the adapter {DOES_NOT_FIT} ({len(unmatched)} weights without a counterpart: "
+            f"{first_few(unmatched)})"
         )
     return fuse_adapters(model).eval().requires_grad_(False)
 

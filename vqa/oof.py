@@ -4,6 +4,9 @@ A model is the folds of one run. Its folds validated disjoint rows, so weights b
 that two of them have in common; put together, the folds' rows are the model's out-of-fold set, and on those sets
 models are tuned against each other. Prediction files are one model where they lie in one folder and their names differ
 only in a number after "fold": outputs/7b/fold0.csv, outputs/7b/fold1.csv, ...
+
+Each prediction's out-of-fold file lies beside its adapter, as training wrote it, or, by `predict.py --oof`, in oof/
+beside the prediction; that one is taken where it was made by the same weights in the same views.
 """
 
 import itertools
@@ -23,6 +26,8 @@ from vqa.rows import read_table
 from vqa.statistics import row_losses
 from vqa.truth import Truth
 
+ASKED = ("model", "views", "gate")  # what a card says of how rows were asked
+
 
 class NoEvidence(UserError):
     """There are no out-of-fold rows to tune on; the message says why."""
@@ -32,6 +37,7 @@ class NoEvidence(UserError):
 class Evidence:
     """Out-of-fold rows that all models predicted: stack (models, rows, letters), answers' indices (rows,)."""
 
+    ids: list[str]
     stack: np.ndarray
     answers: np.ndarray
     clusters: dict[str, np.ndarray]
@@ -54,6 +60,12 @@ def gather(
     Raises NoEvidence where there are none, UserError where there are some that cannot be trusted.
     """
     found = {file: _out_of_fold_file(file, given) for files in models.values() for file in files}
+    if unlike := [
+        file for file, oof in found.items() if len(read_card(file).get("views", [])) > 1 and not read_card(oof)
+    ]:
+        print(
+            f"{first_few(unlike)}: made with TTA, out of fold without; `predict.py --oof` in the same views mends it"
+        )
     answers_csv = Truth(truth or _training_csv(next(iter(found.values()))))
     parts = {}
     for name, files in models.items():
@@ -74,7 +86,8 @@ def gather(
             )
     stack = np.stack([values[ids.get_indexer(order)] for ids, values in parts.values()])
     ids = list(order)
-    return Evidence(stack[..., : _width(stack)], answers_csv.answers(ids), answers_csv.clusters(ids), answers_csv.path)
+    answers, clusters = answers_csv.answers(ids), answers_csv.clusters(ids)
+    return Evidence(ids, stack[..., : _width(stack)], answers, clusters, answers_csv.path)
 
 
 def check_agreement(names: Sequence[str], members: np.ndarray, evidence: Evidence) -> None:
@@ -112,18 +125,21 @@ def _width(stack: np.ndarray) -> int:
 def _out_of_fold_file(file: str, given: Mapping[str, str] | None) -> Path:
     if given is not None:
         return Path(given[file])
-    adapter = read_card(file).get("adapter")
-    if not adapter:
+    card, same = read_card(file), Path(file).parent / "oof" / Path(file).name
+    if not card.get("adapter"):
         raise NoEvidence(f"{file}: no card beside it names its adapter; give --oof FILES and --truth train.csv")
-    path = Path(adapter, "oof.csv")
+    if same.is_file() and all(read_card(same).get(key) == card.get(key) for key in ASKED):
+        return same
+    path = Path(card["adapter"], "oof.csv")
     if not path.is_file():
         raise NoEvidence(f"{path}: not there; give the out-of-fold files with --oof, and --truth train.csv")
     return path
 
 
 def _run_args(oof: Path) -> dict:
-    """The args.json of the run that an out-of-fold file (in its folder, or in ema/ or swa/ below) belongs to."""
-    places = (oof.with_name("args.json"), oof.parent.parent / "args.json")
+    """The args.json of the run that an out-of-fold file belongs to: it lies with the adapter, or one folder above."""
+    adapter = Path(read_card(oof).get("adapter") or oof.parent)
+    places = (adapter / "args.json", adapter.parent / "args.json")
     return next((read_json(place) for place in places if place.is_file()), {})
 
 
@@ -139,8 +155,10 @@ def _read_checked(file: str, oof: Path, truth: Truth) -> tuple[list[str], np.nda
     ids, probabilities = read_predictions(oof)
     check_fold(ids, oof)
     card = read_card(file)
-    expected = (card.get("validation") or {}).get("log_loss")
-    if expected is not None and oof == Path(card["adapter"], "oof.csv"):  # one given may be of other views
+    measured = (
+        card.get("validation") if oof == Path(card.get("adapter") or "", "oof.csv") else read_card(oof).get("scores")
+    )
+    if (expected := (measured or {}).get("log_loss")) is not None:  # one given may be of other views
         check_measured(oof, probabilities, truth.answers(ids), expected, truth.path)
     return ids, probabilities
 

@@ -64,9 +64,10 @@ def common_length(sequences: list[list[int]]) -> int:
 
 def order_logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     """Logits (endings, vocabulary), float32, at the last position of every order of an OrdersCollator's batch."""
-    inputs = {name: batch[name] for name in (*BEGINNING, "image_grid_thw")}
+    inputs = {name: batch[name] for name in (*BEGINNING, "image_grid_thw") if name in batch}
     inputs["position_ids"], _ = base_model(model).model.get_rope_index(**inputs)
-    inputs["mm_encoder_outputs"] = encode_images(model, batch)["mm_encoder_outputs"]
+    if "image_grid_thw" in batch:  # rows without an image have none
+        inputs["mm_encoder_outputs"] = encode_images(model, batch)["mm_encoder_outputs"]
     cache = DynamicCache(config=base_model(model).config.get_text_config())
     model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
 

@@ -3,6 +3,8 @@
 import csv
 import io
 import re
+from collections.abc import Mapping
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +21,17 @@ def read_rows(path: str | Path, image_root: str | Path | None = None, with_answe
     """Rows of a contest CSV (`id,path,question,a,b,...` and `answer`), checked.
 
     Returns a Dataset with `id`, `image` (path of the file), `question`, `choices` (list of the texts offered) and,
-    `with_answer`, `answer` (index into `choices`). Raises UserError, naming file and row, for whatever cannot be used.
+    `with_answer`, `answer` (index into `choices`). Where the CSV has other wordings of the question, `paraphrases`
+    lists them; where it has annotators, `annotators` is the share of them that chose each choice. Raises UserError,
+    naming file and row, for whatever cannot be used.
     """
     from datasets import Dataset  # takes a second to import, and most readers of this module want tables only
 
-    table = read_table(path, ("id", "path", "question", "a", "b") + (("answer",) if with_answer else ()))
+    table = read_table(path, ("id", "path", "question", "a", "b"))
+    annotators = numbered_columns(table, "answer") if with_answer else []
+    paraphrases = numbered_columns(table, "question_")
+    if with_answer and not annotators:
+        require(path, table, ("answer",))
     names = _choice_columns(path, list(table.columns))
     _check_ids(path, table["id"])
     root = Path(image_root) if image_root else Path(path).parent
@@ -40,7 +48,11 @@ def read_rows(path: str | Path, image_root: str | Path | None = None, with_answe
             escaping.append(f"{cells['path']!r} (id {cells['id']})")
         if not cells["question"].strip():
             raise UserError(f"{place}: the question is empty; write one or drop the row")
-        if with_answer:
+        if paraphrases:
+            row["paraphrases"] = [cells[name] for name in paraphrases if cells[name].strip()]
+        if annotators:
+            row["answer"], row["annotators"] = count_votes(place, cells, annotators, len(row["choices"]))
+        elif with_answer:
             row["answer"] = _answer(place, cells["answer"], len(row["choices"]))
         rows.append(row)
     if escaping:
@@ -65,14 +77,42 @@ def read_table(path: str | Path, required: tuple[str, ...]) -> pd.DataFrame:
     table = pd.DataFrame(records, columns=header, dtype=str)
     if len(set(header)) < len(header):
         raise UserError(f"{path}: two columns have the same name (the header has {', '.join(header)}); rename one")
+    require(path, table, required)
+    if table.empty:
+        raise UserError(f"{path}: no rows below the header; give a file that has some")
+    return table
+
+
+def require(path: str | Path, table: pd.DataFrame, required: tuple[str, ...]) -> None:
+    """Raise UserError unless the table has these columns."""
     if missing := [name for name in required if name not in table.columns]:
         raise UserError(
             f"{path}: column {first_few(missing, 10)} is missing (the header has {', '.join(table.columns)}); "
             "add it or rename the one that stands for it"
         )
-    if table.empty:
-        raise UserError(f"{path}: no rows below the header; give a file that has some")
-    return table
+
+
+def numbered_columns(table: pd.DataFrame, name: str) -> list[str]:
+    """The columns `answer1`, `answer2`, ... or of another name, as far as they go without a gap."""
+    return list(takewhile(table.columns.__contains__, (f"{name}{number}" for number in count(1))))
+
+
+def count_votes(place: str, cells: Mapping[str, str], annotators: list[str], offered: int) -> tuple[int, list[float]]:
+    """(index of the row's answer, share of its annotators that chose each of the choices offered).
+
+    Blank annotators do not count. Where `answer` is blank or no column, it is what most annotators chose, and of
+    choices with as many votes the one chosen first, in the order of the columns. Where no annotator answered, the
+    `answer` is their one vote.
+    """
+    votes = [_answer(f"{place}, {name}", cells[name], offered) for name in annotators if cells[name].strip()]
+    if cells.get("answer", "").strip():
+        answer = _answer(place, cells["answer"], offered)
+    elif votes:
+        answer = max(votes, key=votes.count)
+    else:
+        raise UserError(f"{place}: neither answer nor one of {first_few(annotators)} is filled in; fill one in")
+    votes = votes or [answer]
+    return answer, [votes.count(choice) / len(votes) for choice in range(offered)]
 
 
 def equal_choices(rows: list[dict]) -> list[str]:
@@ -131,13 +171,13 @@ def _escapes(path: str) -> bool:
 def _offered(place: str, cells: list[str]) -> list[str]:
     """The choices of a row: at least two, and the blank ones, if any, last."""
     filled = [bool(cell.strip()) for cell in cells]
-    count = sum(filled)
-    if count < 2:
-        raise UserError(f"{place}: only {count} choices are filled in; at least two are needed")
-    if not all(filled[:count]):
+    offered = sum(filled)
+    if offered < 2:
+        raise UserError(f"{place}: only {offered} choices are filled in; at least two are needed")
+    if not all(filled[:offered]):
         gap = LETTERS[filled.index(False)]
         raise UserError(f"{place}: choice {gap} is blank but a later one is not; move the choices up")
-    return cells[:count]
+    return cells[:offered]
 
 
 def _answer(place: str, cell: str, offered: int) -> int:

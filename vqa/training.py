@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import GradScalerKwargs, gather_object
+from accelerate.utils import GradScalerKwargs
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
@@ -18,15 +18,20 @@ from vqa.batching import RECORD, GroupedByLength
 from vqa.errors import UserError, first_few
 from vqa.files import read_json, write_json
 from vqa.predictions import write_predictions
+from vqa.processes import shared_out
+from vqa.prompt import shown_target
 from vqa.resume import COMPLETE
 from vqa.scoring import answer_logits, letter_logits, letter_metrics, score_rows
+from vqa.statistics import annotator_losses
 
 MAX_NON_FINITE = 5
 SCALER_START = 2.0**12
 
 
 class TrainRows(torch.utils.data.Dataset):
-    """Training rows; with `shuffle` each shows its choices in an order drawn from seed, row and epoch alone."""
+    """Training rows; each asks its question in one of its wordings and, with `shuffle`, shows its choices in an order
+    that are drawn from seed, row and epoch alone.
+    """
 
     def __init__(self, rows: list[dict], shuffle: bool, seed: int):
         self.rows, self.shuffle, self.seed = rows, shuffle, seed
@@ -36,12 +41,14 @@ class TrainRows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        if not self.shuffle:
-            return row
-        order = list(range(len(row["choices"])))
-        random.Random(f"{self.seed} {row['id']} {int(self.epoch)}").shuffle(order)
-        return {**row, "order": order}
+        row = dict(self.rows[index])
+        draw = random.Random(f"{self.seed} {row['id']} {int(self.epoch)}")
+        if self.shuffle:
+            row["order"] = list(range(len(row["choices"])))
+            draw.shuffle(row["order"])
+        if row.get("paraphrases"):
+            row["question"] = draw.choice([row["question"], *row["paraphrases"]])
+        return row
 
 
 class TellEpoch(TrainerCallback):
@@ -142,6 +149,7 @@ class FoldTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the vocabulary at the labels, or over the offered letters at the answer (`loss`).
 
+        Where the batch has soft labels (`target`), they are what the letter's logits are held against.
         A mean over rows: of this batch, or this batch's share of the step's mean where the step's number of rows is
         given (`num_items_in_batch`). Logits are computed from the first labelled position on, not for the whole
         sequence.
@@ -151,10 +159,17 @@ class FoldTrainer(Trainer):
         logits = answer_logits(model, inputs, keep=labels.shape[1] - first + 1)[:, :-1]
         if self.args.loss == "letter":
             offered = letter_logits(logits[:, 0], self.letter_ids, inputs["offered"])
-            losses = cross_entropy(offered, inputs["answer"], reduction="none")
+            if "target" in inputs:  # 0 times the logarithm of 0 is to be 0
+                offered = offered.clamp(min=torch.finfo(offered.dtype).min)
+            losses = cross_entropy(offered, inputs.get("target", inputs["answer"]), reduction="none")
         else:
             labels = labels[:, first:]
             losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+            if "target" in inputs:
+                target = torch.zeros_like(logits[:, 0])
+                target[:, self.letter_ids] = inputs["target"]
+                at_letter = cross_entropy(logits[:, 0], target, reduction="none")
+                losses = torch.cat([at_letter[:, None], losses[:, 1:]], dim=1)
             losses = losses.sum(1) / (labels != IGNORE).sum(1)
         if num_items_in_batch is None:
             loss = losses.mean()
@@ -221,6 +236,9 @@ class FoldTrainer(Trainer):
             with weights:
                 probabilities = self._score(name)
                 scores = letter_metrics(probabilities, [row["answer"] for row in self.eval_dataset])
+                if "annotators" in self.eval_dataset[0]:
+                    shares = np.array([shown_target({"target": row["annotators"]}) for row in self.eval_dataset])
+                    scores["annotator_log_loss"] = float(annotator_losses(probabilities, shares).mean())
                 self._keep_if_best(name, scores, probabilities)
             prefix = metric_key_prefix if name == "raw" else f"{metric_key_prefix}_{name}"
             metrics |= {f"{prefix}_{key}": value for key, value in scores.items()}
@@ -241,14 +259,14 @@ class FoldTrainer(Trainer):
 
     def _score(self, name: str) -> np.ndarray:
         """Probabilities of every validation row, its rows shared out among the processes."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        label = f"validating {name}" if rank == 0 and not self.args.disable_tqdm else None
+        show = self.is_world_process_zero() and not self.args.disable_tqdm
+        label = f"validating {name}" if show else None
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         model = self.accelerator.unwrap_model(self.model)
-        # The same number of rows for each, by repeating the first: under FSDP all of them take part in every batch.
-        share = self.eval_dataset + self.eval_dataset[:1] * (-len(self.eval_dataset) % processes)
-        own = score_rows(model, share[rank::processes], self.prompts, self.letter_ids, size, label, workers)
-        return np.stack(gather_object([own]), axis=1).reshape(len(share), -1)[: len(self.eval_dataset)]
+        return shared_out(
+            self.eval_dataset,
+            lambda rows: score_rows(model, rows, self.prompts, self.letter_ids, size, label, workers),
+        )
 
     def _keep_if_best(self, name: str, scores: dict[str, float], probabilities: np.ndarray) -> None:
         if name not in self.best or self._merit(scores) > self._merit(self.best[name]):
@@ -271,7 +289,7 @@ class FoldTrainer(Trainer):
         adapter = {name: gathered(parameter) for name, parameter in trainable(model)}
         if not self.args.should_save:
             return
-        folder = Path(self.args.output_dir) / ("" if name == "raw" else name)
+        folder = weights_folder(self.args.output_dir, name)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=".export-") as temporary:
             model.save_pretrained(temporary, state_dict=adapter, save_embedding_layers=False)
@@ -306,3 +324,8 @@ def split_rows(batch: dict, most: int) -> list[dict]:
         for part, piece in zip(parts, pieces):
             part[key] = piece
     return parts
+
+
+def weights_folder(folder: str | Path, name: str) -> Path:
+    """Where a fold's folder holds the adapter of that name (raw, ema, swa) and its out-of-fold file."""
+    return Path(folder) if name == "raw" else Path(folder, name)
