@@ -155,8 +155,8 @@ def tiles(rows: pd.DataFrame, pictures: dict[str, Picture], blind: dict) -> list
     shown.append((f"{offered[0]} to {offered[-1]}" if len(offered) > 1 else str(offered[0]), "choices a row"))
     if blind["rows"]:
         shown += [
-            (f"{blind['chance']:.1%}", "guessing by chance"),
-            (f"{blind['accuracy'].value:.1%}", "by text alone"),
+            (f"{blind['chance']:.1%}", "right by chance"),
+            (f"{blind['accuracy'].value:.1%}", "right by text alone"),
         ]
     return shown
 

@@ -15,7 +15,7 @@ from sklearn.metrics import log_loss
 from vqa.results import curve, read_fold
 from vqa.truth import Truth
 
-ROWS, FOLDS = 300, 3
+ROWS, FOLDS = 306, 3
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 QUESTIONS = {"colour": "무슨 색인가요?", "count": "몇 개 있나요?", "place": "Where is it?"}
 
@@ -29,7 +29,7 @@ class Contest:
         self.ids = [f"row_{number:03d}" for number in range(ROWS)]
         self.types = np.array(list(QUESTIONS) * (ROWS // 3))
         self.answers = self.random.integers(0, 4, ROWS)
-        self.folds = np.arange(ROWS) % FOLDS
+        self.folds = np.arange(ROWS) // 3 % FOLDS  # types go by threes
         self.labels = self.answers.copy()
         self.labels[123] = (self.labels[123] + 1) % 4
         rows = []
@@ -117,11 +117,11 @@ def test_the_worst_type_the_better_weights_and_a_wrong_label_are_found_at_a_glan
     assert code == 0, error
     right = weights["ema"].argmax(1) == contest.labels
     loss = log_loss(contest.labels, weights["ema"], labels=range(4))
-    assert f"accuracy {right.mean():.4f} (95 % interval" in said and f"log-loss {loss:.4f}, 300 rows" in said
+    assert f"accuracy {right.mean():.4f} (95 % interval" in said and f"log-loss {loss:.4f}, 306 rows" in said
     counts = right[contest.types == "count"]
-    assert f"Worst question type: count, accuracy {counts.mean():.4f}" in said and "at 100 rows, beyond noise" in said
-    assert "EMA is better than raw, in accuracy and in log-loss, at 300 rows." in said
-    assert "SWA is within noise of raw at 300 rows." in said
+    assert f"Worst question type: count, accuracy {counts.mean():.4f}" in said and "at 102 rows, beyond noise" in said
+    assert "EMA is better than raw, in accuracy and in log-loss, at 306 rows." in said
+    assert "SWA is within noise of raw at 306 rows." in said
     assert "in mislabelled.csv: row_123" in said
 
     page = needs_nothing(html)
@@ -148,7 +148,7 @@ def test_models_stand_side_by_side_whatever_their_names(contest, analyze):
     assert code == 0, error
     assert f"- M1: {contest.folder}/checkpoints/B/fold*: accuracy" in said
     assert f"- M2: {contest.folder}/checkpoints/모델/fold*: accuracy" in said
-    assert "- M2 is worse than M1, in accuracy and in log-loss, at 300 rows." in said
+    assert "- M2 is worse than M1, in accuracy and in log-loss, at 306 rows." in said
     text = Parsed(html).text
     assert "No learning curves" in text and "Where models disagree" in text
     assert (contest.folder / "page" / "M2_log_loss.png").is_file()
@@ -159,8 +159,8 @@ def test_models_stand_side_by_side_whatever_their_names(contest, analyze):
 def test_models_are_compared_on_the_rows_that_they_share(contest, analyze):
     first, second = (contest.model(name, trio(contest), best="raw") for name in ("A", "B"))
     code, said, error, html = analyze(*first, *second[:1])
-    assert code == 0 and "100 rows, 4 folds" in said, error
-    assert "200 rows that not every model validated on are" in html
+    assert code == 0 and "102 rows, 4 folds" in said, error
+    assert "204 rows that not every model validated on are" in html
     code, _, error, _ = analyze(first[0], second[1])
     assert (code, error.count("\n")) == (2, 1) and "not validated on any common row" in error
 
@@ -169,7 +169,7 @@ def test_one_fold_without_averages_or_history_is_enough(contest, analyze):
     folder = contest.model("A", {"raw": contest.probabilities(1.0)}, best="raw")[1]
     (folder / "history.json").unlink()
     code, said, error, html = analyze(folder)
-    assert code == 0 and "100 rows, 1 fold" in said, error
+    assert code == 0 and "102 rows, 1 fold" in said, error
     assert "EMA" not in said and "No learning curves" in html
 
 

@@ -69,7 +69,7 @@ def image_sizes(sizes: np.ndarray, budgets: Sequence[int]) -> Figure:
         shown = heights <= top
         if shown.any():
             axes.plot(widths[shown], heights[shown], color=SOFT, linewidth=0.8)
-            axes.annotate(str(budget), (widths[shown][-1], heights[shown][-1]), color=SOFT, ha="right", va="bottom")
+            axes.annotate(str(budget), (widths[shown][-1], heights[shown][-1]), color=SOFT, ha="right", va="top")
     axes.set(xlim=(0, right), ylim=(0, top))
     return figure
 
