@@ -1,9 +1,12 @@
 """predict.py: the same file however it is run, kept views, what the card says, and what is refused."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -51,10 +54,16 @@ def launched(folds, bad_csv, tmp_path_factory):
     words = [*LAUNCH, "predict.py", *folds, "--csv", bad_csv, "--skip_bad_images", *VIEWS, "--output_dir", outputs]
     with open(outputs / "said.txt", "w") as said:
         started = subprocess.Popen(
-            [str(word) for word in words], cwd=ROOT, env=ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT
+            [str(word) for word in words],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         yield started, outputs
-    started.kill()
+    with suppress(ProcessLookupError):  # its processes would wait for each other forever
+        os.killpg(started.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
