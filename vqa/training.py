@@ -194,6 +194,8 @@ class FoldTrainer(Trainer):
             prefix = metric_key_prefix if name == "raw" else f"{metric_key_prefix}_{name}"
             metrics |= {f"{prefix}_{key}": value for key, value in scores.items()}
         self.log(metrics)
+        if self.args.should_save:
+            write_json(Path(self.args.output_dir, "history.json"), self.state.log_history)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
