@@ -62,6 +62,7 @@ def main() -> None:
     rows = settled_once(lambda: read_oof_rows(args, runs) if args.oof else [read_test_rows(args, runs[0])] * len(runs))
     asker = Asker(runs[0], args)
     jobs = make_jobs(args, runs, rows, asker.collate, base_files)
+    settled_once(lambda: check_places(jobs))
     if not args.oof:
         done = settled_once(lambda: [is_finished(job) for job in jobs])
         jobs = [job for job, finished in zip(jobs, done) if not finished]
@@ -223,10 +224,13 @@ def make_jobs(
         path, model = folder / (f"{item.name}.csv" if item.adapter else "base/base.csv"), item.fingerprint(base_files)
         shown = [row for view in views for row in view.changed_rows()]
         jobs.append(Job(item, views, path, model, view_fingerprint(f"{model} {args.gate}", shown)))
+    return jobs
+
+
+def check_places(jobs: Sequence[Job]) -> None:
     places = [str(job.path) for job in jobs]
     if twice := sorted({place for place in places if places.count(place) > 1}):
         raise UserError(f"two folders would both write {first_few(twice)}; predict them in two commands")
-    return jobs
 
 
 def is_finished(job: Job) -> bool:

@@ -325,6 +325,12 @@ def test_folds_that_are_asked_otherwise_are_predicted_apart(ask, folds, tmp_path
     assert (code, error.count("\n")) == (2, 1) and "would both write" in error
 
 
+def test_gpus_that_are_not_used_are_told(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    predict.start_processes()
+    assert "one of 2 GPUs is used; `accelerate launch predict.py" in capsys.readouterr().out
+
+
 def test_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="without FSDP"):

@@ -166,12 +166,12 @@ def _read_checked(file: str, oof: Path, truth: Truth) -> tuple[list[str], np.nda
 def check_measured(
     oof: Path, probabilities: np.ndarray, answers: np.ndarray, expected: float, truth: str | Path
 ) -> None:
-    """Refuse an out-of-fold file whose log-loss is not the one that training measured."""
+    """Refuse an out-of-fold file whose log-loss is not the one measured when it was made."""
     got = row_losses(probabilities, answers).mean()
     if abs(got - expected) > 1e-6 * max(1, expected):
         raise UserError(
-            f"{oof}: its log-loss against {truth} is {got:.4f} and training measured {expected:.4f}; its ids "
-            "were exchanged or the answers changed: train that fold again, or leave it out"
+            f"{oof}: its log-loss against {truth} is {got:.4f} and was {expected:.4f} when it was made; its ids "
+            "were exchanged or the answers changed: make it anew, or leave that fold out"
         )
 
 
