@@ -173,9 +173,8 @@ def look_at_letters(rows: pd.DataFrame, warnings: Warnings) -> list[dict]:
                 f"{name}: the answer is {LETTERS[most]} in {shares[most]:.1%} of the rows, where {even[most]:.1%} "
                 "would be even; shuffle_choices, on by default, keeps a model from learning that",
             )
-        verdict = (
-            f"{'Not e' if p_value < NOISE else 'E'}ven: a fair draw would be so uneven in {p_value:.1%} of cases."
-        )
+        told = "less than 0.1%" if p_value < 0.001 else f"{p_value:.1%}"
+        verdict = f"{'Not e' if p_value < NOISE else 'E'}ven: a fair draw is so uneven in {told} of cases."
         found.append({"name": name, "lines": list(zip(LETTERS, counts, shares, even)), "verdict": verdict})
     return found
 
