@@ -1,11 +1,12 @@
 # make demo: the whole job on the embedded default.  make test: the tests.  make lint: ruff.  make soak: kill and resume.
+# make ladder: what each step of the way is worth.
 # Each makes .venv itself, and leaves it alone while requirements.lock has not changed.
 ready := .venv/.ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint soak lock
+.PHONY: demo test lint soak ladder lock
 
 demo: $(ready)
 	rm -rf data/demo checkpoints/demo outputs/demo
@@ -19,6 +20,9 @@ soak: $(ready) # kill a fold of the demo ten times and compare; SOAK="--kills 3 
 	test -f data/demo/train.csv || python data/make_demo.py
 	python make_folds.py args/demo/fold0.json
 	python tests/soak.py $(SOAK)
+
+ladder: $(ready) # what each step of the way is worth; some fifteen minutes, and it goes on where it stopped
+	python benchmarks/ladder.py $(LADDER)
 
 lint: $(ready)
 	ruff check .

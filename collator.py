@@ -25,9 +25,10 @@ class Collator:
         features: a `FeatureStore`. Where it holds every image of a batch, none is decoded, and the batch has
             `image_features` (1 + deepstack layers, image tokens of all rows, hidden) in place of `pixel_values`.
 
-    A row is a dict with `image` (path), `question`, `choices` and, with answers, `answer` (index of the right choice);
-    `order` (the choice shown at each letter), `scale` (of the image) and `target` (how likely each choice is to be
-    right, for soft labels) are optional. Rows are not changed.
+    A row is a dict with `image` (path, or None for one that is asked by its text alone), `question`, `choices` and,
+    with answers, `answer` (index of the right choice); `order` (the choice shown at each letter), `scale` and `flip`
+    (of the image) and `target` (how likely each choice is to be right, for soft labels) are optional. Rows are not
+    changed.
 
     The batch holds every key that the processor returns (`input_ids`, `attention_mask`, `mm_token_type_ids`,
     `pixel_values`, `image_grid_thw`), and
@@ -93,11 +94,12 @@ class Collator:
 
     def conversation(self, row: dict, decode: bool = True) -> list[dict]:
         """The row's chat messages; with `decode` they hold the image and the size that it is to be given."""
-        if not decode:
-            return messages(row, {"type": "image"}, self.instruction, self.special)
-        patch = self.processor.image_processor.patch_size
-        image = sized_image(row["image"], self.image_size, row.get("scale", 1.0), patch)
-        return messages(row, {"type": "image"} | image, self.instruction, self.special)
+        image = {"type": "image"}
+        if row["image"] is None:
+            image = None
+        elif decode:
+            image |= sized_image(row, self.image_size, self.processor.image_processor.patch_size)
+        return messages(row, image, self.instruction, self.special)
 
     def labels(self, input_ids: torch.Tensor, prompts: list[str], texts: list[str]) -> torch.Tensor:
         """Labels by construction: what follows the prompt is the letter, the end of the turn, and white space.

@@ -8,11 +8,9 @@ mend (exit code 1). Warnings do not stand in the way. What cannot even be read i
 """
 
 import math
-import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +21,10 @@ from tqdm.auto import tqdm
 
 from collator import Collator
 from vqa.arguments import DataArguments, ModelArguments, RecipeArguments, folds_file, parse_arguments
+from vqa.batching import SLACK, Lengths, count_tokens, memory_room, quickest
 from vqa.checks import (
     adapter_problems,
     adapter_targets,
-    equal_choices,
     images_across_folds,
     label_problems,
     missing_weights,
@@ -34,20 +32,17 @@ from vqa.checks import (
     split_problems,
     supervised_texts,
 )
-from vqa.errors import UserError, first_few, run
+from vqa.errors import UserError, count, first_few, run
 from vqa.folds import read_folds, split_fold
 from vqa.images import check_images, target_size, upright_size
 from vqa.memory import CUDA_BYTES, GIB, T4_BYTES, Batch, Setup, outline, resident_terms, training_peak, validation_peak
 from vqa.model import load_processor
 from vqa.precision import model_dtype
-from vqa.prompt import LETTERS, letter_ids, messages, render, shown_answer
+from vqa.prompt import LETTERS, letter_ids, shown_answer
 from vqa.pseudo import pseudo_rows
-from vqa.rows import read_rows
-from vqa.speed import measured_rate, seconds_a_batch
-from vqa.training import TrainRows
-
-MOST_ROWS = 2000  # whose text is tokenised: enough for a median
-LONGEST_ROWS = 100  # by characters; tokenised in any case, since the longest row sets the peak
+from vqa.rows import equal_choices, read_rows
+from vqa.speed import T4_OPERATIONS, measured_rate, seconds_a_batch
+from vqa.training import TrainRows, rows_a_step
 
 
 def main() -> None:
@@ -96,22 +91,6 @@ class Contest:
     train: list[dict]
     valid: list[dict]
     test: list[dict]
-
-
-@dataclass
-class Lengths:
-    """Tokens of each row, or of a sample of the `rows`: text and image together, and of the image alone.
-
-    `patches` is how many the vision tower sees for an image token.
-    """
-
-    rows: int
-    tokens: np.ndarray
-    image_tokens: np.ndarray
-    patches: int
-
-    def batch(self, rows: int, statistic=np.max) -> Batch:
-        return Batch(rows, int(statistic(self.tokens)), self.patches * int(statistic(self.image_tokens)))
 
 
 def read_contest(data: DataArguments) -> Contest:
@@ -173,25 +152,10 @@ def look_at_tokens(findings: Findings, collate: Collator, contest: Contest) -> t
         print(f"{name:8} image {size}, seen as {grid} pixels: {tokens[paths[chosen]]} tokens")
     larger = sum(width * height > collate.image_size**2 for width, height in sizes)
     print(f"{larger} of {len(paths)} images have more pixels than image_size {collate.image_size} lets the model see")
-    train, valid = (lengths(rows, tokens, collate) if rows else None for rows in (contest.train, contest.valid))
+    train, valid = (count_tokens(rows, collate) if rows else None for rows in (contest.train, contest.valid))
     middle, most = int(np.median(train.tokens)), train.tokens.max()
     print(f"tokens a training row, text and image: median {middle}, longest {most}")
     return train, valid
-
-
-def lengths(rows: list[dict], image_tokens: dict[str, int], collate: Collator) -> Lengths:
-    """Tokens of the rows, or of a sample of them by seed and the longest ones, where there are very many."""
-    total = len(rows)
-    if total > MOST_ROWS + LONGEST_ROWS:
-        by_length = sorted(rows, key=lambda row: len(row["question"]) + sum(map(len, row["choices"])))
-        rows = random.Random(0).sample(by_length[:-LONGEST_ROWS], MOST_ROWS) + by_length[-LONGEST_ROWS:]
-    texts = []
-    for row in tqdm(rows, desc="counting tokens", leave=False, disable=None):
-        conversation = messages(row, {"type": "image"}, collate.instruction, collate.special)
-        texts.append(render(collate.processor, conversation, LETTERS[row["answer"]]))
-    text_tokens = np.array([len(ids) - 1 for ids in collate.processor.tokenizer(texts).input_ids])  # 1: <|image_pad|>
-    images = np.array([image_tokens[row["image"]] for row in rows])
-    return Lengths(total, text_tokens + images, images, collate.processor.image_processor.merge_size**2)
 
 
 def look_at_rows(findings: Findings, contest: Contest, data: DataArguments) -> None:
@@ -203,10 +167,10 @@ def look_at_rows(findings: Findings, contest: Contest, data: DataArguments) -> N
     print("choices a row: " + ", ".join(f"{counts[n]} rows offer {n}" for n in sorted(counts)))
     for rows, label in ((contest.rows, data.train_csv), (contest.test, data.test_csv)):
         if equal := equal_choices(rows):
-            findings.warnings.append(f"{label}: {count(equal, 'row')} with two equal choices: {first_few(equal)}")
+            findings.warnings.append(f"{label}: {count(len(equal), 'row')} with two equal choices: {first_few(equal)}")
     if pairs := shared_images(contest.test, contest.rows):
         named = first_few([f"{a} and {b}" for a, b in pairs])
-        findings.warnings.append(f"{count(pairs, 'test row')} with the very image of a training row: {named}")
+        findings.warnings.append(f"{count(len(pairs), 'test row')} with the very image of a training row: {named}")
     elif not contest.test:
         findings.warnings.append(f"{data.test_csv}: no such file, so the test rows have not been looked at")
     if contest.folds is None:
@@ -214,7 +178,9 @@ def look_at_rows(findings: Findings, contest: Contest, data: DataArguments) -> N
     findings.blockers += split_problems(contest.train, contest.valid)
     if across := images_across_folds(contest.rows, contest.folds):
         named = first_few([" and ".join(ids[:2]) for ids in across])
-        findings.warnings.append(f"{count(across, 'image')} in more than one fold: {named}; the folds' scores flatter")
+        findings.warnings.append(
+            f"{count(len(across), 'image')} in more than one fold: {named}; the folds' scores flatter"
+        )
 
 
 def make_setup(args: ModelArguments, recipe: RecipeArguments, model: PeftModel) -> Setup:
@@ -231,24 +197,36 @@ def look_at_cost(
     valid: Lengths | None,
 ) -> None:
     heading("Memory and time (estimates)")
-    peaks = {"training": training_peak(setup, train.batch(recipe.per_device_train_batch_size))}
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    room, name = (memory_room(), gpu.name) if gpu else (T4_BYTES - CUDA_BYTES, "a 16 GB T4")
+    rate = measured_rate(setup) if gpu else T4_OPERATIONS
+    if data.vision_cache:
+        train, valid = (part and replace(part, patches=0) for part in (train, valid))
+    size = recipe.per_device_train_batch_size
+    if recipe.auto_batch:
+        rows = size * recipe.gradient_accumulation_steps
+        fields = quickest(setup, train, rows, SLACK * room, rate, recipe.wants_checkpointing)
+        size = fields["per_device_train_batch_size"]
+        setup = replace(setup, checkpointing=fields["gradient_checkpointing"])
+        how = "with" if setup.checkpointing else "without"
+        print(f"auto_batch on {name}: a step of {rows} rows as {rows // size} x {size}, {how} gradient checkpointing")
+    peaks = {"training": training_peak(setup, train.batch(size))}
     if valid and recipe.eval_strategy != "no":
         peaks["validation"] = validation_peak(setup, valid.batch(recipe.per_device_eval_batch_size))
     print("held throughout, GiB: " + ", ".join(f"{k} {v / GIB:.2f}" for k, v in resident_terms(setup).items()))
     print("peak with the longest rows, GiB: " + ", ".join(f"{k} {v / GIB:.1f}" for k, v in peaks.items()))
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    room, name = (gpu.total_memory, gpu.name) if gpu else (T4_BYTES, "a 16 GB T4")
-    print(f"{name} has {room / GIB:.1f} GiB, of which CUDA itself takes about {CUDA_BYTES / GIB:.1f}")
+    print(f"{name} has {(room + CUDA_BYTES) / GIB:.1f} GiB, of which CUDA itself takes about {CUDA_BYTES / GIB:.1f}")
     worst = max(peaks, key=peaks.get)
-    if peaks[worst] + CUDA_BYTES > room:
-        batch_size = "per_device_train_batch_size" if worst == "training" else "per_device_eval_batch_size"
+    if peaks[worst] > room:
+        remedy = "halve per_device_eval_batch_size or " if worst == "validation" else ""
+        if worst == "training" and not recipe.auto_batch:
+            remedy = "turn auto_batch on, halve per_device_train_batch_size, or "
         (findings.blockers if gpu else findings.warnings).append(
-            f"{worst} peaks at about {peaks[worst] / GIB:.1f} GiB, too much for {name}: halve {batch_size} or lower "
-            "image_size"
+            f"{worst} peaks at about {peaks[worst] / GIB:.1f} GiB, too much for {name}: {remedy}lower image_size"
         )
     if gpu:
-        rows = min(train.rows, data.max_train_rows or train.rows)
-        minutes = training_seconds(setup, recipe, train, rows) / 60
+        rows = min(len(train.tokens), data.max_train_rows or len(train.tokens))
+        minutes = training_seconds(setup, recipe, train.batch(size, np.median), rows, rate) / 60
         print(f"training takes roughly {minutes:.0f} minutes on this GPU, validation not included")
         return
     print("time: unknown without a GPU")
@@ -257,21 +235,16 @@ def look_at_cost(
         findings.warnings.append(f"there is no GPU here; training will need one for {first_few(wanted)}")
 
 
-def training_seconds(setup: Setup, recipe: RecipeArguments, train: Lengths, rows: int) -> float:
+def training_seconds(setup: Setup, recipe: RecipeArguments, batch: Batch, rows: int, rate: float) -> float:
     """Seconds of training on `rows` rows of median length on this GPU alone."""
-    batch = train.batch(recipe.per_device_train_batch_size, np.median)
     batches = recipe.num_train_epochs * math.ceil(rows / batch.rows)
     if recipe.max_steps > 0:
-        batches = recipe.max_steps * recipe.gradient_accumulation_steps
-    return batches * seconds_a_batch(setup, batch, training=True, operations_a_second=measured_rate(setup, batch))
+        batches = recipe.max_steps * rows_a_step(recipe) / batch.rows
+    return batches * seconds_a_batch(setup, batch, training=True, operations_a_second=rate)
 
 
 def heading(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}")
-
-
-def count(items: Sequence, what: str) -> str:
-    return f"{len(items)} {what}{'s' if len(items) != 1 else ''}"
 
 
 if __name__ == "__main__":

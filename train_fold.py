@@ -17,12 +17,13 @@ from transformers import enable_full_determinism, set_seed
 from callbacks import EMACallback, SWACallback, WeightAverage
 from collator import Collator
 from vqa.arguments import DataArguments, RecipeArguments, differing, folds_file, parse_arguments
+from vqa.batching import count_tokens, fit_batches, take_batches
 from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run
 from vqa.experiments import log_run
 from vqa.features import open_features
 from vqa.files import read_json, write_json
-from vqa.fingerprint import adapter_fingerprint, base_fingerprint, rows_fingerprint
+from vqa.fingerprint import adapter_fingerprint, base_fingerprint, files_fingerprint, rows_fingerprint
 from vqa.folds import read_folds, split_fold
 from vqa.images import check_images
 from vqa.model import add_adapter, load_base, load_processor
@@ -34,7 +35,7 @@ from vqa.pseudo import pseudo_rows
 from vqa.resume import StopInTime, WholeCheckpoints, checkpoint_to_resume
 from vqa.rows import read_rows
 from vqa.statistics import scored
-from vqa.training import FoldTrainer, TellEpoch, TrainRows, weights_folder
+from vqa.training import FoldTrainer, TellEpoch, TrainRows, rows_a_step, weights_folder
 from vqa.truth import Truth
 
 STOPPED = 3  # exit code of a run that was stopped in time
@@ -86,6 +87,8 @@ def main() -> None:
     prompts = Collator(processor, data.image_size, data.instruction)
     show = PartialState().is_main_process and not recipe.disable_tqdm
     collate.features = prompts.features = open_features(model, processor, data, [train_rows + valid_rows], show)
+    lengths = count_tokens(train_rows, collate, show)
+    set_batches(recipe, settled_once(lambda: fit_batches(recipe, model_args, lengths, collate.features is None)))
     rows = TrainRows(train_rows, data.shuffle_choices, recipe.seed)
     trainer = FoldTrainer(
         model,
@@ -97,11 +100,12 @@ def main() -> None:
         averages=averages,
         letter_ids=ids,
         prompts=prompts,
+        lengths=lengths.tokens,
     )
     if trainer.is_world_process_zero():
         write_json(Path(recipe.output_dir, "args.json"), resolved)
         write_json(Path(recipe.output_dir, "rows.json"), {"fingerprint": rows_used})
-    weights_before = fingerprints(model) | {"rows": rows_used}
+    weights_before = fingerprints(model) | {"files": files_fingerprint(model_args.model), "rows": rows_used}
     start = time.time()
     trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     if stop.stopped:
@@ -161,7 +165,15 @@ def with_soft_labels(rows: list[dict], csv: str) -> list[dict]:
 
 def steps_worth(recipe: RecipeArguments, rows: int) -> float:
     """How many optimiser steps take about as long as scoring `rows` rows does, at most: no gradients are needed."""
-    return rows / (recipe.train_batch_size * recipe.gradient_accumulation_steps * recipe.world_size)
+    return rows / rows_a_step(recipe)
+
+
+def set_batches(recipe: RecipeArguments, fields: dict) -> None:
+    take_batches(recipe, fields)
+    if fields and PartialState().is_main_process:
+        checkpointing = "with" if recipe.gradient_checkpointing else "without"
+        size, batches = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+        print(f"a step is {batches} x {size} rows on each GPU, {checkpointing} gradient checkpointing")
 
 
 def make_averages(recipe: RecipeArguments) -> list[WeightAverage]:
@@ -199,13 +211,13 @@ def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float,
         trainer.evaluate()
     if not trainer.is_world_process_zero():
         return
-    rows_a_step = recipe.train_batch_size * recipe.gradient_accumulation_steps * recipe.world_size
+    rows = (step - trainer._initial_global_step) * rows_a_step(recipe)
     metrics = {
         "train_rows": len(trainer.train_dataset),
         "valid_rows": len(trainer.eval_dataset),
         "steps": step,
         "seconds": round(seconds, 1),
-        "rows_per_second": round((step - trainer._initial_global_step) * rows_a_step / seconds, 2),
+        "rows_per_second": round(rows / seconds, 2),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
         "fingerprints": weights_before,
         "skipped_steps": trainer.skipped_steps(),

@@ -183,7 +183,7 @@ def compare(prefix: str, measured: float | None, estimated: float) -> dict:
 def estimated_seconds(setup: Setup, shape: Batch) -> float | None:
     if not torch.cuda.is_available():
         return None
-    return round(seconds_a_batch(setup, shape, training=True, operations_a_second=measured_rate(setup, shape)), 3)
+    return round(seconds_a_batch(setup, shape, training=True, operations_a_second=measured_rate(setup)), 3)
 
 
 class Peak:

@@ -100,7 +100,8 @@ def kill(args_file: str, output: Path, rng: random.Random, seconds: float) -> st
 def differences(whole: Path, part: Path) -> str:
     """The files of the fold's folder that differ, and the scores if they do."""
     names = [f"{place}{name}" for place in ("", "ema/", "swa/") for name in ("adapter_model.safetensors", "oof.csv")]
-    names += [f"checkpoint-24/{name}.safetensors" for name in ("adapter_model", "ema", "swa")] + ["best.json"]
+    names += [f"checkpoint-24/{name}.safetensors" for name in ("adapter_model", "ema", "swa")]
+    names += ["best.json", "history.json"]
     found = [name for name in names if (whole / name).read_bytes() != (part / name).read_bytes()]
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, part)]
     found += [key for key in ("weights", "best", "fingerprints", "steps") if metrics[0][key] != metrics[1][key]]

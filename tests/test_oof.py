@@ -124,6 +124,37 @@ def test_exchanged_ids_are_refused_without_cards_by_agreement(planted, script):
     assert not list(planted.folder.rglob("submission.csv"))
 
 
+def test_out_of_fold_files_in_the_same_views_are_taken_and_checked(planted, script):
+    """Those that predict.py --oof wrote beside the predictions, where their cards name the same weights and views."""
+    values, with_tta = planted.probabilities(1.0), planted.probabilities(2.0)
+    files = planted.model("good", values)
+    for fold, file in enumerate(files):
+        own, same = np.flatnonzero(planted.folds == fold), file.parent / "oof" / file.name
+        write(same, planted.ids[own], with_tta[own])
+        card = json.loads(file.with_suffix(".json").read_text())
+        card |= {"model": f"m{fold}", "views": ["plain", "rotation 1"], "gate": None}
+        file.with_suffix(".json").write_text(json.dumps(card))
+        scores = {"log_loss": row_losses(with_tta[own], planted.answers[own]).mean()}
+        same.with_suffix(".json").write_text(json.dumps(card | {"scores": scores}))
+    losses = [row_losses(v[:TRAIN], planted.answers[:TRAIN]).mean() for v in (with_tta, values)]
+    code, said, error = script("ensemble", *files)
+    assert code == 0 and f"log-loss {losses[0]:.4f}, 600 rows" in said and "without" not in said, error
+    swapped = files[1].parent / "oof" / files[1].name
+    before = swapped.read_text()
+    table = pd.read_csv(swapped)
+    table["id"] = table["id"].to_numpy()[::-1]
+    table.to_csv(swapped, index=False, float_format="%.17g")
+    code, _, error = script("ensemble", *files)
+    assert (code, error.count("\n")) == (2, 1) and "oof/fold1.csv: its log-loss" in error
+    swapped.write_text(before)
+    for key, other in (("model", "another"), ("views", ["plain"]), ("gate", 0.5)):
+        card = json.loads(swapped.with_suffix(".json").read_text())
+        swapped.with_suffix(".json").write_text(json.dumps(card | {key: other}))
+        code, said, error = script("ensemble", *files)
+        assert code == 0 and f"{files[1]}: made with TTA, out of fold without" in said, error
+        swapped.with_suffix(".json").write_text(json.dumps(card))
+
+
 def test_rows_that_a_fold_was_trained_on_are_refused(planted, script):
     files = planted.model("good", planted.probabilities(1.5))
     planted.oof(files[0]).write_bytes(planted.oof(files[1]).read_bytes())

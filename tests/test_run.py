@@ -32,7 +32,7 @@ def loop(tmp_path):
 def test_every_fold_is_trained_predicted_and_ensembled(loop):
     code, calls, error = loop("args", "--learning_rate", "1e-4")
     assert code == 0, error
-    trained = [call for call in calls if call.startswith("accelerate launch")]
+    trained = [call for call in calls if call.startswith("accelerate launch") and "train_fold.py" in call]
     assert len(trained) == 3
     for fold, call in enumerate(trained):
         assert f"train_fold.py args/fold{fold}.json --learning_rate 1e-4" in call

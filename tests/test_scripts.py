@@ -82,10 +82,10 @@ def test_folds_of_different_bases_are_not_predicted_together(trained, script, tm
     for fold in folds:
         shutil.copytree(trained / "checkpoints" / fold.name, fold, ignore=shutil.ignore_patterns("checkpoint-*"))
     metrics = json.loads((folds[1] / "metrics.json").read_text())
-    metrics["fingerprints"]["base"] = "0" * 16
+    metrics["fingerprints"]["files"] = "0" * 16
     (folds[1] / "metrics.json").write_text(json.dumps(metrics))
     code, _, error = script("predict", *folds, "--output_dir", tmp_path / "outputs")
-    assert (code, error.count("\n")) == (2, 1) and "the same base weights" in error
+    assert (code, error.count("\n")) == (2, 1) and "fold1: not trained on the base weights" in error
 
 
 def test_training_refuses_a_leak_between_the_halves_of_a_fold(trained, script, tmp_path):
@@ -123,7 +123,7 @@ def test_predict_and_ensemble_by_their_command_lines(trained):
         assert table[["p_a", "p_b", "p_c", "p_d"]].sum(axis=1).to_numpy() == pytest.approx(np.ones(24))
     assert not (pd.read_csv(outputs / "fold0.csv")["p_a"] == pd.read_csv(outputs / "fold1.csv")["p_a"]).all()
     card = json.loads((outputs / "fold0.json").read_text())
-    assert card["views"] == ["plain", "scale 0.8", "rotation 1"] and card["validation"]["log_loss"] > 0
+    assert card["views"] == ["plain", "rotation 1", "scale 0.8"] and card["validation"]["log_loss"] > 0
 
     (outputs / "seconds.txt").write_text("stage,seconds\ntrain,7\n")
     truth = trained / "data" / "train.csv"
@@ -177,7 +177,15 @@ def test_resuming_ends_with_the_bytes_of_the_uninterrupted_run(trained, script):
     assert code == 0, error
     for name in ("adapter_model.safetensors", "ema.safetensors", "swa.safetensors"):
         assert (part / "checkpoint-4" / name).read_bytes() == (whole / "checkpoint-4" / name).read_bytes(), name
+    history = json.loads((whole / "history.json").read_text())
+    assert [logs["step"] for logs in history] == [2, 4] and (part / "history.json").read_bytes() == (
+        whole / "history.json"
+    ).read_bytes()
     best = json.loads((whole / "best.json").read_text())
+    for name, scores in best.items():
+        prefix = "eval" if name == "raw" else f"eval_{name}"
+        logged = {logs["step"]: logs.get(f"{prefix}_log_loss") for logs in history}
+        assert logged[scores["step"]] == scores["log_loss"] == min(filter(None, logged.values())), name
     assert best["swa"]["step"] == 4, "SWA begins after half of the run"
     for name in (name for name in best if best[name]["step"] == 4):
         for file in ("adapter_model.safetensors", "oof.csv"):

@@ -5,7 +5,15 @@ import pytest
 from scipy.stats import binom, binomtest, norm
 from sklearn.metrics import accuracy_score, log_loss
 
-from vqa.statistics import accuracy, accuracy_interval, compare, letter_scores, paired_difference, row_losses
+from vqa.statistics import (
+    accuracy,
+    accuracy_interval,
+    compare,
+    letter_scores,
+    mean_loss,
+    paired_difference,
+    row_losses,
+)
 
 
 def make(rows=400, seed=0, letters=4):
@@ -109,3 +117,14 @@ def test_chance_alone_is_called_a_difference_no_oftener_than_it_says():
         found = compare(*make(100, seed=seed))
         calls += found.accuracy.beyond_noise and found.p_value < 0.05
     assert calls <= binom.ppf(0.999, 60, 0.05)
+
+
+def test_the_interval_of_a_mean_loss_is_the_normal_one_where_rows_are_many():
+    losses = row_losses(make(2000)[0], make(2000)[2])
+    found, error = mean_loss(losses), norm.ppf(0.975) * losses.std(ddof=1) / np.sqrt(2000)
+    assert found.value == losses.mean()
+    assert found.low == pytest.approx(losses.mean() - error, rel=0.02)
+    assert found.high == pytest.approx(losses.mean() + error, rel=0.02)
+    copies = mean_loss(np.tile(losses[:500], 4), {"image": np.tile(np.arange(500), 4)})
+    assert copies.high - copies.low == pytest.approx(4 * error, rel=0.1), "four copies of 500 rows count as 500"
+    assert np.isnan(mean_loss(losses[:1])[1:]).all() and mean_loss(losses[:1]).value == losses[0]

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from vqa.errors import UserError
-from vqa.files import read_json
+from vqa.files import folder_under, read_json
 from vqa.folds import folds_path
 from vqa.precision import has_bf16
 from vqa.prompt import INSTRUCTION
@@ -29,6 +29,7 @@ from vqa.prompt import INSTRUCTION
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
 
 DEMO = "args/demo/fold0.json"
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # from transformers 5.23 on, and before
 
 
 def _field(default, text: str):
@@ -108,15 +109,21 @@ class RecipeArguments(TrainingArguments):
     learning_rate: float = _field(2e-4, "Peak learning rate: QLoRA's usual one; ten times that of full fine-tuning.")
     lr_scheduler_type: str = _field("cosine", "Falls to zero by the end: the last steps settle, as contests reward.")
     warmup_steps: float = _field(0.05, "Steps of warm-up; below 1, a share of the run.")
-    per_device_train_batch_size: int = _field(
-        8, "Rows a GPU takes at once: the first thing to halve when out of memory."
-    )
-    gradient_accumulation_steps: int = _field(2, "Batches per optimiser step: double it when halving the batch.")
+    per_device_train_batch_size: int = _field(8, "Rows a GPU takes at once, where auto_batch is off.")
+    gradient_accumulation_steps: int = _field(2, "Batches an optimiser step; times the batch size: its rows.")
     per_device_eval_batch_size: int = _field(16, "Rows a GPU scores at once.")
+    auto_batch: bool = _field(
+        True,
+        "Cut a step's rows (batch size times accumulation) into the micro-batches that suit this GPU; "
+        "gradient_checkpointing is left out where memory allows, unless it is set. Out of memory, they get smaller.",
+    )
+    train_sampling_strategy: str = _field(
+        "group_by_length", "Rows of like length share a step, which saves padding; random: they do not."
+    )
     max_grad_norm: float = _field(1.0, "Gradients are clipped to this norm.")
     fp16: bool = _field(False, "Mixed precision for GPUs before Ampere, such as the T4, which have no bf16.")
     gradient_checkpointing: bool | None = _field(
-        None, "Recompute activations in the backward pass: memory for a third of speed."
+        None, "Recompute activations in the backward pass: memory for a third of speed. null: auto_batch decides."
     )
     eval_strategy: str = _field("epoch", "When to validate: epoch, steps (every eval_steps) or no.")
     save_strategy: str = _field("epoch", "When to write a checkpoint to resume from: epoch, steps (save_steps) or no.")
@@ -144,10 +151,19 @@ class RecipeArguments(TrainingArguments):
             self.fp16 = not self.bf16
         # Without a GPU processes find each other only when told that the CPU is meant; each would train on its own.
         self.use_cpu |= "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
+        named = [name for name in CHECKPOINTING if hasattr(self, name)]
+        self.wants_checkpointing = next((v for v in (getattr(self, name) for name in named) if v is not None), None)
+        for name in named:  # without re-entrance no input needs a gradient, so the vision tower gets none
+            given = getattr(self, f"{name}_kwargs") or {}
+            setattr(self, f"{name}_kwargs", {"use_reentrant": False} | given)
         super().__post_init__()
         self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns of it where there is no GPU
-        if self.gradient_checkpointing:  # without re-entrance no input needs a gradient, so the vision tower gets none
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Under both of its names, since the Trainer reads the newer where there is one."""
+        for name in CHECKPOINTING:
+            if hasattr(self, name):
+                setattr(self, name, on)
 
 
 LOWEST = {"swa_start": 0, "swa_every": 1, "ema_decay": 0, "max_hours": 0, "lora_rank": 1, "image_size": 28}
@@ -217,12 +233,6 @@ def read_args_file(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict
     if (Path(path).parent / base).resolve() in chain:
         raise UserError(f"{path}: extends itself, by way of {base}; name the file that holds what the folds share")
     return read_args_file(Path(path).parent / base, chain) | values
-
-
-def folder_under(root: str, path: str | Path, below: str) -> Path:
-    """`path` moved under `root`: checkpoints/demo/fold0 for args/demo/fold0 and below="args"."""
-    parts = Path(path).parts
-    return Path(root, *(parts[parts.index(below) + 1 :] if below in parts else parts[-1:]))
 
 
 def folds_file(data: DataArguments) -> Path:

@@ -91,12 +91,6 @@ def images_across_folds(rows: list[dict], folds: Sequence[int]) -> list[list[str
     return [ids[group] for group in ids if len(seen[group]) > 1]
 
 
-def equal_choices(rows: list[dict]) -> list[str]:
-    """Ids of the rows that offer the same text twice: there the score says nothing about the model."""
-    texts = ([choice.strip() for choice in row["choices"]] for row in rows)
-    return [row["id"] for row, choices in zip(rows, texts) if len(set(choices)) < len(choices)]
-
-
 def missing_weights(model: str) -> list[str]:
     """Files of weights that a model folder lacks, as half a download does. Empty for a name on the model hub."""
     folder = Path(model)

@@ -36,3 +36,8 @@ def first_few(items: list, most: int = 3) -> str:
     """`a, b, c and 7 more`, for messages that count everything and name a few."""
     shown = ", ".join(str(item) for item in items[:most])
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def count(number: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -2,9 +2,10 @@
 
     checkpoints/vision_cache/vision-<fingerprint of tower, preprocessing and dtype>-<dtype>/<shard>.safetensors
 
-A shard holds the features of some images, each under `<SHA-256 of the image file>_<width>x<height>`. It is written
-whole or not at all and never changed, so any number of processes may read and write side by side, and a run that was
-killed goes on with the shards that are there. The folder may be removed at any time when nothing runs.
+A shard holds the features of some images, each under `<SHA-256 of the image file>_<width>x<height>`, with `_flipped`
+where the image is mirrored. It is written whole or not at all and never changed, so any number of processes may read
+and write side by side, and a run that was killed goes on with the shards that are there. The folder may be removed at
+any time when nothing runs.
 """
 
 import hashlib
@@ -89,7 +90,8 @@ class FeatureStore:
         return target_size(*upright, self.image_size, row.get("scale", 1.0), self.patch)
 
     def key(self, row: dict) -> str:
-        return "{}_{}x{}".format(self.images[row["image"]][0], *self.size(row))
+        key = "{}_{}x{}".format(self.images[row["image"]][0], *self.size(row))
+        return f"{key}_flipped" if row.get("flip") else key
 
     def holds(self, rows: list[dict]) -> bool:
         return all(row["image"] in self.images and self.key(row) in self.shards for row in rows)
@@ -218,8 +220,7 @@ class FeatureStore:
             save_file(tensors, temporary, metadata={"crc32": checksum(tensors)})
 
     def _image(self, row: dict):
-        image = sized_image(row["image"], self.image_size, row.get("scale", 1.0), self.patch)
-        return fetch_image(image, image_patch_size=self.patch)
+        return fetch_image(sized_image(row, self.image_size, self.patch), image_patch_size=self.patch)
 
 
 def grouped(keys: list[str], tokens: dict[str, int], most_tokens: int) -> list[list[str]]:

@@ -39,3 +39,9 @@ def read_json(path: str | Path) -> object:
         raise UserError(f"{path}: no such file") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def folder_under(root: str, path: str | Path, below: str) -> Path:
+    """`path` moved under `root`: checkpoints/demo/fold0 for args/demo/fold0 and below="args"."""
+    parts = Path(path).parts
+    return Path(root, *(parts[parts.index(below) + 1 :] if below in parts else parts[-1:]))

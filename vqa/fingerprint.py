@@ -3,8 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 
 from callbacks import gathered
 
@@ -29,6 +32,21 @@ def adapter_fingerprint(model: torch.nn.Module) -> str:
     return fingerprint((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def rows_fingerprint(train_rows: list[dict], valid_rows: list[dict]) -> str:
-    """Of what a fold trains on and validates on: every cell of the rows, their order, and which half each is in."""
-    return hashlib.sha256(json.dumps([train_rows, valid_rows]).encode()).hexdigest()[:16]
+def files_fingerprint(model: str) -> str:
+    """Of a base model's weights as they lie on disk, whatever they are loaded as: the first row of every tensor.
+
+    `model` is its folder or its name on a hub. Every fine-tuning moves those rows, and reading them takes no time.
+    """
+    folder = model if Path(model).is_dir() else snapshot_download(model, allow_patterns=["*.json", "*.safetensors"])
+
+    def first_rows():
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                yield from ((name, file.get_slice(name)[:1]) for name in file.keys())
+
+    return fingerprint(first_rows())
+
+
+def rows_fingerprint(*parts: list[dict]) -> str:
+    """Of lists of rows, such as those that a fold trains on and validates on: every cell, in order, list by list."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
-from qwen_vl_utils.vision_process import smart_resize
 from tqdm.auto import tqdm
 
 from vqa.errors import UserError, first_few
@@ -19,14 +18,17 @@ MIN_TOKENS = 4  # Qwen's own lower bound: an image is at least four tokens
 Image.MAX_IMAGE_PIXELS = None
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, enough: int | None = None) -> Image.Image:
     """Decode one image file as people see it: EXIF orientation applied, transparency on white.
 
-    Any PIL mode is taken. Returns mode RGB (or RGBA, which `qwen_vl_utils` composites on white).
+    Any PIL mode is taken. Returns mode RGB (or RGBA, which `qwen_vl_utils` composites on white). Where sides of
+    `enough` pixels will do, a JPEG is decoded at a fraction of its size, which is many times faster.
     Raises ValueError or OSError where the file is not an image that can be used.
     """
     with Image.open(path) as image:
         _check_size(image)
+        if enough:
+            image.draft("RGB", (enough, enough))
         image.load()
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # 16 and 32 bit greys: PIL's convert() would clip them at 255
@@ -36,10 +38,21 @@ def open_image(path: str | Path) -> Image.Image:
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def sized_image(path: str | Path, image_size: int, scale: float, patch: int) -> dict:
-    """A decoded image and the size that it is to be given, as `qwen_vl_utils` takes them."""
-    image = open_image(path)
-    width, height = target_size(*image.size, image_size, scale, patch)
+def small_image(path: str | Path, side: int) -> Image.Image:
+    """A picture to look at: mode RGB, no side longer than `side` pixels."""
+    image = open_image(path, enough=side)
+    image.thumbnail((side, side))
+    paper = Image.new("RGB", image.size, "white")
+    paper.paste(image, mask=image if image.mode == "RGBA" else None)
+    return paper
+
+
+def sized_image(row: dict, image_size: int, patch: int) -> dict:
+    """A row's decoded image, mirrored where it says `flip`, and the size to give it, as `qwen_vl_utils` takes them."""
+    image = open_image(row["image"])
+    if row.get("flip"):
+        image = ImageOps.mirror(image)
+    width, height = target_size(*image.size, image_size, row.get("scale", 1.0), patch)
     return {"image": image, "resized_width": width, "resized_height": height}
 
 
@@ -50,6 +63,8 @@ def target_size(width: int, height: int, image_size: int, scale: float = 1.0, pa
     (test-time augmentation) is relative to that size, so 1.1 also changes images smaller than the budget.
     The rule is Qwen's own, `qwen_vl_utils.smart_resize`.
     """
+    from qwen_vl_utils.vision_process import smart_resize  # brings torch, which takes seconds to import
+
     factor = 2 * patch
     lowest = MIN_TOKENS * factor**2
     height, width = smart_resize(height, width, factor, min_pixels=lowest, max_pixels=max(lowest, image_size**2))
@@ -67,7 +82,17 @@ def upright_size(path: str | Path) -> tuple[int, int]:
 
 
 def check_images(rows: list[dict], label: str) -> None:
-    """Decode every image once and stop if any cannot be used: all of them are counted, the first few named.
+    """Decode every image once and stop if any cannot be used: all of them are counted, the first few named."""
+    if broken := unusable_images(rows, label):
+        told = first_few([f"{path} ({problem})" for path, problem in broken.items()])
+        raise UserError(
+            f"{label}: {len(broken)} of {len({row['image'] for row in rows})} images cannot be used: {told}; "
+            "mend or replace the files, or drop their rows"
+        )
+
+
+def unusable_images(rows: list[dict], label: str) -> dict[str, str]:
+    """Path -> what is wrong with it, of every image that cannot be used.
 
     Decoding is cheap beside training: JPEGs are read at an eighth of their size, which still reads the whole file.
     """
@@ -76,12 +101,7 @@ def check_images(rows: list[dict], label: str) -> None:
         checks = tqdm(
             pool.map(_problem, paths), total=len(paths), desc=f"checking images of {label}", leave=False, disable=None
         )
-        broken = [f"{path} ({problem})" for path, problem in zip(paths, checks) if problem]
-    if broken:
-        raise UserError(
-            f"{label}: {len(broken)} of {len(paths)} images cannot be used: {first_few(broken)}; "
-            "mend or replace the files, or drop their rows"
-        )
+        return {path: problem for path, problem in zip(paths, checks) if problem}
 
 
 def _problem(path: str) -> str | None:
@@ -91,11 +111,16 @@ def _problem(path: str) -> str | None:
             _check_size(image)
             image.draft("RGB", (image.width // 8, image.height // 8))
             image.load()
-    except FileNotFoundError:
-        return "no such file"
     except Exception as error:  # PIL raises many kinds for damaged files; each of them means unusable
-        return " ".join(str(error).split())[:80] or type(error).__name__
+        return reason(error)
     return None
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be opened as an image, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return " ".join(str(error).split())[:80] or type(error).__name__
 
 
 def _check_size(image: Image.Image) -> None:

@@ -119,15 +119,12 @@ def layer_bytes(setup: Setup, batch: Batch) -> int:
     text, size = text_config(setup), element(setup)
     hidden, inner = text.hidden_size, text.intermediate_size
     heads = text.num_attention_heads * head_size(setup)
-    norms = 2 * 4 * hidden  # two of them, each with its input in float32
+    norms = 2 * size * hidden  # their inputs
     attention = 4 * size * heads  # queries, keys and values for every query head, and the output
     mlp = 3 * size * inner  # gate, activated gate, up
-    dropout = setup.model.peft_config["default"].lora_dropout > 0
-    if dropout or not setup.load_in_4bit:  # every branch of the adapter keeps an input of its own
-        inputs = sum(m.in_features for m in targets(setup)) // layers(setup)
-    else:  # branches of one input share it; that of the output projection is the attention's own
-        inputs = 2 * hidden + inner
-    adapter = inputs * (size + dropout)  # and a byte for each number that was dropped or not
+    adapter = size * (2 * hidden + inner)  # its branches share inputs; that of the output projection is counted above
+    if setup.model.peft_config["default"].lora_dropout > 0:  # a byte for each number that was dropped or not
+        adapter += sum(m.in_features for m in targets(setup)) // layers(setup)
     return batch.rows * batch.tokens * (norms + attention + mlp + adapter)
 
 

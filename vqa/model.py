@@ -1,6 +1,7 @@
 """The base model, the adapter on its language half, and adapters read back from a fold's folder."""
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from vqa.errors import UserError, first_few
+from vqa.fused import fuse_adapters, fuse_norms
 from vqa.precision import attention_for_device, guard_fp16
 from vqa.vision import check_takes_features
 from vqa.windows import group_windows
@@ -17,6 +19,7 @@ from vqa.windows import group_windows
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # Giving this list drops bitsandbytes' own default, so it has to name the output layer as well as the vision tower.
 NOT_IN_4BIT = ["lm_head", "visual", "model.visual"]
+DOES_NOT_FIT = "does not fit this base model; give --model the one that it was trained on"
 
 
 def load_processor(model: str, trust_remote_code: bool = False):
@@ -53,7 +56,7 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
     check_takes_features(base)
     if dtype == torch.float16:
         guard_fp16(base)
-    return group_windows(base.requires_grad_(False))
+    return fuse_norms(group_windows(base.requires_grad_(False)))
 
 
 def check_model_path(model: str) -> None:
@@ -82,25 +85,35 @@ def add_adapter(base: torch.nn.Module, rank: int, alpha: int, dropout: float) ->
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
     )
-    return get_peft_model(base, config)
+    return fuse_adapters(get_peft_model(base, config))
 
 
 def load_adapter(model: torch.nn.Module, folder: str | Path, name: str = "default") -> PeftModel:
-    """Attach the adapter in `folder` as `name` and make it the active one. Unmatched weights are an error."""
-    if isinstance(model, PeftModel):
-        model.load_adapter(folder, adapter_name=name)
-        model.set_adapter(name)
-    else:
-        model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    """Attach the adapter in `folder` as `name`, in place of any other. Weights that do not fit are an error."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # what it warns of is an error below
+            if isinstance(model, PeftModel):
+                before = list(model.peft_config)
+                model.load_adapter(folder, adapter_name=name)
+                model.set_adapter(name)
+                for other in before:
+                    model.delete_adapter(other)
+            else:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # of other shapes, or for layers that are not there
+        raise UserError(f"{folder}: the adapter {DOES_NOT_FIT} ({str(error)[:200]})") from None
     wanted = set(get_peft_model_state_dict(model, adapter_name=name))
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
         found = set(file.keys())
     if wanted != found:  # PEFT only warns, and predicts with an adapter of zeros
+        unmatched = sorted(wanted ^ found)
         raise UserError(
-            f"{folder}: the adapter does not fit this base model: {len(wanted ^ found)} weights without a counterpart "
-            f"({first_few(sorted(wanted ^ found))}); give the base model that it was trained on"
+            f"{folder}: the adapter {DOES_NOT_FIT} ({len(unmatched)} weights without a counterpart: "
+            f"{first_few(unmatched)})"
         )
-    return model.eval().requires_grad_(False)
+    return fuse_adapters(model).eval().requires_grad_(False)
 
 
 def is_adapter(folder: str | Path) -> bool:

@@ -4,6 +4,9 @@ A model is the folds of one run. Its folds validated disjoint rows, so weights b
 that two of them have in common; put together, the folds' rows are the model's out-of-fold set, and on those sets
 models are tuned against each other. Prediction files are one model where they lie in one folder and their names differ
 only in a number after "fold": outputs/7b/fold0.csv, outputs/7b/fold1.csv, ...
+
+Each prediction's out-of-fold file lies beside its adapter, as training wrote it, or, by `predict.py --oof`, in oof/
+beside the prediction; that one is taken where it was made by the same weights in the same views.
 """
 
 import itertools
@@ -22,6 +25,8 @@ from vqa.predictions import read_card, read_predictions
 from vqa.rows import read_table
 from vqa.statistics import row_losses
 from vqa.truth import Truth
+
+ASKED = ("model", "views", "gate")  # what a card says of how rows were asked
 
 
 class NoEvidence(UserError):
@@ -55,6 +60,12 @@ def gather(
     Raises NoEvidence where there are none, UserError where there are some that cannot be trusted.
     """
     found = {file: _out_of_fold_file(file, given) for files in models.values() for file in files}
+    if unlike := [
+        file for file, oof in found.items() if len(read_card(file).get("views", [])) > 1 and not read_card(oof)
+    ]:
+        print(
+            f"{first_few(unlike)}: made with TTA, out of fold without; `predict.py --oof` in the same views mends it"
+        )
     answers_csv = Truth(truth or _training_csv(next(iter(found.values()))))
     parts = {}
     for name, files in models.items():
@@ -114,18 +125,21 @@ def _width(stack: np.ndarray) -> int:
 def _out_of_fold_file(file: str, given: Mapping[str, str] | None) -> Path:
     if given is not None:
         return Path(given[file])
-    adapter = read_card(file).get("adapter")
-    if not adapter:
+    card, same = read_card(file), Path(file).parent / "oof" / Path(file).name
+    if not card.get("adapter"):
         raise NoEvidence(f"{file}: no card beside it names its adapter; give --oof FILES and --truth train.csv")
-    path = Path(adapter, "oof.csv")
+    if same.is_file() and all(read_card(same).get(key) == card.get(key) for key in ASKED):
+        return same
+    path = Path(card["adapter"], "oof.csv")
     if not path.is_file():
         raise NoEvidence(f"{path}: not there; give the out-of-fold files with --oof, and --truth train.csv")
     return path
 
 
 def _run_args(oof: Path) -> dict:
-    """The args.json of the run that an out-of-fold file (in its folder, or in ema/ or swa/ below) belongs to."""
-    places = (oof.with_name("args.json"), oof.parent.parent / "args.json")
+    """The args.json of the run that an out-of-fold file belongs to: it lies with the adapter, or one folder above."""
+    adapter = Path(read_card(oof).get("adapter") or oof.parent)
+    places = (adapter / "args.json", adapter.parent / "args.json")
     return next((read_json(place) for place in places if place.is_file()), {})
 
 
@@ -139,20 +153,29 @@ def _training_csv(oof: Path) -> str:
 def _read_checked(file: str, oof: Path, truth: Truth) -> tuple[list[str], np.ndarray]:
     """An out-of-fold file: the very rows of its fold, and scoring what training measured on them."""
     ids, probabilities = read_predictions(oof)
-    _check_fold(ids, oof)
+    check_fold(ids, oof)
     card = read_card(file)
-    expected = (card.get("validation") or {}).get("log_loss")
-    if expected is not None and oof == Path(card["adapter"], "oof.csv"):  # one given may be of other views
-        got = row_losses(probabilities, truth.answers(ids)).mean()
-        if abs(got - expected) > 1e-6 * max(1, expected):
-            raise UserError(
-                f"{oof}: its log-loss against {truth.path} is {got:.4f} and training measured {expected:.4f}; its ids "
-                "were exchanged or the answers changed: train that fold again, or leave it out"
-            )
+    measured = (
+        card.get("validation") if oof == Path(card.get("adapter") or "", "oof.csv") else read_card(oof).get("scores")
+    )
+    if (expected := (measured or {}).get("log_loss")) is not None:  # one given may be of other views
+        check_measured(oof, probabilities, truth.answers(ids), expected, truth.path)
     return ids, probabilities
 
 
-def _check_fold(ids: Sequence[str], oof: Path) -> None:
+def check_measured(
+    oof: Path, probabilities: np.ndarray, answers: np.ndarray, expected: float, truth: str | Path
+) -> None:
+    """Refuse an out-of-fold file whose log-loss is not the one measured when it was made."""
+    got = row_losses(probabilities, answers).mean()
+    if abs(got - expected) > 1e-6 * max(1, expected):
+        raise UserError(
+            f"{oof}: its log-loss against {truth} is {got:.4f} and was {expected:.4f} when it was made; its ids "
+            "were exchanged or the answers changed: make it anew, or leave that fold out"
+        )
+
+
+def check_fold(ids: Sequence[str], oof: Path) -> None:
     """Refuse rows that the model was trained on, by the run's args.json and folds file."""
     args = _run_args(oof)
     if not args:

@@ -17,16 +17,23 @@ SURELY_OFFERED = 0.01  # no file of another program rounds this to 0
 
 
 def write_predictions(path: str | Path, rows: Sequence[dict], probabilities: np.ndarray) -> None:
-    """Write probabilities (rows, letters) of `rows` in their order, with the likeliest letter as answer."""
-    width = max(len(row["choices"]) for row in rows)
-    write_probabilities(path, [row["id"] for row in rows], probabilities[:, :width])
+    """Write probabilities (rows, letters) of `rows` in their order, with the likeliest letter as answer.
+
+    Rows that have a `note` give a last column of that name.
+    """
+    width, notes = max(len(row["choices"]) for row in rows), [row.get("note", "") for row in rows]
+    write_probabilities(path, [row["id"] for row in rows], probabilities[:, :width], notes)
 
 
-def write_probabilities(path: str | Path, ids: Sequence[str], probabilities: np.ndarray) -> None:
+def write_probabilities(
+    path: str | Path, ids: Sequence[str], probabilities: np.ndarray, notes: Sequence[str] = ()
+) -> None:
     """The same of bare ids, with a column for each of the letters (rows, letters)."""
     table = pd.DataFrame({"id": ids, "answer": letters(probabilities)})
     for i in range(probabilities.shape[1]):
         table[f"p_{LETTERS[i]}"] = probabilities[:, i]
+    if any(notes):
+        table["note"] = notes
     with whole(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.17g")
 

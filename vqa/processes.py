@@ -1,11 +1,12 @@
-"""What one process settles for all, where several train together (`accelerate launch`)."""
+"""What one process settles for all, and what all share out, where several work together (`accelerate launch`)."""
 
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from vqa.errors import UserError, tell
 
@@ -30,3 +31,14 @@ def settled_once(decide: Callable[[], T]) -> T:
     if failed:
         sys.exit(2)
     return answer
+
+
+def shared_out(items: list, work: Callable[[list], np.ndarray]) -> np.ndarray:
+    """`work` of `items`, an array (items, ...) in their order, of which each process does its share.
+
+    Every process is given the same number of items, by repeating the first: under FSDP all take part in every batch.
+    """
+    state = PartialState()
+    filled = items + items[:1] * (-len(items) % state.num_processes)
+    own = work(filled[state.process_index :: state.num_processes])
+    return np.stack(gather_object([own]), axis=1).reshape(len(filled), *own.shape[1:])[: len(items)]

@@ -15,10 +15,13 @@ LETTERS = "abcdefghij"
 INSTRUCTION = "Answer with the letter only."
 
 
-def messages(row: dict, image: dict, instruction: str = INSTRUCTION, special: tuple[str, ...] = ()) -> list[dict]:
+def messages(
+    row: dict, image: dict | None, instruction: str = INSTRUCTION, special: tuple[str, ...] = ()
+) -> list[dict]:
     """Chat messages of a row, without the answer.
 
-    `image` is the image item of the user turn (`{"type": "image", ...}`). `row["order"]`, where given, lists which
+    `image` is the image item of the user turn (`{"type": "image", ...}`), or None for a row that is asked by its text
+    alone. `row["order"]`, where given, lists which
     choice stands at each letter: `[2, 0, 1]` shows the third choice at letter a. `special` are the tokenizer's added
     tokens: wherever a question or choice spells one, it is broken up so that it stays text.
     """
@@ -26,7 +29,8 @@ def messages(row: dict, image: dict, instruction: str = INSTRUCTION, special: tu
     lines = [row["question"]]
     lines += [f"{letter}. {row['choices'][choice]}" for letter, choice in zip(LETTERS, order)]
     text = plain("\n".join(lines), special) + f"\n{instruction}"
-    return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+    said = {"type": "text", "text": text}
+    return [{"role": "user", "content": [said] if image is None else [image, said]}]
 
 
 def plain(text: str, special: tuple[str, ...]) -> str:

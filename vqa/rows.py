@@ -115,6 +115,12 @@ def count_votes(place: str, cells: Mapping[str, str], annotators: list[str], off
     return answer, [votes.count(choice) / len(votes) for choice in range(offered)]
 
 
+def equal_choices(rows: list[dict]) -> list[str]:
+    """Ids of the rows that offer the same text twice: there the score says nothing about the model."""
+    texts = ([choice.strip() for choice in row["choices"]] for row in rows)
+    return [row["id"] for row, choices in zip(rows, texts) if len(set(choices)) < len(choices)]
+
+
 def _decode(path: Path) -> str:
     """The file's text, which has to be UTF-8 (with or without a byte order mark)."""
     try:

@@ -1,18 +1,21 @@
 """The one score: a row is answered by one forward pass that reads the logits of the letters it offers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import evaluate
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import send_to_device
 from datasets import Features, List, Value
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from collator import Collator
 from vqa.errors import UserError, first_few
 from vqa.precision import half_autocast
+from vqa.prefix import OrdersCollator, order_logits
 from vqa.prompt import LETTERS
 from vqa.statistics import letter_scores
 from vqa.vision import encode_images
@@ -35,49 +38,106 @@ def letter_logits(logits: torch.Tensor, letter_ids: list[int], offered: torch.Te
     return logits[:, letter_ids].masked_fill(~offered, float("-inf"))
 
 
-@torch.inference_mode()
 def score_rows(
     model: torch.nn.Module,
     rows: list[dict],
-    collate: Callable,
+    collate: Collator,
     letter_ids: list[int],
     batch_size: int,
     label: str | None = None,
     workers: int = 0,
 ) -> np.ndarray:
-    """Probabilities, float64 (rows, 10), of each row's choices in the order of the CSV; 0 where none is offered.
+    """Probabilities, float64 (rows, 10), of each row's choices in the order of the CSV; 0 where none is offered."""
+    return normalised(letter_shares(model, rows, collate, letter_ids, batch_size, label, workers))
 
-    A row with an `order` is shown permuted and its probabilities are mapped back. Rows of like length share a batch,
+
+def normalised(shares: np.ndarray) -> np.ndarray:
+    """Shares (..., 10) of the letters as probabilities, which sum to 1 over the letters that a row offers."""
+    return shares / shares.sum(-1, keepdims=True)
+
+
+def letter_shares(
+    model: torch.nn.Module,
+    rows: list[dict],
+    collate: Collator,
+    letter_ids: list[int],
+    batch_size: int,
+    label: str | None = None,
+    workers: int = 0,
+) -> np.ndarray:
+    """Each row's choices, in the order of the CSV, as shares float64 (rows, 10) of the whole vocabulary's probability.
+
+    0 where none is offered. A row's sum is the mass that the model puts on the letters which it may answer.
+    A row with an `order` is shown permuted and its shares are mapped back. Rows of like length share a batch,
     whatever their order. `label` names the progress bar; without one there is none.
     """
-    if not rows:
-        return np.zeros((0, len(LETTERS)))
+    shown = _letters(model, rows, collate, _plain_logits, letter_ids, batch_size, label, workers)
+    return np.array([_mapped_back(v[0], row.get("order")) for v, row in zip(shown, rows)]).reshape(-1, len(LETTERS))
+
+
+def score_orders(*args, **kwargs) -> list[np.ndarray]:
+    """As score_rows, for rows with `orders`, several each: one array (orders, 10) a row."""
+    return [normalised(shares) for shares in order_shares(*args, **kwargs)]
+
+
+def order_shares(
+    model: torch.nn.Module,
+    rows: list[dict],
+    collate: Collator,
+    letter_ids: list[int],
+    batch_size: int,
+    label: str | None = None,
+    workers: int = 0,
+) -> list[np.ndarray]:
+    """As letter_shares, for rows with `orders`: one array (orders, 10) a row. What orders share is read once."""
+    shown = _letters(model, rows, OrdersCollator(collate), order_logits, letter_ids, batch_size, label, workers)
+    return [np.stack([_mapped_back(*pair) for pair in zip(values, row["orders"])]) for values, row in zip(shown, rows)]
+
+
+def _plain_logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    return answer_logits(model, batch)[:, -1]
+
+
+def _mapped_back(shown: np.ndarray, order: Sequence[int] | None) -> np.ndarray:
+    """Shares (10,) of the choices, from those of the letters at which they were shown."""
+    order = list(order or range(len(LETTERS)))
+    shares = np.zeros(len(LETTERS))
+    shares[order] = shown[: len(order)]
+    return shares
+
+
+@torch.inference_mode()
+def _letters(model, rows, collate, logits_of, letter_ids, batch_size, label, workers) -> list[np.ndarray]:
+    """For each row the shares (orders, 10) of the letters it offers, as shown."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]) + sum(map(len, rows[i]["choices"])))
     loader = DataLoader([rows[i] for i in by_length], batch_size, collate_fn=collate, num_workers=workers)
-    shown = []
-    with tqdm(total=len(rows), desc=label, unit=" rows", mininterval=1, leave=False, disable=label is None) as bar:
+    shown: list[list[np.ndarray]] = [[] for _ in rows]
+    done, processes = 0, PartialState().num_processes
+    told = {"desc": label, "unit": " rows", "mininterval": 1, "leave": False, "disable": label is None}
+    with tqdm(total=len(rows), unit_scale=processes > 1 and processes, **told) as bar:  # the others are as far
         for batch in loader:
             batch = send_to_device(batch, device)
+            row_of = batch.get("row_of", torch.arange(len(batch["ids"]), device=device))
             with half_autocast(model):
-                logits = answer_logits(model, batch)[:, -1]
-            letters = letter_logits(logits, letter_ids, batch["offered"]).double().softmax(-1)
-            shown.append(letters.cpu().numpy())
-            bar.update(len(letters))
+                logits = logits_of(model, batch)
+            letters = letter_logits(logits, letter_ids, batch["offered"][row_of]).double()
+            mass = (letters.logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()
+            # A mass of 0 would take the letters' probabilities along; rounded up, it cannot be over 1.
+            shares = (letters.softmax(-1) * mass.clamp(1e-300, 1)).cpu().numpy()
+            for i, values in zip(row_of.tolist(), shares):
+                shown[by_length[done + i]].append(values)
+            done += len(batch["ids"])
+            bar.update(len(batch["ids"]))
     model.train(was_training)
-    values_shown = np.concatenate(shown)
-    if broken := [rows[i]["id"] for i, values in zip(by_length, values_shown) if not np.isfinite(values).all()]:
+    if broken := [row["id"] for row, values in zip(rows, shown) if not np.isfinite(values).all()]:
         raise UserError(
             f"{len(broken)} rows have logits that are not finite: {first_few(broken)}; the learning rate was too "
             "high, or the model overflows in fp16: try a GPU with bf16"
         )
-    probabilities = np.zeros((len(rows), len(LETTERS)))
-    for i, values in zip(by_length, values_shown):
-        order = rows[i].get("order") or range(len(LETTERS))
-        probabilities[i, list(order)] = values[: len(order)]
-    return probabilities
+    return [np.stack(values) for values in shown]
 
 
 class LetterScore(evaluate.Metric):

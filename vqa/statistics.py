@@ -13,6 +13,7 @@ from scipy.special import ndtri, stdtrit
 
 EPS = float(np.finfo(float).eps)  # a probability below counts as this, as in scikit-learn's log_loss
 NOISE = 0.05
+WORDS = {1: "better", -1: "worse", 0: "within noise"}
 
 
 class Accuracy(NamedTuple):
@@ -128,6 +129,13 @@ def paired_difference(
     return Difference(float(gaps.mean()), float(interval.low), float(interval.high))
 
 
+def mean_loss(losses: np.ndarray, clusters: Mapping[str, np.ndarray] | None = None) -> Difference:
+    """Mean of the row losses (rows,) and its interval by that bootstrap; of a single row there is none (nan)."""
+    if len(losses) < 2:
+        return Difference(float(losses.mean()), np.nan, np.nan)
+    return paired_difference(np.zeros(len(losses)), losses, clusters)
+
+
 class Comparison(NamedTuple):
     """Two models on the same rows; differences are the second's minus the first's."""
 
@@ -138,19 +146,32 @@ class Comparison(NamedTuple):
     accuracy: Difference
     log_loss: Difference
 
+    @property
+    def signs(self) -> tuple[int, int]:
+        """Of the second, in accuracy and in log-loss: 1 better, -1 worse, 0 within noise."""
+        by_accuracy = np.sign(self.accuracy.value) * (self.p_value < NOISE and self.accuracy.beyond_noise)
+        return int(by_accuracy), int(-np.sign(self.log_loss.value) * self.log_loss.beyond_noise)
+
+    @property
+    def better(self) -> bool:
+        """Whether the second is better beyond noise in one measure and not worse in the other."""
+        return any(self.signs) and min(self.signs) >= 0
+
+    @property
+    def words(self) -> str:
+        """better, worse or within noise, once where accuracy and log-loss agree."""
+        by_accuracy, by_log_loss = (WORDS[sign] for sign in self.signs)
+        if by_accuracy == by_log_loss:
+            return by_accuracy
+        return f"{by_accuracy} in accuracy, {by_log_loss} in log-loss"
+
     def verdict(self, first: str, second: str) -> str:
         """One sentence: better, worse, or within noise."""
-        by_accuracy = np.sign(self.accuracy.value) * (self.p_value < NOISE and self.accuracy.beyond_noise)
-        by_log_loss = -np.sign(self.log_loss.value) * self.log_loss.beyond_noise
-        word = {1: "better", -1: "worse", 0: "within noise"}
-        if by_accuracy == by_log_loss == 0:
+        if self.signs == (0, 0):
             return f"{second} is within noise of {first} at {self.rows} rows."
-        if by_accuracy == by_log_loss:
-            return f"{second} is {word[by_accuracy]} than {first}, in accuracy and in log-loss, at {self.rows} rows."
-        return (
-            f"{second} against {first} at {self.rows} rows: {word[by_accuracy]} in accuracy, "
-            f"{word[by_log_loss]} in log-loss."
-        )
+        if self.signs[0] == self.signs[1]:
+            return f"{second} is {self.words} than {first}, in accuracy and in log-loss, at {self.rows} rows."
+        return f"{second} against {first} at {self.rows} rows: {self.words}."
 
 
 def compare(

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import GradScalerKwargs, gather_object
+from accelerate.utils import GradScalerKwargs
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
 from callbacks import WeightAverage, first_step, gathered, trainable
 from collator import IGNORE, Collator
+from vqa.batching import RECORD, GroupedByLength
 from vqa.errors import UserError, first_few
 from vqa.files import read_json, write_json
 from vqa.predictions import write_predictions
+from vqa.processes import shared_out
 from vqa.prompt import shown_target
 from vqa.resume import COMPLETE
 from vqa.scoring import answer_logits, letter_logits, letter_metrics, score_rows
@@ -66,19 +68,35 @@ class FoldTrainer(Trainer):
         averages: the EMA and SWA callbacks in use.
         letter_ids: token id of each letter.
         prompts: collator of prompts without answers, as prediction uses it.
+        lengths: tokens of each training row, to group them by; by default they count as equal.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the rows of the whole step
     non_finite = 0  # losses in a row
 
-    def __init__(self, *args, averages: list[WeightAverage], letter_ids, prompts: Collator, **kwargs):
+    def __init__(
+        self,
+        *args,
+        averages: list[WeightAverage],
+        letter_ids: list[int],
+        prompts: Collator,
+        lengths: np.ndarray | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.lengths = np.ones(len(self.train_dataset)) if lengths is None else lengths
+        self.most_rows = self.args.per_device_train_batch_size
         self.model_accepts_loss_kwargs = False  # or the Trainer would count labels; get_batch_samples counts rows
         self.averages, self.letter_ids, self.prompts = averages, letter_ids, prompts
         self.best: dict[str, dict[str, float]] = {}
         record = Path(self.args.output_dir, "best.json")
         if self.args.resume_from_checkpoint and record.is_file():
             self.best = read_json(record)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return GroupedByLength(self.lengths, rows_a_step(self.args), self.args.data_seed or self.args.seed)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimiser step on this process, and the number of rows in that step on all processes.
@@ -96,6 +114,37 @@ class FoldTrainer(Trainer):
             batches[-1]["weight"][max(0, filled_from) :] = 0
         rows = torch.stack([batch["weight"].sum() for batch in batches]).sum()
         return batches, self.accelerator.reduce(rows)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As the Trainer does; a batch that does not fit into memory goes in parts, and so do those after it.
+
+        Only with `auto_batch` and in one process: the others would wait for one that begins its step again.
+        """
+        step = super().training_step
+        before = [(p, None if p.grad is None else p.grad.clone()) for _, p in trainable(model)]
+        while True:
+            try:
+                parts = split_rows(inputs, self.most_rows)
+                return torch.stack([step(model, part, num_items_in_batch) for part in parts]).sum()
+            except torch.OutOfMemoryError:
+                if not self.args.auto_batch or self.args.world_size > 1 or self.most_rows == 1:
+                    raise
+            for parameter, gradient in before:  # of the part that failed, some layers may have theirs
+                parameter.grad = gradient
+            self._take_fewer_rows()
+
+    def _take_fewer_rows(self) -> None:
+        """The next smaller equal part of a batch from now on, and after a restart too."""
+        size = self.args.per_device_train_batch_size
+        self.most_rows = max(rows for rows in range(1, self.most_rows) if size % rows == 0)
+        torch.cuda.empty_cache()
+        print(f"out of GPU memory at step {self.state.global_step + 1}: going on with {self.most_rows} rows at once")
+        fields = {
+            "per_device_train_batch_size": self.most_rows,
+            "gradient_accumulation_steps": size // self.most_rows * self.args.gradient_accumulation_steps,
+            "gradient_checkpointing": self.args.gradient_checkpointing,
+        }
+        write_json(Path(self.args.output_dir, RECORD), fields)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the vocabulary at the labels, or over the offered letters at the answer (`loss`).
@@ -195,9 +244,13 @@ class FoldTrainer(Trainer):
             metrics |= {f"{prefix}_{key}": value for key, value in scores.items()}
         self.log(metrics)
         if self.args.should_save:
-            write_json(Path(self.args.output_dir, "history.json"), self.state.log_history)
+            write_json(Path(self.args.output_dir, "history.json"), self.validations())
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def validations(self) -> list[dict[str, float]]:
+        """What every validation so far logged. Checkpoints keep it (its keys sorted), so a resumed run has it too."""
+        return [dict(sorted(logs.items())) for logs in self.state.log_history if "eval_log_loss" in logs]
 
     def weight_sets(self) -> list:
         """(name, context in which the model holds these weights): raw, and each average that has begun."""
@@ -206,14 +259,14 @@ class FoldTrainer(Trainer):
 
     def _score(self, name: str) -> np.ndarray:
         """Probabilities of every validation row, its rows shared out among the processes."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        label = f"validating {name}" if rank == 0 and not self.args.disable_tqdm else None
+        show = self.is_world_process_zero() and not self.args.disable_tqdm
+        label = f"validating {name}" if show else None
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         model = self.accelerator.unwrap_model(self.model)
-        # The same number of rows for each, by repeating the first: under FSDP all of them take part in every batch.
-        share = self.eval_dataset + self.eval_dataset[:1] * (-len(self.eval_dataset) % processes)
-        own = score_rows(model, share[rank::processes], self.prompts, self.letter_ids, size, label, workers)
-        return np.stack(gather_object([own]), axis=1).reshape(len(share), -1)[: len(self.eval_dataset)]
+        return shared_out(
+            self.eval_dataset,
+            lambda rows: score_rows(model, rows, self.prompts, self.letter_ids, size, label, workers),
+        )
 
     def _keep_if_best(self, name: str, scores: dict[str, float], probabilities: np.ndarray) -> None:
         if name not in self.best or self._merit(scores) > self._merit(self.best[name]):
@@ -244,6 +297,33 @@ class FoldTrainer(Trainer):
                 write_predictions(Path(temporary, "oof.csv"), self.eval_dataset, probabilities)
             for file in Path(temporary).iterdir():
                 os.replace(file, folder / file.name)
+
+
+def rows_a_step(args) -> int:
+    """Rows of an optimiser step, on all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def split_rows(batch: dict, most: int) -> list[dict]:
+    """The batch in batches of at most `most` rows; image tensors, which hold all rows' images in a row, go along."""
+    rows = len(batch["ids"])
+    if rows <= most:
+        return [batch]
+    patches = batch["image_grid_thw"].prod(1)
+    sizes = [min(most, rows - start) for start in range(0, rows, most)]
+    parts = [{} for _ in sizes]
+    for key, value in batch.items():
+        if key in ("pixel_values", "image_features"):
+            along = 1 if key == "image_features" else 0
+            of_rows = patches * value.shape[along] // patches.sum()
+            pieces = value.split([int(chunk.sum()) for chunk in of_rows.split(sizes)], dim=along)
+        elif isinstance(value, torch.Tensor):
+            pieces = value.split(sizes)
+        else:
+            pieces = [value[start : start + most] for start in range(0, rows, most)]
+        for part, piece in zip(parts, pieces):
+            part[key] = piece
+    return parts
 
 
 def weights_folder(folder: str | Path, name: str) -> Path:

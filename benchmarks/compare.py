@@ -1,0 +1,250 @@
+"""Measure this project beside what people use instead: rows a second in training and answering, memory, a whole job.
+
+    python benchmarks/compare.py                                            # the tiny model, on a CPU, two minutes
+    python benchmarks/compare.py --configs QWEN_FOLDER --models 3B 7B       # random weights in the real shapes, a GPU
+
+Contestants, each in a process of its own that may take `--cap_gib` of the GPU's memory, with the same rows, adapter
+and effective batches:
+
+    plain   a plain Trainer + PEFT with `prepare_model_for_kbit_training`, at each micro-batch up to what fits. At
+            micro-batch 1 it is the notebook recipe, which answers by `generate`.
+    trl     TRL's SFTTrainer on prompt and completion, in bf16; where TRL is installed
+    ours    this project; "not stored" does without the stored vision features
+
+Every measurement is a line of compare.jsonl in the output folder, written at once; summary.json and compare.png are
+made of them at the end (`--summary` alone makes them anew).
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
+from random_model import write_random_model  # noqa: E402
+
+from vqa.errors import run  # noqa: E402
+from vqa.files import write_json  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE.parent / "checkpoints" / "tiny"
+WORDS = "빨간 파란 노란 우산 자전거 간판 아이 사람 버스 나무 강아지 건물 신호등 가방 의자 표지판".split()
+JOB = {"train_rows": 3887, "test_rows": 3887, "folds": 3, "epochs": 3}
+
+
+def main() -> None:
+    args = parse_args()
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not args.summary:
+        with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+            csv = write_rows(Path(temporary), args.rows)
+            for name in args.models:
+                measure(name, args, csv, Path(temporary), folder / "compare.jsonl")
+    lines = [json.loads(line) for line in (folder / "compare.jsonl").read_text().splitlines()]
+    summary = summarise(lines)
+    write_json(folder / "summary.json", summary)
+    plot(summary, folder / "compare.png")
+    print(json.dumps(summary, indent=2))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", type=Path, help="folder of config_3B.json, ... and Qwen's vocabulary")
+    parser.add_argument("--models", nargs="+", help="names in it (default: the tiny model)")
+    parser.add_argument("--contestants", nargs="+", default=["plain", "trl", "ours", "not stored", "sizes"])
+    parser.add_argument("--effective", type=int, nargs="+", default=[4, 32], help="rows a step (default: 4 32)")
+    parser.add_argument("--micro", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="(default: 1 4 8 16 32)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[384, 512, 768, 1024], help="for the memory table")
+    parser.add_argument("--rows", type=int, default=128, help="rows, each with a picture of its own (default: 128)")
+    parser.add_argument("--steps", type=int, default=3, help="optimiser steps, the first not timed (default: 3)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images (default: 2)")
+    parser.add_argument("--cap_gib", type=float, default=14.5, help="GPU memory for each (default: 14.5, a T4's)")
+    parser.add_argument("--folder", help="where weights and pictures go while it runs (default: the system's)")
+    parser.add_argument("--output", default=str(HERE / "results" / "compare"), help="folder of the results")
+    parser.add_argument("--summary", action="store_true", help="make summary and plot of what was measured before")
+    args = parser.parse_args()
+    args.models = args.models or [str(TINY)]
+    return args
+
+
+def write_rows(folder: Path, count: int) -> Path:
+    """Questions as long as a contest's, and photos of 720 px in several aspects."""
+    rng, lines = random.Random(0), ["id,path,question,a,b,c,d,answer"]
+    for i in range(count):
+        size = rng.choice([(720, 540), (720, 480), (540, 720), (720, 720)])
+        Image.effect_noise(size, 80).convert("RGB").save(folder / f"{i}.jpg", quality=85)
+        phrase = lambda words: " ".join(rng.choices(WORDS, k=words))  # noqa: E731
+        choices = ",".join(f"{phrase(rng.randint(2, 4))} {letter}" for letter in "가나다라")
+        lines.append(
+            f"row_{i},{i}.jpg,사진에서 {phrase(rng.randint(3, 9))} 옆에 무엇이 있나요?,{choices},{rng.choice('abcd')}"
+        )
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "rows.csv"
+
+
+def measure(name: str, args: argparse.Namespace, csv: Path, temporary: Path, output: Path) -> None:
+    model, tiny = temporary / name.replace("/", "_"), Path(name, "config.json").is_file()
+    if not tiny:
+        write_random_model(args.configs / f"config_{name}.json", model)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    plan = {
+        "name": Path(name).name,
+        "model": name if tiny else str(model),
+        "csv": str(csv),
+        "image_size": 126 if tiny else 384,
+        "effective": args.effective,
+        "micro": args.micro,
+        "steps": args.steps,
+        "workers": args.workers,
+        "cap_gib": args.cap_gib,
+        "stored": True,
+        "cache": str(temporary / "cache"),
+        "folder": str(temporary),
+        "predict_rows": 2 * args.rows,
+        "predict_batches": [32, 64],
+        "output": str(output),
+    }
+    for contestant in args.contestants:
+        if contestant == "sizes":
+            for size in args.sizes if not tiny else ():
+                start(
+                    "ours",
+                    plan | {"image_size": size, "effective": [1, 32], "steps": 2, "predict_rows": 0},
+                )
+        elif contestant == "not stored":
+            start("ours", plan | {"stored": False, "effective": args.effective[-1:]})
+        elif contestant != "trl" or importlib.util.find_spec("trl"):
+            start(contestant, plan)
+
+
+def start(contestant: str, plan: dict) -> None:
+    """One contestant in its own process; what it measured before a failure stays."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump(plan, file)
+    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}  # a tiny model's threads only wait
+    command = [sys.executable, str(HERE / "contestants.py"), contestant, file.name]
+    done = subprocess.run(command, env=os.environ | threads)
+    os.unlink(file.name)
+    if done.returncode:
+        print(f"{contestant} on {plan['name']} ended with code {done.returncode}", file=sys.stderr, flush=True)
+
+
+def summarise(lines: list[dict]) -> dict:
+    """Per model and effective batch: each contestant's best rows a second, and how many times faster ours is."""
+    summary = {}
+    for model in dict.fromkeys(line["model"] for line in lines):
+        of_model = [line for line in lines if line["model"] == model]
+        main = [line for line in of_model if line["contestant"] != "sizes"]
+        steps = {}
+        for effective in sorted(
+            {line["effective"] for line in main if "rows_per_second" in line and line["effective"] > 1}
+        ):
+            steps[effective] = compared(best_rows(main, effective))
+        summary[model] = {"training": steps, "answering": answering(main)}
+        summary[model]["memory"] = [
+            line for line in of_model if line.get("stored") and "peak_gib" in line and "micro" in line
+        ]
+        if "a: notebook recipe" in steps.get(max(steps, default=0), {}):
+            summary[model]["whole job, hours"] = whole_job(steps[max(steps)], summary[model]["answering"], main)
+    return summary
+
+
+def best_rows(lines: list[dict], effective: int) -> dict[str, dict]:
+    """Contestant -> its quickest measurement at this effective batch."""
+    named: dict[str, list[dict]] = {}
+    for line in (line for line in lines if "rows_per_second" in line):
+        recipe = line["contestant"] == "plain" and line["micro"] == 1  # the same at every effective batch
+        if recipe:
+            named.setdefault("a: notebook recipe", []).append(line)
+        if line["effective"] == effective:
+            named.setdefault(name_of(line), []).append(line)
+    return {name: max(those, key=lambda line: line["rows_per_second"]) for name, those in sorted(named.items())}
+
+
+def name_of(line: dict) -> str:
+    if line["contestant"] != "ours":
+        return {
+            "plain": "b: plain Trainer + PEFT",
+            "trl": "c: TRL SFTTrainer, bf16",
+        }[line["contestant"]]
+    return "d: ours" + ("" if line["stored"] else ", features not stored")
+
+
+def compared(best: dict[str, dict]) -> dict[str, dict]:
+    kept = ("rows_per_second", "micro", "checkpointing", "peak_gib", "share_of_matrix_rate", "tokens", "tflops")
+    table = {name: {key: line[key] for key in kept if key in line} for name, line in best.items()}
+    for name, line in table.items():
+        if name.startswith("d"):
+            others = {
+                other: line["rows_per_second"] / table[other]["rows_per_second"]
+                for other in table
+                if other[0] in "abc"
+            }
+            line["times"] = {other: round(ratio, 1) for other, ratio in others.items()}
+    return table
+
+
+def answering(lines: list[dict]) -> dict:
+    """Rows answered a second: the recipe's `generate`, and ours at its best batch each way."""
+    answers = [line for line in lines if "answers_per_second" in line]
+    rates = {line["how"]: line["answers_per_second"] for line in answers}
+    table = {"rows_per_second": rates}
+    encoded = [line["images_encoded_per_second"] for line in lines if "images_encoded_per_second" in line]
+    if encoded:
+        table["images_encoded_per_second"] = encoded[0]
+    if recipe := rates.get("generate, batch 1"):
+        table["times"] = {how: round(rate / recipe, 1) for how, rate in rates.items() if how != "generate, batch 1"}
+    return table
+
+
+def whole_job(steps: dict, answers: dict, lines: list[dict]) -> dict:
+    """Hours of a contest of 3,887 + 3,887 rows, three folds, three epochs, from the rates above.
+
+    The recipe: folds * epochs * rows of two folds / training rate + folds * test rows / answering rate, and no
+    validation at all. Ours: every image encoded once, the same training, after each epoch a validation of the third
+    fold with raw, EMA and SWA weights, and folds * test rows answered.
+    """
+    trained = JOB["folds"] * JOB["epochs"] * JOB["train_rows"] * (JOB["folds"] - 1) / JOB["folds"]
+    validated = JOB["epochs"] * JOB["train_rows"] * 3
+    tested = JOB["folds"] * JOB["test_rows"]
+    rates = answers["rows_per_second"]
+    ours = [rate for how, rate in rates.items() if how.startswith("letters, batch") and "encoded" not in how]
+    if "generate, batch 1" not in rates or not ours:
+        return {}
+    recipe = trained / steps["a: notebook recipe"]["rows_per_second"] + tested / rates["generate, batch 1"]
+    encoding = (JOB["train_rows"] + JOB["test_rows"]) / answers["images_encoded_per_second"]
+    own = encoding + trained / steps["d: ours"]["rows_per_second"] + (validated + tested) / max(ours)
+    return {"recipe": round(recipe / 3600, 2), "ours": round(own / 3600, 2), "times": round(recipe / own, 1)}
+
+
+def plot(summary: dict, path: Path) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(summary), 1, figsize=(8, 1 + 3 * len(summary)), squeeze=False)
+    for axis, (model, found) in zip(axes[:, 0], summary.items()):
+        bars = [
+            (f"{name}, {effective} rows a step", line["rows_per_second"])
+            for effective, table in found["training"].items()
+            for name, line in table.items()
+        ]
+        shown = axis.barh([label for label, _ in bars][::-1], [value for _, value in bars][::-1])
+        axis.bar_label(shown, fmt="%.1f", padding=3)
+        axis.set(title=f"{model}: training rows a second", xmargin=0.1)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run(main)

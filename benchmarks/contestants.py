@@ -1,0 +1,340 @@
+"""One contestant of compare.py, in a process of its own: what it trains and answers a second, and the memory it takes.
+
+    python benchmarks/contestants.py ours PLAN.json
+
+A contestant gets a plan (see compare.py) and writes one JSON line a measurement. Each trains the same rows with the
+same adapter, optimiser and effective batch; what differs is how the rows go through the model.
+"""
+
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Trainer, TrainerCallback
+from transformers import TrainingArguments as PlainArguments
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
+
+from callbacks import EMACallback, SWACallback  # noqa: E402
+from collator import Collator  # noqa: E402
+from vqa.arguments import DataArguments, ModelArguments, RecipeArguments  # noqa: E402
+from vqa.batching import count_tokens, fit_batches, take_batches  # noqa: E402
+from vqa.features import open_features  # noqa: E402
+from vqa.files import read_json  # noqa: E402
+from vqa.memory import GIB, Setup, linear_parameters, outline  # noqa: E402
+from vqa.model import add_adapter, load_base, load_processor  # noqa: E402
+from vqa.precision import model_dtype  # noqa: E402
+from vqa.prompt import LETTERS, letter_ids, messages, render  # noqa: E402
+from vqa.rows import read_rows  # noqa: E402
+from vqa.scoring import score_orders, score_rows  # noqa: E402
+from vqa.training import FoldTrainer, TellEpoch, TrainRows  # noqa: E402
+
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # as everybody names them
+ADAPTER = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
+ON_GPU = torch.cuda.is_available()
+
+
+def main() -> None:
+    plan = read_json(sys.argv[2])
+    if ON_GPU and plan["cap_gib"]:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(plan["cap_gib"] * GIB / total)
+    rows = read_rows(plan["csv"], with_answer=True).to_list()
+    for line in CONTESTANTS[sys.argv[1]](plan, rows):
+        tell(plan, {"contestant": sys.argv[1]} | line)
+
+
+def tell(plan: dict, line: dict) -> None:
+    line = {"model": plan["name"], "image_size": plan["image_size"], **line}
+    with open(plan["output"], "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
+
+
+def plain_trainer(plan: dict, rows: list[dict]) -> Iterator[dict]:
+    """A plain Trainer + PEFT, prepared by `prepare_model_for_kbit_training`; answers by `generate`, a row at a time.
+
+    With micro-batch 1 it is the notebook recipe: the vision tower in the graph, logits of every position.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    model = prepare_model_for_kbit_training(load_as_usual(plan, torch.float16))
+    model = get_peft_model(model, LoraConfig(target_modules=NAMES, **ADAPTER))
+    processor = processor_as_usual(plan)
+
+    def trainer(effective: int, micro: int) -> Trainer:
+        args = PlainArguments(**usual_arguments(plan, effective, micro), fp16=ON_GPU, remove_unused_columns=False)
+        return Trainer(model, args, UsualCollator(processor), rows)
+
+    yield from trained(plan, trainer)
+    if plan["predict_rows"]:
+        model.gradient_checkpointing_disable()
+        yield {"answers_per_second": generated(model.eval(), processor, rows, plan), "how": "generate, batch 1"}
+
+
+def trl(plan: dict, rows: list[dict]) -> Iterator[dict]:
+    """TRL's SFTTrainer on prompt and completion, in bf16: under fp16 its first step of QLoRA fails."""
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    processor, text = processor_as_usual(plan), {"role": Value("string"), "content": Value("string")}
+    turns = [messages(row, {"type": "image"})[0]["content"][1]["text"] for row in rows]
+    table = {
+        "prompt": [[{"role": "user", "content": turn}] for turn in turns],
+        "completion": [[{"role": "assistant", "content": LETTERS[row["answer"]]}] for row in rows],
+        "images": [[row["image"]] for row in rows],
+    }
+    features = Features({"prompt": List(text), "completion": List(text), "images": List(ImageFeature())})
+    dataset = Dataset.from_dict(table, features=features)
+    model, adapter = load_as_usual(plan, torch.bfloat16), LoraConfig(target_modules=NAMES, **ADAPTER)
+
+    def trainer(effective: int, micro: int) -> Trainer:
+        nonlocal model, adapter
+        args = SFTConfig(**usual_arguments(plan, effective, micro), bf16=ON_GPU, max_length=None)
+        made = SFTTrainer(model, args, None, dataset, processing_class=processor, peft_config=adapter)
+        model, adapter = made.model, None
+        return made
+
+    yield from trained(plan, trainer)
+
+
+def ours(plan: dict, rows: list[dict]) -> Iterator[dict]:
+    """This project, as train_fold.py and predict.py do it, with stored vision features unless the plan says no."""
+    own = Ours(plan, rows, plan["image_size"])
+    if plan["stored"]:
+        yield {"images_encoded_per_second": round(len(rows) / own.seconds_encoding, 2)}
+    for effective in plan["effective"]:
+        yield own.trained(effective)
+    if plan["predict_rows"]:
+        yield from own.answered()
+
+
+def sizes(plan: dict, rows: list[dict]) -> Iterator[dict]:
+    """Ours at several image sizes, one row a step and as many as 32: what memory it takes."""
+    base = None
+    for size in plan["sizes"]:
+        own = Ours(plan, rows[:32], size, base)
+        for effective in (1, 32):
+            yield {"image_size": size} | own.trained(effective)
+        base = own.base
+
+
+class Ours:
+    """The steps of train_fold.py and predict.py around a base model that is loaded once."""
+
+    def __init__(self, plan: dict, rows: list[dict], size: int, base: torch.nn.Module | None = None):
+        self.plan, self.rows = plan, rows
+        self.model_args = ModelArguments(model=plan["model"], load_in_4bit=ON_GPU)
+        self.dtype = model_dtype(fp16=ON_GPU)
+        processor = load_processor(plan["model"])
+        self.base = base or load_base(plan["model"], ON_GPU, self.dtype)
+        self.collate, self.prompts = Collator(processor, size, with_answer=True), Collator(processor, size)
+        self.ids = letter_ids(processor)
+        data = DataArguments(image_size=size, vision_cache_dir=plan["cache"], vision_cache=plan["stored"])
+        start = time.perf_counter()
+        features = open_features(self.base, processor, data, [rows], show=False)
+        self.seconds_encoding = time.perf_counter() - start
+        self.collate.features = self.prompts.features = features
+        self.lengths = count_tokens(rows, self.collate, show=False)
+
+    def adapted(self, dropout: float) -> torch.nn.Module:
+        return add_adapter(self.base, ADAPTER["r"], ADAPTER["lora_alpha"], dropout)
+
+    def trained(self, effective: int) -> dict:
+        model = self.adapted(ADAPTER["lora_dropout"])
+        usual = usual_arguments(self.plan, effective, effective) | {"gradient_checkpointing": None}
+        recipe = RecipeArguments(**usual, eval_strategy="no", fp16=ON_GPU)
+        fields = fit_batches(recipe, self.model_args, self.lengths, not self.plan["stored"])
+        take_batches(recipe, fields)
+        train_rows, averages = TrainRows(self.rows, True, 42), [EMACallback(), SWACallback()]
+        trainer = FoldTrainer(
+            model,
+            recipe,
+            data_collator=self.collate,
+            train_dataset=train_rows,
+            eval_dataset=[],
+            callbacks=[TellEpoch(train_rows), *averages],
+            averages=averages,
+            letter_ids=self.ids,
+            prompts=self.prompts,
+            lengths=self.lengths.tokens,
+        )
+        line = measured(trainer, effective, recipe.per_device_train_batch_size)
+        line |= {"stored": self.plan["stored"], "checkpointing": bool(recipe.gradient_checkpointing)}
+        self.base = model.unload()
+        return line | self.share_of_matrix_rate(line)
+
+    def share_of_matrix_rate(self, line: dict) -> dict:
+        """The language model's products, recomputed ones counted, over what the GPU does at a large fp16 product."""
+        if not ON_GPU or "rows_per_second" not in line:
+            return {}
+        weights, rate = linear_parameters(Setup(outline(self.model_args, self.dtype), True, True)), matrix_rate()
+        tokens, passes = float(self.lengths.tokens.mean()), 3 if line["checkpointing"] else 2
+        share = 2 * weights * tokens * passes * line["rows_per_second"] / rate
+        return {"tokens": round(tokens, 1), "tflops": round(rate / 1e12, 1), "share_of_matrix_rate": round(share, 3)}
+
+    def answered(self) -> Iterator[dict]:
+        model, count, workers = self.adapted(0.0), self.plan["predict_rows"], self.plan["workers"]
+        chosen = (self.rows * (count // len(self.rows) + 1))[:count]
+        rotations = [{**row, "orders": [[(i + k) % 4 for i in range(4)] for k in range(4)]} for row in chosen]
+        for size in self.plan["predict_batches"]:
+            for how, score, rows in (
+                ("letters", score_rows, chosen),
+                ("letters, four orders", score_orders, rotations),
+            ):
+                score(model, rows[: 2 * size], self.prompts, self.ids, size)
+                seconds = timed(partial(score, model, rows, self.prompts, self.ids, size, workers=workers))
+                told = f"{how}, batch {size}" + ("" if self.plan["stored"] else ", images encoded")
+                yield {"answers_per_second": round(count / seconds, 2), "how": told, "peak_gib": peak()}
+        self.base = model.unload()
+
+
+CONTESTANTS: dict[str, Callable] = {"plain": plain_trainer, "trl": trl, "ours": ours, "sizes": sizes}
+
+
+def load_as_usual(plan: dict, dtype: torch.dtype) -> torch.nn.Module:
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    how = (
+        {"dtype": dtype, "device_map": {"": 0}, "quantization_config": quantised}
+        if ON_GPU
+        else {"dtype": torch.float32}
+    )
+    return AutoModelForImageTextToText.from_pretrained(plan["model"], **how)
+
+
+def processor_as_usual(plan: dict):
+    return AutoProcessor.from_pretrained(plan["model"], min_pixels=28 * 28, max_pixels=plan["image_size"] ** 2)
+
+
+def usual_arguments(plan: dict, effective: int, micro: int) -> dict:
+    return {
+        "output_dir": tempfile.mkdtemp(dir=plan["folder"]),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": effective // micro,
+        "max_steps": plan["steps"],
+        "learning_rate": 2e-4,
+        "gradient_checkpointing": True,
+        "dataloader_num_workers": plan["workers"],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not ON_GPU,
+    }
+
+
+class UsualCollator:
+    """Chat, image and answer through the processor; labels on the answer's letter and the end of the turn."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        chats = [messages(row, {"type": "image"}) for row in rows]
+        texts = [render(self.processor, chat, LETTERS[row["answer"]]) for chat, row in zip(chats, rows)]
+        images = [Image.open(row["image"]).convert("RGB") for row in rows]
+        batch = self.processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+        labels = torch.full_like(batch["input_ids"], -100)
+        labels[:, -3:-1] = batch["input_ids"][:, -3:-1]
+        return dict(batch) | {"labels": labels}
+
+
+def generated(model: torch.nn.Module, processor, rows: list[dict], plan: dict) -> float:
+    def answer(row: dict) -> str:
+        text = render(processor, messages(row, {"type": "image"}))
+        inputs = processor(text=[text], images=[Image.open(row["image"]).convert("RGB")], return_tensors="pt")
+        inputs = inputs.to(model.device)
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.float16, enabled=ON_GPU):
+            tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False, use_cache=True)
+        return processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
+
+    answer(rows[0])
+    few = rows[: min(plan["predict_rows"], 16)]
+    return round(len(few) / timed(lambda: [answer(row) for row in few]), 2)
+
+
+def trained(plan: dict, make: Callable[[int, int], Trainer]) -> Iterator[dict]:
+    """Every micro-batch of the plan that divides the effective one, until one does not fit.
+
+    At micro-batch 1 a row costs the same whatever the step, so it is measured at the smallest alone.
+    """
+    for effective in plan["effective"]:
+        for micro in (size for size in plan["micro"] if effective % size == 0):
+            if micro == 1 and effective > min(plan["effective"]) or micro < effective // 8:
+                continue
+            line = measured(make(effective, micro), effective, micro)
+            yield line
+            if "failed" in line:
+                break
+
+
+def measured(trainer: Trainer, effective: int, micro: int) -> dict:
+    """Rows a second by the median step after the first, and the peak that torch allocated in GiB."""
+    line, clock = {"effective": effective, "micro": micro}, Clock()
+    trainer.add_callback(clock)
+    with fresh_memory():
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError:
+            return line | {"failed": "out of memory"}
+        seconds = statistics.median(clock.steps())
+        return line | {"rows_per_second": round(effective / seconds, 2), "peak_gib": peak()}
+
+
+class Clock(TrainerCallback):
+    def __init__(self):
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if ON_GPU:
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def steps(self) -> list[float]:
+        return [b - a for a, b in zip(self.ends, self.ends[1:])]
+
+
+@contextmanager
+def fresh_memory() -> Iterator[None]:
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    yield
+
+
+def peak() -> float | None:
+    return round(torch.cuda.max_memory_allocated() / GIB, 2) if ON_GPU else None
+
+
+def timed(work: Callable) -> float:
+    with fresh_memory():
+        start = time.perf_counter()
+        work()
+        if ON_GPU:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def matrix_rate(size: int = 8192) -> float:
+    """Operations a second of this GPU at a large fp16 product."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.float16) for _ in range(2))
+    timed(lambda: [a @ b for _ in range(3)])
+    return 2 * size**3 * 20 / timed(lambda: [a @ b for _ in range(20)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The ladder: what each step of the way is worth, on a larger demo contest whose test answers are known.
+
+    make ladder                                            # three seeds; the table goes to outputs/ladder/ladder.md
+    python benchmarks/ladder.py --seeds 42 --train_rows 60 --test_rows 100 --max_steps 8      # a quick look
+
+Each seed makes its own folds and trains its own models, by the command lines of the README: train_fold.py for a
+baseline, three folds, and three folds with larger images; predict.py for raw, EMA and SWA weights and with TTA. All
+seeds answer the same test rows. A rung is compared with the one that it is built on, over all seeds at once, with
+intervals clustered by row: a rung that is not better beyond noise says so. Started again, it goes on where it stopped.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from vqa.ensembles import ensemble, fit, score_weights  # noqa: E402
+from vqa.errors import UserError, run  # noqa: E402
+from vqa.files import read_json, whole, write_json  # noqa: E402
+from vqa.oof import gather  # noqa: E402
+from vqa.predictions import join, validation_scores  # noqa: E402
+from vqa.rows import read_table  # noqa: E402
+from vqa.statistics import WORDS, accuracy, compare, row_losses  # noqa: E402
+from vqa.truth import Truth  # noqa: E402
+
+FOLDS = 3
+LARGER = 154  # px, against the demo's 126
+ORDERS, SCALES = ["--orders", "2"], ["--scales", "0.9", "1.0", "1.1"]
+WEIGHTS = ("raw", "ema", "swa")
+MAJORITY = "3 folds, majority"  # shares of votes are no probabilities: it has no log-loss
+# Each rung, and the one that it is built on.
+RUNGS = {
+    "base model, untrained": None,
+    "200 rows, one epoch": "base model, untrained",
+    "one fold": "200 rows, one epoch",
+    "one fold, EMA": "one fold",
+    "one fold, SWA": "one fold",
+    MAJORITY: "one fold",
+    "3 folds, weighted": "one fold",
+    "3 folds, raw + EMA + SWA stacked": "3 folds, weighted",
+    "3 folds, + choice orders": "3 folds, weighted",
+    "3 folds, + choice orders + scales": "3 folds, + choice orders",
+    "3 folds, + choice orders + larger images": "3 folds, + choice orders",
+}
+
+
+def main() -> None:
+    args, start = parse_args(), time.time()
+    places = Places(Path(args.root))
+    draw_contest(places, args)
+    steps = [(seed, words) for seed in args.seeds for words in commands(places, seed, args)]
+    with tqdm(total=len(steps), desc="climbing", unit=" commands") as bar, ThreadPoolExecutor(args.jobs) as pool:
+
+        def climb(seed: int) -> None:
+            for words in [words for other, words in steps if other == seed]:
+                run_command(words, places.outputs / f"{seed}.log", args.jobs)
+                bar.update()
+
+        list(pool.map(climb, args.seeds))
+    table = compare_rungs([read_rungs(places, seed) for seed in args.seeds], Truth(places.data / "test_answers.csv"))
+    write_table(places.outputs, table, args, time.time() - start)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="(default: 42 43 44)")
+    parser.add_argument("--train_rows", type=int, default=360, help="of the contest (default: 360)")
+    parser.add_argument("--test_rows", type=int, default=600, help="of the contest (default: 600)")
+    parser.add_argument(
+        "--max_steps", type=int, help="optimiser steps of each training (default: as args/demo has it)"
+    )
+    parser.add_argument("--jobs", type=int, default=3, help="seeds at once, which share the cores out (default: 3)")
+    parser.add_argument("--root", default=".", help="where data/, checkpoints/ and outputs/ are (default: here)")
+    return parser.parse_args()
+
+
+class Places:
+    """The ladder's folders."""
+
+    def __init__(self, root: Path):
+        self.data, self.checkpoints, self.outputs = (
+            root / name / "ladder" for name in ("data", "checkpoints", "outputs")
+        )
+
+
+def draw_contest(places: Places, args: argparse.Namespace) -> None:
+    wanted, answers = (args.train_rows, args.test_rows), places.data / "test_answers.csv"
+    if answers.is_file():  # it is written last
+        found = tuple(len(read_table(places.data / name, ("id",))) for name in ("train.csv", answers.name))
+        if found != wanted:
+            raise UserError(f"{places.data} has {found} rows for training and test, not {wanted}; remove that folder")
+        return
+    rows = ["--train_rows", str(args.train_rows), "--test_rows", str(args.test_rows)]
+    run_command(["data/make_demo.py", *rows, "--output_dir", str(places.data)], places.outputs / "contest.log", 1)
+
+
+def commands(places: Places, seed: int, args: argparse.Namespace) -> list[list[str]]:
+    """The command lines of one seed, in order; the args files that they name are written."""
+    checkpoints, outputs = places.checkpoints / str(seed), places.outputs / str(seed)
+    folds, larger = ([f"{kind}fold{i}" for i in range(FOLDS)] for kind in ("", "larger/"))
+    runs = {name: {"fold": i} for i, name in enumerate(folds)}
+    runs |= {name: {"fold": i, "image_size": LARGER} for i, name in enumerate(larger)}
+    runs["baseline"] = {"fold": 0, "max_train_rows": 200, "num_train_epochs": 1}
+    files = {name: outputs / "args" / f"{name}.json" for name in runs}
+    for name, fields in runs.items():
+        shared = {
+            "extends": os.path.relpath(ROOT / "args" / "demo" / "base.json", files[name].parent),
+            "train_csv": str(places.data / "train.csv"),
+            "test_csv": str(places.data / "test.csv"),
+            "folds_csv": str(places.data / f"folds_{seed}.csv"),
+            "vision_cache_dir": str(places.checkpoints / "vision_cache"),
+            "output_dir": str(checkpoints / name),
+            "seed": seed,
+        }
+        write_json(files[name], shared | fields | ({"max_steps": args.max_steps} if args.max_steps else {}))
+
+    def predict(output: str, names: list[str], *flags: str) -> list[str]:
+        checked = ["--check_generation", "0", "--output_dir", str(outputs / output)]
+        return ["predict.py", *(str(checkpoints / name) for name in names), *flags, *checked]
+
+    return [
+        ["make_folds.py", str(files["fold0"]), "--folds", str(FOLDS), "--seed", str(seed)],
+        *(["train_fold.py", str(file), "--resume_from_checkpoint", "auto"] for file in files.values()),
+        predict("raw", ["baseline", *folds], "--weights", "raw", "--base", str(files["fold0"])),
+        predict("ema", folds, "--weights", "ema"),
+        predict("swa", folds, "--weights", "swa"),
+        predict("orders", folds, *ORDERS),
+        predict("scales", folds, *ORDERS, *SCALES),
+        predict("larger", larger, *ORDERS),
+    ]
+
+
+def run_command(words: list[str], log: Path, jobs: int) -> None:
+    """Run one of the project's scripts; what it says goes to the end of `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    with open(log, "a", encoding="utf-8") as file:
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=os.environ | threads | one_gpu,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    if done.returncode:
+        raise UserError(f"`python {' '.join(words)}` ended with {done.returncode}; {log} says why")
+
+
+def read_rungs(places: Places, seed: int) -> list[tuple[list[str], np.ndarray]]:
+    """(ids, probabilities (rows, letters)) of one seed's rungs, in the order of RUNGS."""
+    outputs, names = places.outputs / str(seed), [f"fold{i}.csv" for i in range(FOLDS)]
+    sets = {name: [outputs / name / file for file in names] for name in (*WEIGHTS, "orders", "scales", "larger")}
+    best = [read_json(places.checkpoints / str(seed) / Path(name).stem / "metrics.json")["best"] for name in names]
+    chosen = [outputs / weights / name for weights, name in zip(best, names)]
+
+    def alone(file: Path) -> tuple[list[str], np.ndarray]:
+        ids, stack = join([file])
+        return ids, stack[0]
+
+    def weighted(files: list[Path]) -> tuple[list[str], np.ndarray]:
+        ids, stack = join(files)
+        return ids, ensemble(stack, "weighted", score_weights(validation_scores(files, "log_loss"), "log_loss"))
+
+    def stacked(models: dict[str, list[Path]]) -> tuple[list[str], np.ndarray]:
+        evidence = gather({name: [str(file) for file in files] for name, files in models.items()})
+        ids, stack = join([file for files in models.values() for file in files])
+        members = stack.reshape(len(models), FOLDS, *stack.shape[1:]).mean(1)
+        return ids, fit("stack", evidence.stack, evidence.answers)(members)
+
+    ids, stack = join(chosen)
+    return [
+        alone(outputs / "raw" / "base" / "base.csv"),
+        alone(outputs / "raw" / "baseline.csv"),
+        *(alone(sets[weights][0]) for weights in WEIGHTS),
+        (ids, ensemble(stack, "majority")),
+        weighted(chosen),
+        stacked({weights: sets[weights] for weights in WEIGHTS}),
+        *(weighted(sets[name]) for name in ("orders", "scales", "larger")),
+    ]
+
+
+def compare_rungs(seeds: list[list[tuple[list[str], np.ndarray]]], truth: Truth) -> list[dict]:
+    """A line a rung, over the rows of all seeds: its scores, and its difference to the rung that it is built on.
+
+    A test row is one row however many seeds answer it: that clusters the intervals, and no verdict goes without them.
+    """
+    ids = seeds[0][0][0]
+    answers = np.tile(truth.answers(ids), len(seeds))
+    clusters = {"row": np.tile(np.arange(len(ids)), len(seeds))}
+    values = {name: np.concatenate([rungs[i][1] for rungs in seeds]) for i, name in enumerate(RUNGS)}
+    table = []
+    for name, before in RUNGS.items():
+        right = accuracy(values[name].argmax(1) == answers, clusters)
+        line = {"rung": name, "accuracy": right.value, "low": right.low, "high": right.high}
+        line["log_loss"] = None if name == MAJORITY else float(row_losses(values[name], answers).mean())
+        line["seeds"] = (values[name].argmax(1) == answers).reshape(len(seeds), -1).mean(1).tolist()
+        if before:
+            found = compare(values[before], values[name], answers, clusters)
+            verdict = WORDS[found.signs[0]] if name == MAJORITY else found.words
+            line |= {"against": before, "p": found.p_value, "verdict": verdict}
+            line |= {"change": found.accuracy.value, "from": found.accuracy.low, "to": found.accuracy.high}
+        table.append(line)
+    return table
+
+
+def write_table(outputs: Path, table: list[dict], args: argparse.Namespace, seconds: float) -> None:
+    """The table, printed, and in ladder.md and ladder.json."""
+    columns = ["rung", "accuracy", "low", "high", "log_loss", "against", "change", "from", "to", "p", "verdict"]
+    shown = pd.DataFrame(table)[columns].fillna({"against": "", "verdict": ""})
+    text = shown.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
+    made = {
+        "command": " ".join(["python benchmarks/ladder.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "seconds": round(seconds),
+        "seeds": args.seeds,
+        "rows": {"train": args.train_rows, "test": args.test_rows},
+    }
+    seeds = f"{len(args.seeds)} seeds, {args.train_rows} training and {args.test_rows} test rows"
+    notes = (
+        f"`{made['command']}`, {made['machine']}: {made['seconds']} s. {seeds}; intervals of 95 %, clustered by row."
+    )
+    print(f"\n{text}\n\n{notes}")
+    with whole(outputs / "ladder.md") as temporary:
+        temporary.write_text(f"```\n{text}\n```\n\n{notes}\n", encoding="utf-8")
+    write_json(outputs / "ladder.json", made | {"rungs": table})
+
+
+if __name__ == "__main__":
+    run(main)

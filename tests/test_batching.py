@@ -1,0 +1,155 @@
+"""Which rows share a batch, and how many."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from collator import Collator
+from vqa.arguments import ModelArguments, RecipeArguments
+from vqa.batching import GroupedByLength, Lengths, count_tokens, fit_batches, quickest, take_batches
+from vqa.memory import Setup, outline, training_peak
+from vqa.training import FoldTrainer, split_rows
+
+LENGTHS = Lengths(np.full(40, 300), np.full(40, 180), 0)
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return Setup(outline(ModelArguments(model=TINY), torch.float16), False, True)
+
+
+def test_tokens_are_those_of_the_collated_rows(processor, rows):
+    collate = Collator(processor, image_size=112, with_answer=True)
+    batches = [collate([row]) for row in rows]
+    lengths = count_tokens(rows, collate, show=False)
+    assert lengths.tokens.tolist() == [batch["input_ids"].shape[1] for batch in batches]
+    assert (lengths.patches * lengths.image_tokens).tolist() == [len(batch["pixel_values"]) for batch in batches]
+
+
+def test_every_row_comes_once_and_rows_of_a_step_are_alike():
+    lengths = np.random.default_rng(0).integers(100, 400, 1003)
+    sampler = GroupedByLength(lengths, 16, seed=1)
+    order = list(sampler)
+    assert sorted(order) == list(range(1003)) and len(sampler) == 1003
+    steps = [lengths[order[i : i + 16]] for i in range(0, 1003, 16)]
+    padding = sum(step.max() * len(step) - step.sum() for step in steps) / lengths.sum()
+    shuffled = [lengths[i : i + 16] for i in range(0, 1003, 16)]  # drawn at random already
+    assert padding < 0.1 * sum(step.max() * len(step) - step.sum() for step in shuffled) / lengths.sum()
+    means = [step.mean() for step in steps]
+    assert abs(np.corrcoef(range(len(means)), means)[0, 1]) < 0.35  # neither from long to short nor back
+
+
+def test_the_order_goes_by_seed_and_epoch_alone():
+    sampler = GroupedByLength(LENGTHS.tokens, 8, seed=1)
+    first = list(sampler)
+    torch.rand(3)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+
+
+def way(setup, room, rows=32, rate=1e14, checkpointing=None):
+    fields = quickest(setup, LENGTHS, rows, room, rate, checkpointing)
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+    return tuple(fields[name] for name in names)
+
+
+def test_the_batch_fits_the_memory_and_makes_the_steps_rows(setup):
+    assert way(setup, 1e12) == (32, 1, False)
+    for room in (2e8, 1e8, 6e7):
+        size, batches, checkpointing = way(setup, room)
+        assert size * batches == 32
+        chosen = Setup(setup.model, False, checkpointing)
+        assert training_peak(chosen, LENGTHS.batch(size)) <= room
+        if size < 32:
+            assert (
+                training_peak(chosen, LENGTHS.batch(2 * size)) > room
+                or way(setup, room, checkpointing=False)[0] == size
+            )
+    assert way(setup, 1e12, checkpointing=True) == (32, 1, True)
+    assert way(setup, 0) == (1, 32, True)
+
+
+def batch_of(collate, rows):
+    return collate(rows) | {"weight": torch.arange(len(rows)).float()}
+
+
+def test_a_split_batch_is_the_rows_in_parts(processor, rows):
+    collate = Collator(processor, image_size=112, with_answer=True)
+    rows = [row | {"scale": scale} for row, scale in zip(rows, (1.0, 0.6, 1.0, 0.8, 0.7))]
+    batch = batch_of(collate, rows)
+    assert split_rows(batch, 5) == [batch]
+    parts = split_rows(batch, 2)
+    assert [part["ids"] for part in parts] == [batch["ids"][:2], batch["ids"][2:4], batch["ids"][4:]]
+    for row, part in zip((rows[:2], rows[2:4], rows[4:]), parts):
+        alone = collate(row)
+        assert part.keys() == batch.keys()
+        for key in ("pixel_values", "image_grid_thw", "answer", "offered"):
+            assert torch.equal(part[key], alone[key])
+        width = alone["input_ids"].shape[1]  # the whole batch may be padded to more
+        assert torch.equal(part["input_ids"][:, -width:], alone["input_ids"])
+
+
+def test_a_batch_that_does_not_fit_goes_in_parts_to_the_same_gradients(
+    model, processor, rows, tmp_path, monkeypatch, capsys
+):
+    collate = Collator(processor, image_size=112, with_answer=True)
+    weight = torch.nn.Parameter(torch.zeros(3))
+    model = torch.nn.Module()
+    model.register_parameter("weight", weight)
+    args = SimpleNamespace(
+        auto_batch=True,
+        world_size=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        output_dir=str(tmp_path),
+    )
+    trainer = FoldTrainer.__new__(FoldTrainer)
+    trainer.args, trainer.most_rows, trainer.state = args, 4, SimpleNamespace(global_step=6)
+    taken = []
+
+    def step(self, model, inputs, items):
+        """Backward of half the rows, then out of memory where there are more than two."""
+        rows = len(inputs["ids"])
+        share = inputs["weight"].sum() / items
+        weight.grad = torch.full((3,), share) + (0 if weight.grad is None else weight.grad)
+        if rows > 2:
+            raise torch.OutOfMemoryError
+        taken.append(inputs["ids"])
+        return share
+
+    monkeypatch.setattr("transformers.Trainer.training_step", step)
+    batch = batch_of(collate, rows[:4])
+    weight.grad = torch.ones(3)  # of an earlier batch of this step
+    loss = trainer.training_step(model, batch, 10.0)
+    assert taken == [batch["ids"][:2], batch["ids"][2:]] and loss == pytest.approx(0.6)
+    assert weight.grad.tolist() == pytest.approx([1.6] * 3)
+    assert "out of GPU memory at step 7: going on with 2 rows at once" in capsys.readouterr().out
+    assert '"per_device_train_batch_size": 2' in (tmp_path / "batch.json").read_text()
+    args.world_size = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.most_rows = 4
+        trainer.training_step(model, batch, 10.0)
+
+
+@pytest.mark.parametrize("given", [None, False, True])
+def test_what_the_args_leave_open_is_chosen_and_reaches_the_trainer(given, tmp_path, monkeypatch):
+    """With the GPU's part played: 64 rows fit only with checkpointing, which is quicker where it is allowed."""
+    recipe = RecipeArguments(str(tmp_path), per_device_train_batch_size=32, gradient_checkpointing=given, use_cpu=True)
+    recipe.fp16 = True  # a CPU would be refused
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("vqa.batching.memory_room", lambda: 2e8)
+    monkeypatch.setattr("vqa.batching.measured_rate", lambda setup: 1e15)
+    fields = fit_batches(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False)
+    take_batches(recipe, fields)
+    wanted = given is not False
+    assert recipe.gradient_checkpointing == recipe.activation_checkpointing == wanted
+    assert recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps == 64
+    assert recipe.activation_checkpointing_kwargs["use_reentrant"] is False
+    recipe.resume_from_checkpoint = "checkpoint-1"
+    monkeypatch.setattr("vqa.batching.memory_room", lambda: 1e12)
+    assert fit_batches(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False) == fields

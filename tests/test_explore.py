@@ -1,0 +1,160 @@
+"""explore.py on a contest with planted faults: each is warned of, and the page needs no network and escapes text."""
+
+import contextlib
+import csv
+import io
+import shutil
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import HEADER, TINY, write_csv
+from parsed import Parsed, needs_nothing
+from PIL import Image
+from test_duplicates import picture
+
+import explore
+from collator import Collator
+from vqa.duplicates import read_pictures
+from vqa.pages import Page
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A folder with 학습.csv (120 rows with answers) and test.csv (12 rows)."""
+    folder = tmp_path_factory.mktemp("planted")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 120), ("test", 12)):
+        (folder / split).mkdir()
+        for number in range(count):
+            image = picture(number + 1000 * (split == "test"))
+            image.crop((0, 0, 240 - number % 3 * 40, 180)).save(folder / split / f"{number}.jpg")
+    shutil.copy(folder / "train" / "3.jpg", folder / "test" / "0.jpg")
+    Image.open(folder / "train" / "5.jpg").resize((120, 90)).save(folder / "test" / "1.jpg")
+    Image.open(folder / "train" / "6.jpg").save(folder / "train" / "61.jpg", quality=40)
+    (folder / "train" / "11.jpg").write_bytes((folder / "train" / "11.jpg").read_bytes()[:700])
+    shutil.copy(folder / "train" / "20.jpg", folder / "train" / "21.jpg")
+
+    def make(split, number):
+        choices = [f"{word}{random.integers(1000)}" for word in ("가", "나", "다", "라")]
+        answer = "a" if number % 2 else "abcd"[random.integers(4)]
+        return [f"{split}_{number}", f"{split}/{number}.jpg", f"무슨 색인가요 {number}?", *choices, answer]
+
+    train, test = [make("train", n) for n in range(120)], [make("test", n)[:-1] for n in range(12)]
+    train[10][4] = train[10][3]
+    train[20][2:] = ["같은 질문?", "x", "y", "z", "w", "a"]
+    train[21][2:] = [" 같은  질문?", "x", "y", "z", "w", "c"]
+    test[0][2] = train[3][2]
+    train[30][0], train[30][2], train[30][5] = "<b>id</b>", EVIL, EVIL
+    train[31][6] = ""
+    write_csv(folder / "학습.csv", train)
+    write_csv(folder / "test.csv", test, HEADER[:-1])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def explored(planted):
+    """(what was printed, the page's HTML, its folder)"""
+    said, argv = io.StringIO(), sys.argv
+    sys.argv = [
+        "explore.py",
+        str(planted / "학습.csv"),
+        str(planted / "test.csv"),
+        "--output_dir",
+        str(planted / "page"),
+    ]
+    sys.argv += ["--model", TINY, "--cards", "140"]
+    try:
+        with contextlib.redirect_stdout(said), warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # matplotlib warns of a glyph that its font lacks
+            explore.main()
+    finally:
+        sys.argv = argv
+    return said.getvalue(), (planted / "page" / "index.html").read_text(encoding="utf-8"), planted / "page"
+
+
+PLANTED = [
+    "학습: the answer is a in ",
+    "1 of 132 images cannot be used: ",
+    "test shares 1 image with 학습, byte for byte",
+    "test shares 1 image with 학습, nearly",
+    "학습: 1 row with two equal choices: train_10",
+    "1 question with two answers about one image: train_20, train_21",
+    "1 row to predict answered by a training row: test_0 by train_3",
+    "Text alone guesses ",
+]
+
+
+@pytest.mark.parametrize("warning", PLANTED)
+def test_what_was_planted_is_warned_of_first(explored, warning):
+    said, html, _ = explored
+    assert f"- {warning}" in said
+    page = Parsed(html).text
+    assert warning in page[: page.index("How often each letter")]
+
+
+def test_nothing_else_is_warned_of(explored):
+    assert explored[0].count("\n- ") + 1 == len(PLANTED)
+
+
+def test_the_page_needs_no_network_and_escapes_whatever_stands_in_the_csv(explored):
+    page = needs_nothing(explored[1])
+    assert page.text.count(EVIL) == 2 and "<b>id</b>" in page.text
+
+
+def test_pairs_and_figures_lie_beside_the_page(explored):
+    _, html, folder = explored
+    table = pd.read_csv(folder / "duplicates.csv")
+    found = {(row.kind, row.first_id, row.second_id) for row in table.itertuples()}
+    assert found == {
+        ("identical", "train_3", "test_0"),
+        ("near", "train_5", "test_1"),
+        ("near", "train_6", "train_61"),
+        ("identical", "train_20", "train_21"),
+    }
+    for name in ("question_tokens", "choice_tokens", "image_sizes"):
+        image = np.asarray(Image.open(folder / f"{name}.png").convert("L"))
+        assert image.std() > 5, "a chart that is not blank"
+
+
+def test_pairs_in_different_folds_are_warned_of(planted, script, tmp_path):
+    for path in planted.iterdir():
+        if path.name != "page":
+            (tmp_path / path.name).symlink_to(path)
+    ids = [row["id"] for row in csv.DictReader(open(planted / "학습.csv", encoding="utf-8"))]
+    write_csv(tmp_path / "folds.csv", [[row_id, int(row_id == "train_61")] for row_id in ids], ["id", "fold"])
+    code, said, error = script("explore", tmp_path / "학습.csv", "--model", TINY, "--output_dir", tmp_path / "page")
+    assert code == 0, error
+    assert "- 1 pair of like images in different folds: train_6 and train_61; scores flatter" in said
+    write_csv(tmp_path / "folds.csv", [["other", 0]], ["id", "fold"])
+    said = script("explore", tmp_path / "학습.csv", "--model", TINY, "--output_dir", tmp_path / "page")[1]
+    assert "ids of" in said and "are not in it" in said, "a folds file that does not fit"
+
+
+def test_tokens_are_those_of_the_models_own_tokenizer(processor, rows):
+    texts = [row["question"] for row in rows] + ["무슨 색인가요 <|im_end|>?", "a"]
+    tokenizer, patch = explore.read_model(TINY)
+    wanted = [len(ids) for ids in processor.tokenizer(texts, add_special_tokens=False).input_ids]
+    assert explore.count_tokens(tokenizer, texts) == wanted and patch == processor.image_processor.patch_size
+
+
+def test_image_tokens_are_those_that_the_model_gets(processor, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 1300, 3), dtype=np.uint8)).save(tmp_path / "x.png")
+    pictures = read_pictures([str(tmp_path / "x.png")])
+    found = explore.look_at_images(None, pictures, 14, Page(tmp_path), explore.Warnings())["costs"]
+    for line in found:
+        row = {"id": "x", "image": str(tmp_path / "x.png"), "question": "?", "choices": ["a", "b"]}
+        grid = Collator(processor, line["size"])([row])["image_grid_thw"]
+        assert line["median"] == int(grid.prod()) // processor.image_processor.merge_size**2
+        assert line["shrunk"] == (900 * 1300 > line["size"] ** 2)
+
+
+def test_what_cannot_be_read_is_one_line(script, planted, tmp_path):
+    code, _, error = script("explore", planted / "test.csv", "--model", tmp_path)
+    assert (code, error.count("\n")) == (2, 1) and "no tokenizer.json" in error
+    code, _, error = script("explore", planted / "test.csv", planted / "test.csv", "--model", TINY)
+    assert (code, error.count("\n")) == (2, 1) and "given twice" in error

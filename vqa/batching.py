@@ -1,0 +1,147 @@
+"""Which rows share a batch, and how many: rows of like length, and as many as the GPU's memory holds.
+
+What the args say is an optimiser step: `per_device_train_batch_size` times `gradient_accumulation_steps` rows. With
+`auto_batch` these rows are cut into the micro-batches that this GPU gets through quickest, and gradient checkpointing
+is left out where its memory is not needed. The mean over the step's rows stays the same.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from collator import Collator
+from vqa.arguments import ModelArguments, RecipeArguments
+from vqa.files import read_json, write_json
+from vqa.images import target_size, upright_size
+from vqa.memory import CUDA_BYTES, Batch, Setup, outline, training_peak
+from vqa.precision import model_dtype
+from vqa.prompt import LETTERS, messages, render
+from vqa.speed import measured_rate, seconds_a_batch
+
+SLACK = 0.94  # of the memory: what the estimate may be short of, and blocks that do not fit together
+RECORD = "batch.json"  # in the fold's folder: a run that goes on keeps the batches that it began with
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each row, text and image together, and of its image alone; `patches` that make an image token."""
+
+    tokens: np.ndarray
+    image_tokens: np.ndarray
+    patches: int
+
+    def batch(self, rows: int, statistic=np.max) -> Batch:
+        return Batch(rows, int(statistic(self.tokens)), self.patches * int(statistic(self.image_tokens)))
+
+
+def count_tokens(rows: Sequence[dict], collate: Collator, show: bool = True) -> Lengths:
+    """How long the rows are as the model reads them, answers included, without decoding an image."""
+    image_tokens = count_image_tokens({row["image"] for row in rows}, collate)
+    bar = tqdm(rows, desc="counting tokens", unit=" rows", leave=False, disable=not show)
+    chats = (messages(row, {"type": "image"}, collate.instruction, collate.special) for row in bar)
+    texts = (render(collate.processor, chat, LETTERS[0]) for chat in chats)
+    some = iter(lambda: list(itertools.islice(texts, 1000)), [])  # not all at once: only the counts are kept
+    tokenizer = collate.processor.tokenizer
+    text_tokens = np.array([len(ids) - 1 for part in some for ids in tokenizer(part).input_ids])  # 1: <|image_pad|>
+    of_images = np.array([image_tokens[row["image"]] for row in rows])
+    return Lengths(text_tokens + of_images, of_images, collate.processor.image_processor.merge_size**2)
+
+
+def count_image_tokens(paths: set[str], collate: Collator) -> dict[str, int]:
+    """Image -> tokens that the pixel budget gives it."""
+    processor, paths = collate.processor.image_processor, sorted(paths)
+    with ThreadPoolExecutor() as pool:
+        sizes = list(pool.map(upright_size, paths))
+    grids = [target_size(*size, collate.image_size, patch=processor.patch_size) for size in sizes]
+    side = processor.patch_size * processor.merge_size
+    return {path: width * height // side**2 for path, (width, height) in zip(paths, grids)}
+
+
+class GroupedByLength(torch.utils.data.Sampler):
+    """An epoch's rows, drawn by seed and epoch alone, so that rows of like length follow each other.
+
+    Args: `lengths`, tokens of each row; `rows`, of an optimiser step on all processes.
+    """
+
+    def __init__(self, lengths: np.ndarray, rows: int, seed: int):
+        self.lengths, self.rows, self.seed, self.epoch = lengths.tolist(), rows, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = get_length_grouped_indices(self.lengths, self.rows, generator=generator)
+        steps = [order[i : i + self.rows] for i in range(0, len(order), self.rows)]
+        last = steps.pop() if len(steps[-1]) < self.rows else []  # the rest stays last: a batch is not to be split
+        for step in torch.randperm(len(steps), generator=generator).tolist():  # not from long to short
+            yield from steps[step]
+        yield from last
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def fit_batches(
+    recipe: RecipeArguments, model_args: ModelArguments, lengths: Lengths, encodes_images: bool
+) -> dict[str, int | bool]:
+    """Micro-batch, accumulation and checkpointing for this GPU, as fields of the recipe; empty without `auto_batch`.
+
+    `encodes_images`: whether training runs the vision tower, whose features are not stored.
+    """
+    record = Path(recipe.output_dir, RECORD)
+    if recipe.resume_from_checkpoint and record.is_file():
+        return read_json(record)
+    if not recipe.auto_batch or not torch.cuda.is_available():
+        return {}
+    dtype = model_dtype(recipe.fp16, recipe.bf16)
+    averages = (recipe.ema_decay > 0) + (recipe.swa_start is not None)
+    setup = Setup(outline(model_args, dtype), model_args.load_in_4bit, True, recipe.optim.value, averages)
+    lengths = lengths if encodes_images else replace(lengths, patches=0)
+    rate = measured_rate(setup)
+    rows = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    fields = quickest(setup, lengths, rows, SLACK * memory_room(), rate, recipe.wants_checkpointing)
+    write_json(record, fields)
+    return fields
+
+
+def take_batches(recipe: RecipeArguments, fields: dict[str, int | bool]) -> None:
+    """Set what `fit_batches` found in the recipe."""
+    for name, value in fields.items():
+        recipe.set_checkpointing(value) if name == "gradient_checkpointing" else setattr(recipe, name, value)
+
+
+def memory_room() -> int:
+    """Bytes that torch may allocate on this GPU, as far as this process was not limited to a share of it."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    return int(min(total - CUDA_BYTES, total * torch.cuda.get_per_process_memory_fraction()))
+
+
+def quickest(
+    setup: Setup, lengths: Lengths, rows: int, room: float, rate: float, checkpointing: bool | None
+) -> dict[str, int | bool]:
+    """The way through `rows` rows of a step that takes the fewest seconds of those that fit into `room` bytes.
+
+    Judged by the longest rows; where nothing fits by the estimate, one row at a time with checkpointing is tried.
+    `checkpointing`: None leaves it open. `rate` is the GPU's, in operations a second.
+    """
+    ways = []
+    for micro in (size for size in range(1, rows + 1) if rows % size == 0):
+        batch = lengths.batch(micro)
+        for recomputed in (False, True) if checkpointing is None else (checkpointing,):
+            way = replace(setup, checkpointing=recomputed)
+            if training_peak(way, batch) <= room:
+                ways.append((rows // micro * seconds_a_batch(way, batch, True, rate), -micro, recomputed))
+    _, size, recomputed = min(ways, default=(0, -1, checkpointing is not False))
+    return {
+        "per_device_train_batch_size": -size,
+        "gradient_accumulation_steps": rows // -size,
+        "gradient_checkpointing": recomputed,
+    }
