@@ -214,7 +214,7 @@ def parse_arguments(
 
 def differing(resolved: dict) -> dict:
     """The fields of a run that differ from the defaults; not where it wrote."""
-    usual = {f.name: f.default for kind in CLASSES for f in dataclasses.fields(kind)} | {"debug": None}  # parsed: ""
+    usual = vars(_parser("").parse_args([]))  # as parsed: transformers' own defaults come out in another form
     return {name: value for name, value in resolved.items() if value != usual[name] and name != "output_dir"}
 
 
