@@ -37,7 +37,7 @@ def test_a_training_is_logged_with_what_differs_its_scores_and_their_interval(tr
     usual = {
         "save_strategy": "steps",
         "per_device_train_batch_size": 4,
-    }  # of what base.json sets these are no defaults
+    }  # these are no defaults
     assert usual.items() <= args.items() and args.items() <= given.items() and args["loss"] == "letter"
     oof = fold / ("" if metrics["best"] == "raw" else metrics["best"]) / "oof.csv"
     joined, right = right_of(trained / "data" / "train.csv", oof)

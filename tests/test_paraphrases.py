@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 from conftest import HEADER, ROOT, write_csv
 
+from collator import Collator
+from vqa.batching import count_tokens
 from vqa.errors import UserError
 from vqa.fingerprint import rows_fingerprint
 from vqa.paraphrases import RULES, paraphrases
@@ -108,6 +110,14 @@ def test_columns_of_wordings_are_read_and_tell_a_run_from_another(tmp_path):
     (row,) = read_rows(write_csv(tmp_path / "t.csv", cells, header), with_answer=True).to_list()
     assert row["paraphrases"] == ["other?"] and row["choices"] == ["one", "two", "three"]
     assert rows_fingerprint([row], []) != rows_fingerprint([{**row, "paraphrases": ["another?"]}], [])
+
+
+def test_the_longest_wording_counts_for_the_length_of_a_row(rows, processor):
+    collate, long = Collator(processor, 112, with_answer=True), "In this picture, what is the colour of the box?"
+    several = [{**rows[0], "question": "q?", "paraphrases": [long, "other?"]}, {**rows[1], "paraphrases": []}]
+    alone = [{**rows[0], "question": long}, rows[1]]
+    got = count_tokens(several, collate, show=False).tokens.tolist()
+    assert got == [int(collate([row])["attention_mask"].sum()) for row in alone]
 
 
 @pytest.fixture

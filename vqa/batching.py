@@ -42,10 +42,14 @@ class Lengths:
 
 
 def count_tokens(rows: Sequence[dict], collate: Collator, show: bool = True) -> Lengths:
-    """How long the rows are as the model reads them, answers included, without decoding an image."""
+    """How long the rows are as the model reads them, answers included, without decoding an image.
+
+    Of several wordings of a question the longest counts: which one an epoch asks is drawn later.
+    """
     image_tokens = count_image_tokens({row["image"] for row in rows}, collate)
     bar = tqdm(rows, desc="counting tokens", unit=" rows", leave=False, disable=not show)
-    chats = (messages(row, {"type": "image"}, collate.instruction, collate.special) for row in bar)
+    asked = (row | {"question": max([row["question"], *row.get("paraphrases", [])], key=len)} for row in bar)
+    chats = (messages(row, {"type": "image"}, collate.instruction, collate.special) for row in asked)
     texts = (render(collate.processor, chat, LETTERS[0]) for chat in chats)
     some = iter(lambda: list(itertools.islice(texts, 1000)), [])  # not all at once: only the counts are kept
     tokenizer = collate.processor.tokenizer
