@@ -71,26 +71,24 @@ def count_image_tokens(paths: set[str], collate: Collator) -> dict[str, int]:
 class GroupedByLength(torch.utils.data.Sampler):
     """An epoch's rows, drawn by seed and epoch alone, so that rows of like length follow each other.
 
-    Args: `lengths`, tokens of each row; `rows`, of an optimiser step on all processes.
+    Args: `lengths`, tokens of each row; `rows`, of an optimiser step on all processes; `epoch`, int64 (), which is
+    told from outside: accelerate does not reach the sampler of several processes that go on from a checkpoint.
     """
 
-    def __init__(self, lengths: np.ndarray, rows: int, seed: int):
-        self.lengths, self.rows, self.seed, self.epoch = lengths.tolist(), rows, seed, 0
+    def __init__(self, lengths: np.ndarray, rows: int, seed: int, epoch: torch.Tensor):
+        self.lengths, self.rows, self.seed, self.epoch = lengths.tolist(), rows, seed, epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed + int(self.epoch))
         order = get_length_grouped_indices(self.lengths, self.rows, generator=generator)
         steps = [order[i : i + self.rows] for i in range(0, len(order), self.rows)]
         last = steps.pop() if len(steps[-1]) < self.rows else []  # the rest stays last: a batch is not to be split
         for step in torch.randperm(len(steps), generator=generator).tolist():  # not from long to short
             yield from steps[step]
         yield from last
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
 
 def fit_batches(

@@ -96,7 +96,8 @@ class FoldTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        return GroupedByLength(self.lengths, rows_a_step(self.args), self.args.data_seed or self.args.seed)
+        seed = self.args.data_seed or self.args.seed
+        return GroupedByLength(self.lengths, rows_a_step(self.args), seed, self.train_dataset.epoch)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimiser step on this process, and the number of rows in that step on all processes.
