@@ -53,6 +53,9 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
         **({"quantization_config": quantised} if load_in_4bit else {}),
     )
     base.config.use_cache = False
+    # cuDNN's attention, torch's first choice on Hopper, plans anew for every length of a batch, which takes longer
+    # than a step; the other kernels do not. Cards before Ampere never had it.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     check_takes_features(base)
     if dtype == torch.float16:
         guard_fp16(base)
