@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Trainer, TrainerCallback
@@ -30,16 +31,18 @@ from vqa.arguments import DataArguments, ModelArguments, RecipeArguments  # noqa
 from vqa.batching import count_tokens, fit_batches, take_batches  # noqa: E402
 from vqa.features import open_features  # noqa: E402
 from vqa.files import read_json  # noqa: E402
+from vqa.images import upright_sizes  # noqa: E402
 from vqa.memory import GIB, Setup, linear_parameters, outline  # noqa: E402
 from vqa.model import add_adapter, load_base, load_processor  # noqa: E402
 from vqa.precision import model_dtype  # noqa: E402
 from vqa.prompt import LETTERS, letter_ids, messages, render  # noqa: E402
 from vqa.rows import read_rows  # noqa: E402
-from vqa.scoring import score_orders, score_rows  # noqa: E402
+from vqa.scoring import order_shares, score_rows  # noqa: E402
 from vqa.training import FoldTrainer, TellEpoch, TrainRows  # noqa: E402
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # as everybody names them
 ADAPTER = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
+MOST_STEPS = 500
 ON_GPU = torch.cuda.is_available()
 
 
@@ -76,9 +79,8 @@ def plain_trainer(plan: dict, rows: list[dict]) -> Iterator[dict]:
         return Trainer(model, args, UsualCollator(processor), rows)
 
     yield from trained(plan, trainer)
-    if plan["predict_rows"]:
-        model.gradient_checkpointing_disable()
-        yield {"answers_per_second": generated(model.eval(), processor, rows, plan), "how": "generate, batch 1"}
+    model.gradient_checkpointing_disable()
+    yield {"answers_per_second": generated(model.eval(), processor, rows), "how": "generate, batch 1"}
 
 
 def trl(plan: dict, rows: list[dict]) -> Iterator[dict]:
@@ -113,11 +115,10 @@ def ours(plan: dict, rows: list[dict]) -> Iterator[dict]:
     """This project, as train_fold.py and predict.py do it, with stored vision features unless the plan says no."""
     own = Ours(plan, rows, plan["image_size"])
     if plan["stored"]:
-        yield {"images_encoded_per_second": round(len(rows) / own.seconds_encoding, 2)}
-    for effective in plan["effective"]:
+        yield {"images_encoded_per_second": round(1 / own.seconds_an_image, 2)}
+    for effective in plan["effective"] + plan["larger"]:
         yield own.trained(effective)
-    if plan["predict_rows"]:
-        yield from own.answered()
+    yield from own.answered()
 
 
 def sizes(plan: dict, rows: list[dict]) -> Iterator[dict]:
@@ -142,11 +143,12 @@ class Ours:
         self.collate, self.prompts = Collator(processor, size, with_answer=True), Collator(processor, size)
         self.ids = letter_ids(processor)
         data = DataArguments(image_size=size, vision_cache_dir=plan["cache"], vision_cache=plan["stored"])
+        open_features(self.base, processor, data, [rows[: len(rows) // 2]], show=False)  # warms the GPU up
         start = time.perf_counter()
         features = open_features(self.base, processor, data, [rows], show=False)
-        self.seconds_encoding = time.perf_counter() - start
+        self.seconds_an_image = (time.perf_counter() - start) / (len(rows) - len(rows) // 2)
         self.collate.features = self.prompts.features = features
-        self.lengths = count_tokens(rows, self.collate, show=False)
+        self.lengths = count_tokens(rows, self.collate, upright_sizes(row["image"] for row in rows), show=False)
 
     def adapted(self, dropout: float) -> torch.nn.Module:
         return add_adapter(self.base, ADAPTER["r"], ADAPTER["lora_alpha"], dropout)
@@ -157,7 +159,8 @@ class Ours:
         recipe = RecipeArguments(**usual, eval_strategy="no", fp16=ON_GPU)
         fields = fit_batches(recipe, self.model_args, self.lengths, not self.plan["stored"])
         take_batches(recipe, fields)
-        train_rows, averages = TrainRows(self.rows, True, 42), [EMACallback(), SWACallback()]
+        epochs = max(1, 8 * effective // len(self.rows))  # as one: an epoch's end would stand in every step
+        train_rows, averages = TrainRows(self.rows * epochs, True, 42), [EMACallback(), SWACallback()]
         trainer = FoldTrainer(
             model,
             recipe,
@@ -168,9 +171,9 @@ class Ours:
             averages=averages,
             letter_ids=self.ids,
             prompts=self.prompts,
-            lengths=self.lengths.tokens,
+            lengths=np.tile(self.lengths.tokens, epochs),
         )
-        line = measured(trainer, effective, recipe.per_device_train_batch_size)
+        line = measured(trainer, effective, recipe.per_device_train_batch_size, self.plan)
         line |= {"stored": self.plan["stored"], "checkpointing": bool(recipe.gradient_checkpointing)}
         self.base = model.unload()
         return line | self.share_of_matrix_rate(line)
@@ -191,11 +194,15 @@ class Ours:
         for size in self.plan["predict_batches"]:
             for how, score, rows in (
                 ("letters", score_rows, chosen),
-                ("letters, four orders", score_orders, rotations),
+                ("letters, four orders", order_shares, rotations),
             ):
-                score(model, rows[: 2 * size], self.prompts, self.ids, size)
-                seconds = timed(partial(score, model, rows, self.prompts, self.ids, size, workers=workers))
                 told = f"{how}, batch {size}" + ("" if self.plan["stored"] else ", images encoded")
+                try:
+                    score(model, rows[: 2 * size], self.prompts, self.ids, size)
+                    seconds = timed(partial(score, model, rows, self.prompts, self.ids, size, workers=workers))
+                except torch.OutOfMemoryError:
+                    yield {"failed": "out of memory", "how": told}
+                    continue
                 yield {"answers_per_second": round(count / seconds, 2), "how": told, "peak_gib": peak()}
         self.base = model.unload()
 
@@ -224,7 +231,7 @@ def usual_arguments(plan: dict, effective: int, micro: int) -> dict:
         "output_dir": tempfile.mkdtemp(dir=plan["folder"]),
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": effective // micro,
-        "max_steps": plan["steps"],
+        "max_steps": MOST_STEPS,
         "learning_rate": 2e-4,
         "gradient_checkpointing": True,
         "dataloader_num_workers": plan["workers"],
@@ -252,7 +259,7 @@ class UsualCollator:
         return dict(batch) | {"labels": labels}
 
 
-def generated(model: torch.nn.Module, processor, rows: list[dict], plan: dict) -> float:
+def generated(model: torch.nn.Module, processor, rows: list[dict]) -> float:
     def answer(row: dict) -> str:
         text = render(processor, messages(row, {"type": "image"}))
         inputs = processor(text=[text], images=[Image.open(row["image"]).convert("RGB")], return_tensors="pt")
@@ -262,28 +269,30 @@ def generated(model: torch.nn.Module, processor, rows: list[dict], plan: dict) -
         return processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
 
     answer(rows[0])
-    few = rows[: min(plan["predict_rows"], 16)]
+    few = rows[:16]
     return round(len(few) / timed(lambda: [answer(row) for row in few]), 2)
 
 
 def trained(plan: dict, make: Callable[[int, int], Trainer]) -> Iterator[dict]:
-    """Every micro-batch of the plan that divides the effective one, until one does not fit.
+    """Micro-batches of the plan that divide the effective one, from the largest down until they become slower.
 
-    At micro-batch 1 a row costs the same whatever the step, so it is measured at the smallest alone.
+    At micro-batch 1 a row costs the same whatever the step, so it is measured at the smallest step, and there always.
     """
     for effective in plan["effective"]:
-        for micro in (size for size in plan["micro"] if effective % size == 0):
-            if micro == 1 and effective > min(plan["effective"]) or micro < effective // 8:
+        best, smallest = 0.0, effective == min(plan["effective"])
+        for micro in sorted((size for size in plan["micro"] if effective % size == 0), reverse=True):
+            if micro == 1 and not smallest:
                 continue
-            line = measured(make(effective, micro), effective, micro)
+            line = measured(make(effective, micro), effective, micro, plan)
             yield line
-            if "failed" in line:
+            slower, best = line.get("rows_per_second", best) < best, max(best, line.get("rows_per_second", 0))
+            if slower and not smallest:
                 break
 
 
-def measured(trainer: Trainer, effective: int, micro: int) -> dict:
+def measured(trainer: Trainer, effective: int, micro: int, plan: dict) -> dict:
     """Rows a second by the median step after the first, and the peak that torch allocated in GiB."""
-    line, clock = {"effective": effective, "micro": micro}, Clock()
+    line, clock = {"effective": effective, "micro": micro}, Clock(plan["steps"], plan["seconds"])
     trainer.add_callback(clock)
     with fresh_memory():
         try:
@@ -291,17 +300,22 @@ def measured(trainer: Trainer, effective: int, micro: int) -> dict:
         except torch.OutOfMemoryError:
             return line | {"failed": "out of memory"}
         seconds = statistics.median(clock.steps())
-        return line | {"rows_per_second": round(effective / seconds, 2), "peak_gib": peak()}
+        return line | {"rows_per_second": round(effective / seconds, 2), "peak_gib": peak(), "steps": len(clock.ends)}
 
 
 class Clock(TrainerCallback):
-    def __init__(self):
+    """Stops after `steps` steps, once `seconds` have passed since the first."""
+
+    def __init__(self, steps: int, seconds: float):
+        self.least, self.seconds = steps, seconds
         self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
         if ON_GPU:
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+        if len(self.ends) >= self.least and self.ends[-1] - self.ends[0] >= self.seconds:
+            control.should_training_stop = True
 
     def steps(self) -> list[float]:
         return [b - a for a, b in zip(self.ends, self.ends[1:])]

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from vqa.ensembles import ensemble, fit, score_weights  # noqa: E402
 from vqa.errors import UserError, run  # noqa: E402
 from vqa.files import read_json, whole, write_json  # noqa: E402
-from vqa.oof import gather  # noqa: E402
+from vqa.oof import WEIGHTS, gather  # noqa: E402
 from vqa.predictions import join, validation_scores  # noqa: E402
 from vqa.rows import read_table  # noqa: E402
 from vqa.statistics import WORDS, accuracy, compare, row_losses  # noqa: E402
@@ -37,7 +37,6 @@ from vqa.truth import Truth  # noqa: E402
 FOLDS = 3
 LARGER = 154  # px, against the demo's 126
 ORDERS, SCALES = ["--orders", "2"], ["--scales", "0.9", "1.0", "1.1"]
-WEIGHTS = ("raw", "ema", "swa")
 MAJORITY = "3 folds, majority"  # shares of votes are no probabilities: it has no log-loss
 # Each rung, and the one that it is built on.
 RUNGS = {
