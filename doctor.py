@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from collator import Collator
 from vqa.arguments import DataArguments, ModelArguments, RecipeArguments, folds_file, parse_arguments
-from vqa.batching import SLACK, Lengths, count_tokens, memory_room, quickest
+from vqa.batching import SLACK, Lengths, count_image_tokens, count_tokens, make_setup, memory_room, quickest
 from vqa.checks import (
     adapter_problems,
     adapter_targets,
@@ -139,20 +139,18 @@ def look_at_model(findings: Findings, args: ModelArguments, model: PeftModel) ->
 def look_at_tokens(findings: Findings, collate: Collator, contest: Contest) -> tuple[Lengths, Lengths | None]:
     """Print what the pixel budget makes of the images. (lengths of the training rows, of the validation rows)."""
     heading("Images and tokens")
-    processor = collate.processor.image_processor
-    side = processor.patch_size * processor.merge_size
+    patch = collate.processor.image_processor.patch_size
     paths = sorted({row["image"] for row in contest.rows})
-    sizes = [upright_size(path) for path in tqdm(paths, desc="reading image sizes", leave=False, disable=None)]
-    grids = [target_size(*size, collate.image_size, patch=processor.patch_size) for size in sizes]
-    tokens = dict(zip(paths, (width * height // side**2 for width, height in grids)))
-    by_tokens = sorted(range(len(paths)), key=lambda i: tokens[paths[i]])
+    sizes = {path: upright_size(path) for path in tqdm(paths, desc="reading image sizes", leave=False, disable=None)}
+    tokens = count_image_tokens(sizes, collate)
+    by_tokens = sorted(paths, key=tokens.get)
     for name, i in (("smallest", 0), ("median", len(paths) // 2), ("largest", -1)):
-        chosen = by_tokens[i]
-        size, grid = (" x ".join(map(str, pair)) for pair in (sizes[chosen], grids[chosen]))
-        print(f"{name:8} image {size}, seen as {grid} pixels: {tokens[paths[chosen]]} tokens")
-    larger = sum(width * height > collate.image_size**2 for width, height in sizes)
+        size = sizes[by_tokens[i]]
+        given, seen = (" x ".join(map(str, s)) for s in (size, target_size(*size, collate.image_size, patch=patch)))
+        print(f"{name:8} image {given}, seen as {seen} pixels: {tokens[by_tokens[i]]} tokens")
+    larger = sum(width * height > collate.image_size**2 for width, height in sizes.values())
     print(f"{larger} of {len(paths)} images have more pixels than image_size {collate.image_size} lets the model see")
-    train, valid = (count_tokens(rows, collate) if rows else None for rows in (contest.train, contest.valid))
+    train, valid = (count_tokens(rows, collate, sizes) if rows else None for rows in (contest.train, contest.valid))
     middle, most = int(np.median(train.tokens)), train.tokens.max()
     print(f"tokens a training row, text and image: median {middle}, longest {most}")
     return train, valid
@@ -181,11 +179,6 @@ def look_at_rows(findings: Findings, contest: Contest, data: DataArguments) -> N
         findings.warnings.append(
             f"{count(len(across), 'image')} in more than one fold: {named}; the folds' scores flatter"
         )
-
-
-def make_setup(args: ModelArguments, recipe: RecipeArguments, model: PeftModel) -> Setup:
-    averages = (recipe.ema_decay > 0) + (recipe.swa_start is not None)
-    return Setup(model, args.load_in_4bit, bool(recipe.gradient_checkpointing), recipe.optim.value, averages)
 
 
 def look_at_cost(

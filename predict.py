@@ -39,12 +39,13 @@ from vqa.folds import image_groups
 from vqa.generation import generated
 from vqa.images import check_images, unusable_images
 from vqa.model import load_adapter, load_base, load_processor
+from vqa.oof import WEIGHTS
 from vqa.parts import Part, Parts, view_fingerprint
 from vqa.predictions import letters, read_card, read_predictions, write_predictions
 from vqa.processes import settled_once, shared_out
 from vqa.prompt import LETTERS, letter_ids
 from vqa.rows import read_rows
-from vqa.runs import DTYPES, WEIGHTS, Run, base_run, check_alike, check_base, trained_run
+from vqa.runs import DTYPES, Run, base_run, check_alike, check_base, trained_run
 from vqa.scoring import letter_shares, normalised, order_shares
 from vqa.statistics import letter_scores, scored
 from vqa.truth import Truth

@@ -25,8 +25,9 @@ from vqa.features import open_features
 from vqa.files import read_json, write_json
 from vqa.fingerprint import adapter_fingerprint, base_fingerprint, files_fingerprint, rows_fingerprint
 from vqa.folds import read_folds, split_fold
-from vqa.images import check_images
+from vqa.images import check_images, upright_sizes
 from vqa.model import add_adapter, load_base, load_processor
+from vqa.oof import weights_folder
 from vqa.precision import model_dtype
 from vqa.predictions import join
 from vqa.processes import settled_once
@@ -35,7 +36,7 @@ from vqa.pseudo import pseudo_rows
 from vqa.resume import StopInTime, WholeCheckpoints, checkpoint_to_resume
 from vqa.rows import read_rows
 from vqa.statistics import scored
-from vqa.training import FoldTrainer, TellEpoch, TrainRows, rows_a_step, weights_folder
+from vqa.training import FoldTrainer, TellEpoch, TrainRows, rows_a_step
 from vqa.truth import Truth
 
 STOPPED = 3  # exit code of a run that was stopped in time
@@ -87,7 +88,7 @@ def main() -> None:
     prompts = Collator(processor, data.image_size, data.instruction)
     show = PartialState().is_main_process and not recipe.disable_tqdm
     collate.features = prompts.features = open_features(model, processor, data, [train_rows + valid_rows], show)
-    lengths = count_tokens(train_rows, collate, show)
+    lengths = count_tokens(train_rows, collate, upright_sizes(row["image"] for row in train_rows), show)
     set_batches(recipe, settled_once(lambda: fit_batches(recipe, model_args, lengths, collate.features is None)))
     rows = TrainRows(train_rows, data.shuffle_choices, recipe.seed)
     trainer = FoldTrainer(

@@ -25,11 +25,11 @@ from tqdm.auto import tqdm
 from vqa.arguments import DataArguments, differing, field_names, folder_under, folds_file, parse_arguments
 from vqa.errors import UserError, run
 from vqa.files import read_json, whole, write_json
+from vqa.oof import weights_folder
 from vqa.predictions import join
 from vqa.rows import read_table
 from vqa.search import DEFAULT, claim_trial, default_trial, open_study, read_space, run_trial
 from vqa.statistics import paired_difference, row_losses
-from vqa.training import weights_folder
 from vqa.truth import Truth
 
 FAILURES = 3  # in a row

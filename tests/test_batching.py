@@ -9,7 +9,8 @@ from conftest import TINY
 
 from collator import Collator
 from vqa.arguments import ModelArguments, RecipeArguments
-from vqa.batching import GroupedByLength, Lengths, count_tokens, fit_batches, quickest, take_batches
+from vqa.batching import Lengths, SortedSteps, count_tokens, fit_batches, quickest, take_batches
+from vqa.images import upright_sizes
 from vqa.memory import Setup, outline, training_peak
 from vqa.training import FoldTrainer, split_rows
 
@@ -24,27 +25,35 @@ def setup():
 def test_tokens_are_those_of_the_collated_rows(processor, rows):
     collate = Collator(processor, image_size=112, with_answer=True)
     batches = [collate([row]) for row in rows]
-    lengths = count_tokens(rows, collate, show=False)
+    lengths = count_tokens(rows, collate, upright_sizes(row["image"] for row in rows), show=False)
     assert lengths.tokens.tolist() == [batch["input_ids"].shape[1] for batch in batches]
     assert (lengths.patches * lengths.image_tokens).tolist() == [len(batch["pixel_values"]) for batch in batches]
 
 
-def test_every_row_comes_once_and_rows_of_a_step_are_alike():
+def test_every_row_comes_once_and_a_steps_micro_batches_pad_little():
     lengths = np.random.default_rng(0).integers(100, 400, 1003)
-    sampler = GroupedByLength(lengths, 16, 1, torch.tensor(0))
+    sampler = SortedSteps(lengths, 16, 1, torch.tensor(0))
     order = list(sampler)
     assert sorted(order) == list(range(1003)) and len(sampler) == 1003
-    steps = [lengths[order[i : i + 16]] for i in range(0, 1003, 16)]
-    padding = sum(step.max() * len(step) - step.sum() for step in steps) / lengths.sum()
-    shuffled = [lengths[i : i + 16] for i in range(0, 1003, 16)]  # drawn at random already
-    assert padding < 0.1 * sum(step.max() * len(step) - step.sum() for step in shuffled) / lengths.sum()
-    means = [step.mean() for step in steps]
-    assert abs(np.corrcoef(range(len(means)), means)[0, 1]) < 0.35  # neither from long to short nor back
+
+    def padding(rows):  # in micro-batches of 4
+        batches = [rows[i : i + 4] for i in range(0, 1003, 4)]
+        return sum(batch.max() * len(batch) - batch.sum() for batch in batches)
+
+    assert padding(lengths[order]) < 0.4 * padding(lengths)  # which were drawn at random
+
+
+def test_steps_are_as_mixed_as_random_ones():
+    lengths = np.random.default_rng(0).integers(100, 400, 4000)
+    order = list(SortedSteps(lengths, 16, 1, torch.tensor(0)))
+    means = lengths[order].reshape(250, 16).mean(1)
+    assert means.std() == pytest.approx(lengths.std() / 4, rel=0.15)  # of 16 independent draws; 75 if rows were alike
+    assert abs(np.corrcoef(range(250), means)[0, 1]) < 0.2  # neither from long to short nor back
 
 
 def test_the_order_goes_by_seed_and_epoch_alone():
     epoch = torch.tensor(0)
-    sampler = GroupedByLength(LENGTHS.tokens, 8, 1, epoch)
+    sampler = SortedSteps(LENGTHS.tokens, 8, 1, epoch)
     first = list(sampler)
     torch.rand(3)
     assert list(sampler) == first

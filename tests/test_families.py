@@ -26,7 +26,7 @@ from vqa.features import open_features
 from vqa.model import add_adapter, load_base, load_processor
 from vqa.precision import guard_fp16, half_autocast
 from vqa.prompt import LETTERS, letter_ids
-from vqa.scoring import answer_logits, score_orders, score_rows
+from vqa.scoring import answer_logits, normalised, order_shares, score_rows
 from vqa.vision import encode_images
 
 TEXT = {
@@ -220,7 +220,7 @@ def test_orders_that_share_their_beginning_have_the_probabilities_that_they_have
     model, processor, ids = loaded
     collate = Collator(processor, 140)
     orders = [[0, 1, 2, 3], [1, 2, 3, 0], [3, 2, 1, 0]]
-    together = score_orders(model, [{**row, "orders": orders} for row in rows[:4]], collate, ids, batch_size=3)
-    for row, values in zip(rows, together):
+    shares = order_shares(model, [{**row, "orders": orders} for row in rows[:4]], collate, ids, batch_size=3)
+    for row, values in zip(rows, map(normalised, shares)):
         alone = score_rows(model, [{**row, "order": order} for order in orders], collate, ids, batch_size=2)
         assert np.abs(values - alone).max() < 1e-5 and np.ptp(alone, axis=0).max() > 1e-5

@@ -13,6 +13,7 @@ from collator import Collator
 from vqa.batching import count_tokens
 from vqa.errors import UserError
 from vqa.fingerprint import rows_fingerprint
+from vqa.images import upright_sizes
 from vqa.paraphrases import RULES, paraphrases
 from vqa.rows import read_rows
 from vqa.training import TrainRows
@@ -116,7 +117,8 @@ def test_the_longest_wording_counts_for_the_length_of_a_row(rows, processor):
     collate, long = Collator(processor, 112, with_answer=True), "In this picture, what is the colour of the box?"
     several = [{**rows[0], "question": "q?", "paraphrases": [long, "other?"]}, {**rows[1], "paraphrases": []}]
     alone = [{**rows[0], "question": long}, rows[1]]
-    got = count_tokens(several, collate, show=False).tokens.tolist()
+    sizes = upright_sizes(row["image"] for row in several)
+    got = count_tokens(several, collate, sizes, show=False).tokens.tolist()
     assert got == [int(collate([row])["attention_mask"].sum()) for row in alone]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from collator import Collator
 from vqa.prefix import OrdersCollator, common_length
-from vqa.scoring import score_orders, score_rows
+from vqa.scoring import normalised, order_shares, score_rows
 
 
 def with_orders(rows):
@@ -24,7 +24,7 @@ def with_orders(rows):
 
 def test_every_order_has_the_probabilities_that_it_has_alone(model, processor, ids, rows):
     rows, collate = with_orders(rows[:12]), Collator(processor, 140)
-    together = score_orders(model, rows, collate, ids, batch_size=5)
+    together = [normalised(shares) for shares in order_shares(model, rows, collate, ids, batch_size=5)]
     assert [len(values) for values in together] == [len(row["orders"]) for row in rows]
     for row, values in zip(rows, together):
         alone = score_rows(model, [{**row, "order": order} for order in row["orders"]], collate, ids, batch_size=3)

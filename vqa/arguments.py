@@ -118,7 +118,7 @@ class RecipeArguments(TrainingArguments):
         "gradient_checkpointing is left out where memory allows, unless it is set. Out of memory, they get smaller.",
     )
     train_sampling_strategy: str = _field(
-        "group_by_length", "Rows of like length share a step, which saves padding; random: they do not."
+        "group_by_length", "Rows at random, those of a step sorted by length, which saves padding; random: not sorted."
     )
     max_grad_norm: float = _field(1.0, "Gradients are clipped to this norm.")
     fp16: bool = _field(False, "Mixed precision for GPUs before Ampere, such as the T4, which have no bf16.")

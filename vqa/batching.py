@@ -6,20 +6,19 @@ is left out where its memory is not needed. The mean over the step's rows stays 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from collator import Collator
 from vqa.arguments import ModelArguments, RecipeArguments
 from vqa.files import read_json, write_json
-from vqa.images import target_size, upright_size
+from vqa.images import target_size
 from vqa.memory import CUDA_BYTES, Batch, Setup, outline, training_peak
 from vqa.precision import model_dtype
 from vqa.prompt import LETTERS, messages, render
@@ -41,12 +40,15 @@ class Lengths:
         return Batch(rows, int(statistic(self.tokens)), self.patches * int(statistic(self.image_tokens)))
 
 
-def count_tokens(rows: Sequence[dict], collate: Collator, show: bool = True) -> Lengths:
+def count_tokens(
+    rows: Sequence[dict], collate: Collator, sizes: Mapping[str, tuple[int, int]], show: bool = True
+) -> Lengths:
     """How long the rows are as the model reads them, answers included, without decoding an image.
 
-    Of several wordings of a question the longest counts: which one an epoch asks is drawn later.
+    `sizes`: image -> (width, height) of it upright, of every image that the rows show. Of several wordings of a
+    question the longest counts: which one an epoch asks is drawn later.
     """
-    image_tokens = count_image_tokens({row["image"] for row in rows}, collate)
+    image_tokens = count_image_tokens(sizes, collate)
     bar = tqdm(rows, desc="counting tokens", unit=" rows", leave=False, disable=not show)
     asked = (row | {"question": max([row["question"], *row.get("paraphrases", [])], key=len)} for row in bar)
     chats = (messages(row, {"type": "image"}, collate.instruction, collate.special) for row in asked)
@@ -58,18 +60,19 @@ def count_tokens(rows: Sequence[dict], collate: Collator, show: bool = True) -> 
     return Lengths(text_tokens + of_images, of_images, collate.processor.image_processor.merge_size**2)
 
 
-def count_image_tokens(paths: set[str], collate: Collator) -> dict[str, int]:
+def count_image_tokens(sizes: Mapping[str, tuple[int, int]], collate: Collator) -> dict[str, int]:
     """Image -> tokens that the pixel budget gives it."""
-    processor, paths = collate.processor.image_processor, sorted(paths)
-    with ThreadPoolExecutor() as pool:
-        sizes = list(pool.map(upright_size, paths))
-    grids = [target_size(*size, collate.image_size, patch=processor.patch_size) for size in sizes]
+    processor = collate.processor.image_processor
+    grids = {path: target_size(*s, collate.image_size, patch=processor.patch_size) for path, s in sizes.items()}
     side = processor.patch_size * processor.merge_size
-    return {path: width * height // side**2 for path, (width, height) in zip(paths, grids)}
+    return {path: width * height // side**2 for path, (width, height) in grids.items()}
 
 
-class GroupedByLength(torch.utils.data.Sampler):
-    """An epoch's rows, drawn by seed and epoch alone, so that rows of like length follow each other.
+class SortedSteps(torch.utils.data.Sampler):
+    """An epoch's rows at random, drawn by seed and epoch alone, those of each optimiser step from short to long.
+
+    So the step's micro-batches pad little, and its gradient is that of any random step. Steps of like rows would pad
+    less, but rows of like length are rows of like questions, and the model learns worse from them (EXPERIMENTS.md).
 
     Args: `lengths`, tokens of each row; `rows`, of an optimiser step on all processes; `epoch`, int64 (), which is
     told from outside: accelerate does not reach the sampler of several processes that go on from a checkpoint.
@@ -83,12 +86,9 @@ class GroupedByLength(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + int(self.epoch))
-        order = get_length_grouped_indices(self.lengths, self.rows, generator=generator)
-        steps = [order[i : i + self.rows] for i in range(0, len(order), self.rows)]
-        last = steps.pop() if len(steps[-1]) < self.rows else []  # the rest stays last: a batch is not to be split
-        for step in torch.randperm(len(steps), generator=generator).tolist():  # not from long to short
-            yield from steps[step]
-        yield from last
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for start in range(0, len(order), self.rows):
+            yield from sorted(order[start : start + self.rows], key=self.lengths.__getitem__)
 
 
 def fit_batches(
@@ -104,14 +104,19 @@ def fit_batches(
     if not recipe.auto_batch or not torch.cuda.is_available():
         return {}
     dtype = model_dtype(recipe.fp16, recipe.bf16)
-    averages = (recipe.ema_decay > 0) + (recipe.swa_start is not None)
-    setup = Setup(outline(model_args, dtype), model_args.load_in_4bit, True, recipe.optim.value, averages)
+    setup = make_setup(model_args, recipe, outline(model_args, dtype))
     lengths = lengths if encodes_images else replace(lengths, patches=0)
     rate = measured_rate(setup)
     rows = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     fields = quickest(setup, lengths, rows, SLACK * memory_room(), rate, recipe.wants_checkpointing)
     write_json(record, fields)
     return fields
+
+
+def make_setup(args: ModelArguments, recipe: RecipeArguments, model: PeftModel) -> Setup:
+    """What a run holds in memory beside its batches."""
+    averages = (recipe.ema_decay > 0) + (recipe.swa_start is not None)
+    return Setup(model, args.load_in_4bit, bool(recipe.gradient_checkpointing), recipe.optim.value, averages)
 
 
 def take_batches(recipe: RecipeArguments, fields: dict[str, int | bool]) -> None:

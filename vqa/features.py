@@ -30,7 +30,7 @@ from vqa.families import vision_tower
 from vqa.files import whole
 from vqa.fingerprint import fingerprint
 from vqa.folds import image_groups
-from vqa.images import sized_image, target_size, upright_size
+from vqa.images import sized_image, target_size, upright_sizes
 from vqa.vision import base_model, image_features, is_tower_untouched
 
 FORMAT = "1"  # part of every store's name: raise it when images are prepared or features laid out in another way
@@ -114,8 +114,7 @@ class FeatureStore:
         Raises UserError where an image's features are not finite, or the folder cannot be written.
         """
         paths = list({row["image"] for row in rows} - self.images.keys())
-        with ThreadPoolExecutor() as pool:
-            self.images |= zip(paths, zip(image_groups(paths), pool.map(upright_size, paths)))
+        self.images |= zip(paths, zip(image_groups(paths), upright_sizes(paths).values()))
         wanted = {self.key(row): row for row in rows}
         tokens = {key: self._tokens(row) for key, row in wanted.items()}
         self._open_shards(wanted.keys())

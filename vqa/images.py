@@ -1,5 +1,6 @@
 """One way from an image file to the pixels that the model sees, for training and prediction alike."""
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def upright_size(path: str | Path) -> tuple[int, int]:
     with Image.open(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else image.size
+
+
+def upright_sizes(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Path -> `upright_size`, of each path once."""
+    paths = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(upright_size, paths)))
 
 
 def check_images(rows: list[dict], label: str) -> None:

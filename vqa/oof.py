@@ -27,6 +27,7 @@ from vqa.statistics import row_losses
 from vqa.truth import Truth
 
 ASKED = ("model", "views", "gate")  # what a card says of how rows were asked
+WEIGHTS = ("raw", "ema", "swa")
 
 
 class NoEvidence(UserError):
@@ -44,11 +45,21 @@ class Evidence:
     truth: str | Path
 
 
+def weights_folder(folder: str | Path, name: str) -> Path:
+    """Where a fold's folder holds the adapter of that name, one of WEIGHTS, and its out-of-fold file."""
+    return Path(folder) if name == "raw" else Path(folder, name)
+
+
+def model_name(fold: str | Path) -> str:
+    """What the folds of one model are called together: outputs/7b/fold* for outputs/7b/fold1."""
+    return re.sub(r"fold\d+$", "fold*", str(fold))
+
+
 def group_models(files: Sequence[str]) -> dict[str, list[str]]:
     """Name of a model -> its prediction files, in their order."""
     models: dict[str, list[str]] = {}
     for file in files:
-        models.setdefault(re.sub(r"fold\d+$", "fold*", str(Path(file).with_suffix(""))), []).append(file)
+        models.setdefault(model_name(Path(file).with_suffix("")), []).append(file)
     return {files[0] if len(files) == 1 else f"{name}.csv": files for name, files in models.items()}
 
 

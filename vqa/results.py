@@ -1,6 +1,5 @@
 """Finished folds as training left them: what each of their weights said of the rows that were kept from it."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,10 @@ import pandas as pd
 
 from vqa.errors import UserError, first_few
 from vqa.files import read_json
-from vqa.oof import check_fold, check_measured
+from vqa.oof import WEIGHTS, check_fold, check_measured, model_name, weights_folder
 from vqa.predictions import read_predictions
 from vqa.truth import Truth
 
-WEIGHTS = ("raw", "ema", "swa")
 BEST = "best"
 
 
@@ -119,7 +117,7 @@ def read_models(folders: Sequence[Path], truth: Truth) -> list[Model]:
     """The models that the folds make up: those in one folder whose names differ only in the number after "fold"."""
     grouped: dict[str, list[Fold]] = {}
     for folder in sorted(folders):
-        grouped.setdefault(re.sub(r"fold\d+$", "fold*", str(folder)), []).append(read_fold(folder, truth))
+        grouped.setdefault(model_name(folder), []).append(read_fold(folder, truth))
     models = []
     for name, folds in grouped.items():
         numbers = [fold.number for fold in folds]
@@ -138,7 +136,7 @@ def read_fold(folder: Path, truth: Truth) -> Fold:
         raise UserError(f"{folder}: it was trained on every row, so none is out of fold; leave it out")
     oof = {}
     for name in WEIGHTS:
-        path = folder / ("" if name == "raw" else name) / "oof.csv"
+        path = weights_folder(folder, name) / "oof.csv"
         if name in metrics["weights"] and path.is_file():
             ids, probabilities = read_predictions(path)
             check_fold(ids, path)

@@ -21,9 +21,9 @@ from vqa.errors import UserError, first_few
 from vqa.files import read_json
 from vqa.fingerprint import files_fingerprint
 from vqa.model import check_model_path, is_adapter
+from vqa.oof import WEIGHTS, weights_folder
 from vqa.precision import model_dtype
 
-WEIGHTS = ("raw", "ema", "swa")
 DTYPES = ("float32", "float16", "bfloat16")
 FORMAT = "1"  # part of every fingerprint: raise it when rows are asked in another way
 
@@ -61,7 +61,7 @@ def trained_run(folder: str, weights: str = "best", model: str | None = None, dt
     weights = metrics["best"] if weights == "best" else weights
     if weights not in WEIGHTS:  # it becomes a path
         raise UserError(f"{folder}/metrics.json: {weights!r} names no weights; it is one of {', '.join(WEIGHTS)}")
-    adapter = path if weights == "raw" else path / weights
+    adapter = weights_folder(path, weights)
     if not is_adapter(adapter):
         raise UserError(f"{folder}: it has no {weights} weights; predict with --weights best, or train with them on")
     output_dir = folder_under("outputs", path.parent, below="checkpoints")

@@ -75,11 +75,6 @@ def letter_shares(
     return np.array([_mapped_back(v[0], row.get("order")) for v, row in zip(shown, rows)]).reshape(-1, len(LETTERS))
 
 
-def score_orders(*args, **kwargs) -> list[np.ndarray]:
-    """As score_rows, for rows with `orders`, several each: one array (orders, 10) a row."""
-    return [normalised(shares) for shares in order_shares(*args, **kwargs)]
-
-
 def order_shares(
     model: torch.nn.Module,
     rows: list[dict],

@@ -14,9 +14,10 @@ from transformers import Trainer, TrainerCallback
 
 from callbacks import WeightAverage, first_step, gathered, trainable
 from collator import IGNORE, Collator
-from vqa.batching import RECORD, GroupedByLength
+from vqa.batching import RECORD, SortedSteps
 from vqa.errors import UserError, first_few
 from vqa.files import read_json, write_json
+from vqa.oof import weights_folder
 from vqa.predictions import write_predictions
 from vqa.processes import shared_out
 from vqa.prompt import shown_target
@@ -97,7 +98,7 @@ class FoldTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.data_seed or self.args.seed
-        return GroupedByLength(self.lengths, rows_a_step(self.args), seed, self.train_dataset.epoch)
+        return SortedSteps(self.lengths, rows_a_step(self.args), seed, self.train_dataset.epoch)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimiser step on this process, and the number of rows in that step on all processes.
@@ -325,8 +326,3 @@ def split_rows(batch: dict, most: int) -> list[dict]:
         for part, piece in zip(parts, pieces):
             part[key] = piece
     return parts
-
-
-def weights_folder(folder: str | Path, name: str) -> Path:
-    """Where a fold's folder holds the adapter of that name (raw, ema, swa) and its out-of-fold file."""
-    return Path(folder) if name == "raw" else Path(folder, name)

@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import PartialState
 
 from collator import Collator
-from vqa.images import target_size, upright_size
+from vqa.images import target_size, upright_sizes
 
 ORDER_SETS = {"cyclic": "rotation", "latin": "latin"}  # and what their views are called
 SIDES = re.compile(r"\b(left|right)(most)?\b|왼쪽|왼편|오른쪽|오른편|좌측|우측|좌우", re.IGNORECASE)
@@ -148,7 +148,7 @@ def _flipped(rows: list[dict]) -> View:
 def _scaled(rows: list[dict], scales: Iterable[float], collate: Collator) -> list[View]:
     """A view per scale other than 1, of the rows that it gives a grid which they have not had yet."""
     patch = collate.processor.image_processor.patch_size
-    sizes = {row["image"]: upright_size(row["image"]) for row in rows if row["image"]}
+    sizes = upright_sizes(row["image"] for row in rows if row["image"])
     if not sizes:
         return []
     views, seen = [], {path: {target_size(*size, collate.image_size, 1.0, patch)} for path, size in sizes.items()}
