@@ -24,7 +24,7 @@ from vqa.errors import count, first_few, run
 from vqa.files import folder_under, whole
 from vqa.groups import TYPE, group_rows, group_table
 from vqa.letters import confusion, leanings
-from vqa.pages import Page, card
+from vqa.pages import Page, Remarks, card
 from vqa.prompt import LETTERS
 from vqa.results import Results, curve, finished, put_together, read_models, training_csv
 from vqa.rows import read_rows
@@ -93,20 +93,15 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Glance(list):
-    """What is worth knowing first, each with the section of the page that shows more."""
+class Glance(Remarks):
+    """What is worth knowing first; where there are several models, of which it is said."""
 
     def __init__(self, results: Results):
         super().__init__()
         self.several = len(results.models) > 1
 
     def add(self, section: str, text: str, model: str | None = None) -> None:
-        """`model`, where there are several, says of which this is said."""
-        self.append({"section": section, "text": f"{model}: {text}" if model and self.several else text})
-
-    def print(self) -> None:
-        for line in self:
-            print(f"- {line['text']}")
+        super().add(section, f"{model}: {text}" if model and self.several else text)
 
 
 def read_rows_of(results: Results, image_root: str | None) -> list[dict]:

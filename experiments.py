@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from vqa.comparison import tell_comparison
 from vqa.errors import UserError, first_few, run
@@ -136,18 +137,14 @@ def record_public_score(log: pd.DataFrame, score: float, name: str | None) -> No
 
 def plot_leaderboard(log: pd.DataFrame, path: Path) -> None:
     """Out-of-fold accuracy with its interval against the public score, a point a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     public = public_scores(log)
     runs = log[log["id"].isin(public) & (log["accuracy"] != "")]
     if runs.empty:
         raise UserError(f"{log_path()}: no run has both an out-of-fold and a public score; record one: --public_score")
     x, low, high = (runs[name].astype(float) for name in ("accuracy", "low", "high"))
     y = runs["id"].map(public).astype(float)
-    figure, axes = pyplot.subplots(figsize=(6, 6), layout="constrained")
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
     axes.errorbar(x, y, xerr=(x - low, high - x), fmt="o", capsize=3)
     for name, *place in zip(runs["id"], x, y):
         axes.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
@@ -157,7 +154,6 @@ def plot_leaderboard(log: pd.DataFrame, path: Path) -> None:
     axes.legend()
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-    pyplot.close(figure)
     print(f"{path}: runs with both scores: {len(runs)}")
 
 

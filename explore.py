@@ -25,7 +25,7 @@ from vqa.files import folder_under, read_json, whole
 from vqa.folds import folds_path, read_folds
 from vqa.images import target_size
 from vqa.letters import evenness
-from vqa.pages import Page, card, thumbnail
+from vqa.pages import Page, Remarks, card, thumbnail
 from vqa.prompt import LETTERS
 from vqa.question_types import OTHER, question_type
 from vqa.rows import equal_choices, read_rows, read_table
@@ -51,7 +51,7 @@ SECTIONS = {
 def main() -> None:
     args = parse_args()
     tokenizer, patch = read_model(args.model)
-    warnings = Warnings()
+    warnings = Remarks()
     rows = read_data(args.csv, args.image_root, warnings)
     pictures = read_pictures(rows["image"])
     page = Page(args.output_dir or folder_under("outputs", Path(args.csv[0]).parent, below="data") / "explore")
@@ -92,17 +92,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Warnings(list):
-    """What deserves a look, each with the section of the page that shows it."""
-
-    def add(self, section: str, text: str) -> None:
-        self.append({"section": section, "text": text})
-
-    def print(self) -> None:
-        for warning in self:
-            print(f"- {warning['text']}")
-
-
 def read_model(folder: str) -> tuple[Tokenizer, int]:
     """(tokenizer, side in pixels of a patch of the vision tower) of a model folder."""
     path = Path(folder, "tokenizer.json")
@@ -111,7 +100,7 @@ def read_model(folder: str) -> tuple[Tokenizer, int]:
     return Tokenizer.from_file(str(path)), read_json(Path(folder, "config.json"))["vision_config"]["patch_size"]
 
 
-def read_data(files: list[str], image_root: str | None, warnings: Warnings) -> pd.DataFrame:
+def read_data(files: list[str], image_root: str | None, warnings: Remarks) -> pd.DataFrame:
     """The rows of all files: what read_rows gives, and `csv`, `split` (a short name), `type`, `fold` and `answer`.
 
     `fold` and `answer` are None where there is none.
@@ -130,7 +119,7 @@ def read_data(files: list[str], image_root: str | None, warnings: Warnings) -> p
     return pd.concat(parts, ignore_index=True)
 
 
-def read_fold_column(file: str, rows: pd.DataFrame, warnings: Warnings) -> np.ndarray | None:
+def read_fold_column(file: str, rows: pd.DataFrame, warnings: Remarks) -> np.ndarray | None:
     """The fold of each row, where a folds file lies beside the CSV and fits it."""
     path = folds_path(None, file)
     if not path.is_file():
@@ -161,7 +150,7 @@ def tiles(rows: pd.DataFrame, pictures: dict[str, Picture], blind: dict) -> list
     return shown
 
 
-def look_at_letters(rows: pd.DataFrame, warnings: Warnings) -> list[dict]:
+def look_at_letters(rows: pd.DataFrame, warnings: Remarks) -> list[dict]:
     found = []
     for name, own in by_split(answered(rows)):
         counts, fair, p_value = evenness(own["answer"].to_numpy(dtype=int), own["choices"].map(len).to_numpy())
@@ -179,7 +168,7 @@ def look_at_letters(rows: pd.DataFrame, warnings: Warnings) -> list[dict]:
     return found
 
 
-def look_at_blind(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: Warnings) -> dict:
+def look_at_blind(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: Remarks) -> dict:
     """What text alone guesses of the rows with answers."""
     known = answered(rows)
     groups = pd.factorize(pd.Series([pictures[path].sha or path for path in known["image"]]))[0]
@@ -206,7 +195,7 @@ def look_at_blind(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: Wa
     }
 
 
-def look_at_types(rows: pd.DataFrame, blind: dict, warnings: Warnings) -> list[dict]:
+def look_at_types(rows: pd.DataFrame, blind: dict, warnings: Remarks) -> list[dict]:
     shares = pd.crosstab(rows["type"], rows["split"], normalize="columns")[list(dict.fromkeys(rows["split"]))]
     unknown = (rows["type"] == OTHER).mean()
     if unknown > 0.3:
@@ -254,7 +243,7 @@ def count_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
 
 
 def look_at_images(
-    rows: pd.DataFrame, pictures: dict[str, Picture], patch: int, page: Page, warnings: Warnings
+    rows: pd.DataFrame, pictures: dict[str, Picture], patch: int, page: Page, warnings: Remarks
 ) -> dict:
     """Sizes of the images, and the tokens that they cost at each budget; one figure."""
     if broken := [f"{path} ({picture.problem})" for path, picture in pictures.items() if picture.problem]:
@@ -275,7 +264,7 @@ def look_at_images(
     return {"costs": costs, "side": side}
 
 
-def look_at_duplicates(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page, warnings: Warnings) -> dict:
+def look_at_duplicates(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page, warnings: Remarks) -> dict:
     """How many images stand there twice, within and across files; all pairs go to duplicates.csv."""
     files = rows.drop_duplicates(["split", "image"]).reset_index(drop=True)
     pairs = same_pictures(files, pictures)
@@ -321,7 +310,7 @@ def show_pair(pair: dict) -> dict:
     return {"kind": kind, "names": names, "images": [thumbnail(pair["first_image"]), thumbnail(pair["second_image"])]}
 
 
-def look_at_choices(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: Warnings) -> dict:
+def look_at_choices(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: Remarks) -> dict:
     """Rows with equal or missing choices, and the same question about the same image."""
     lines, shown = [], []
     for name, own in by_split(rows):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import optuna
+from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
 
@@ -150,18 +151,13 @@ def plot_importances(study: optuna.Study, path: Path) -> None:
     if len(finished) < FEWEST:
         print(f"no importances: {len(finished)} trials that ran to their end say nothing of them, {FEWEST} would")
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     found = optuna.importance.get_param_importances(study)
-    figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(found) + 1.2), layout="constrained")
+    figure = Figure(figsize=(7, 0.5 * len(found) + 1.2), layout="constrained")
+    axes = figure.subplots()
     axes.barh(list(found)[::-1], np.array(list(found.values()))[::-1])
     axes.set(title=f"what the log-loss depends on, {len(finished)} trials", xlabel="importance")
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-    pyplot.close(figure)
     print(f"{path}: " + ", ".join(f"{name} {share:.2f}" for name, share in found.items()))
 
 

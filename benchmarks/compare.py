@@ -26,8 +26,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
@@ -241,20 +241,21 @@ def whole_job(steps: dict, answers: dict, lines: list[dict]) -> dict:
 
 
 def plot(summary: dict, path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(summary), 1, figsize=(8, 1 + 3 * len(summary)), squeeze=False)
-    for axis, (model, found) in zip(axes[:, 0], summary.items()):
-        bars = [
+    bars_of = {
+        model: [
             (f"{name}, {effective} rows a step", line["rows_per_second"])
             for effective, table in found["training"].items()
             for name, line in table.items()
         ]
+        for model, found in summary.items()
+    }
+    heights = [len(bars) + 2 for bars in bars_of.values()]
+    figure = Figure(figsize=(8, 0.35 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(summary), 1, squeeze=False, height_ratios=heights)
+    for axis, (model, bars) in zip(axes[:, 0], bars_of.items()):
         shown = axis.barh([label for label, _ in bars][::-1], [value for _, value in bars][::-1])
         axis.bar_label(shown, fmt="%.1f", padding=3)
         axis.set(title=f"{model}: training rows a second", xmargin=0.1)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 

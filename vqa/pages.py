@@ -47,6 +47,17 @@ class Page:
         return self.folder / "index.html"
 
 
+class Remarks(list):
+    """What stands first on a page, each with the section that shows more."""
+
+    def add(self, section: str, text: str) -> None:
+        self.append({"section": section, "text": text})
+
+    def print(self) -> None:
+        for remark in self:
+            print(f"- {remark['text']}")
+
+
 def data_uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
