@@ -5,6 +5,8 @@ ready := .venv/.ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Where it is set, every script compiles torch and transformers anew, which takes longer than to import them.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint soak ladder lock
 

@@ -63,6 +63,11 @@ def test_bf16_on_a_t4_is_refused(gpu):
     check_machine({"bf16": True})
 
 
+def test_attention_plans_nothing_for_a_length(model):
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # the loaded model turned it off
+    assert torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
 @pytest.mark.parametrize("count", [1, 4])  # one row has no padding, so no mask: there transformers would group queries
 def test_keys_and_values_are_expanded_instead_of_grouped(monkeypatch, model, processor, rows, count):
     other = AutoModelForImageTextToText.from_pretrained(TINY, attn_implementation="sdpa_expanded").float().eval()
