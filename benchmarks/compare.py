@@ -225,10 +225,10 @@ def whole_job(steps: dict, answers: dict, lines: list[dict]) -> dict:
 
     The recipe: folds * epochs * rows of two folds / training rate + folds * test rows / answering rate, and no
     validation at all. Ours: every image encoded once, the same training, after each epoch a validation of the third
-    fold with raw, EMA and SWA weights, and folds * test rows answered.
+    fold, and folds * test rows answered.
     """
     trained = JOB["folds"] * JOB["epochs"] * JOB["train_rows"] * (JOB["folds"] - 1) / JOB["folds"]
-    validated = JOB["epochs"] * JOB["train_rows"] * 3
+    validated = JOB["epochs"] * JOB["train_rows"]
     tested = JOB["folds"] * JOB["test_rows"]
     rates = answers["rows_per_second"]
     ours = [rate for how, rate in rates.items() if how.startswith("letters, batch") and "encoded" not in how]

@@ -156,6 +156,8 @@ def trained(tmp_path_factory):
         "save_steps": 2,
         "disable_tqdm": True,
         "learning_rate": 1e-3,
+        "ema_decay": 0.99,
+        "swa_start": 0.5,
     }
     args = folder / "args"
     args.mkdir()

@@ -57,7 +57,7 @@ def test_each_is_taken_at_its_best_and_ours_is_held_against_it():
 def test_the_whole_job_is_reckoned_at_the_rates_of_equal_steps():
     trained, answered = 3 * 3 * 3887 * 2 / 3, 3 * 3887
     recipe = trained / 1.0 + answered / 2.0
-    ours = 2 * 3887 / 20.0 + trained / 50.0 + (3 * 3887 * 3 + answered) / 100.0  # not the 60 of larger steps
+    ours = 2 * 3887 / 20.0 + trained / 50.0 + (3 * 3887 + answered) / 100.0  # not the 60 of larger steps
     job = summarise(LINES)["m"]["whole job, hours"]
     assert job["recipe"] == pytest.approx(recipe / 3600, abs=0.005)
     assert job["ours"] == pytest.approx(ours / 3600, abs=0.005)

@@ -31,6 +31,8 @@ RECIPE = {
     # With its usual epsilon AdamW moves a weight whose gradient is rounding noise as far as any other.
     "adam_epsilon": 1e-3,
     "learning_rate": 3e-3,
+    "ema_decay": 0.99,
+    "swa_start": 0.5,
     "max_grad_norm": 0,  # clipping would hide gradients that are off by a factor
     "save_strategy": "steps",
     "save_steps": SAVED,

@@ -95,9 +95,11 @@ class RecipeArguments(TrainingArguments):
         "token: cross-entropy over the vocabulary at the answer's letter and the end of the turn, as in language "
         "modelling; letter: cross-entropy over the letters that the row offers, which is what is scored.",
     )
-    ema_decay: float = _field(0.99, "Decay of the EMA of the adapter, per optimiser step, warmed up; 0 turns it off.")
+    ema_decay: float = _field(
+        0.0, "Decay of the EMA of the adapter, per optimiser step, warmed up: 0.99, say. 0: none, which is quicker."
+    )
     swa_start: float | None = _field(
-        0.5, "Where SWA begins: below 1, after that share of the run; from 1 on, at that step; null turns it off."
+        None, "Where SWA begins: below 1, after that share of the run (0.5, say); from 1 on, at that step. null: none."
     )
     swa_every: int = _field(1, "Steps between two weights that SWA averages.")
     swa_lr: float | None = _field(None, "Constant learning rate from SWA's beginning on; null keeps the schedule.")
