@@ -48,6 +48,6 @@ stage "train ${#files[@]} folds" train "${@:2}"
 unset OMP_NUM_THREADS
 # The untrained base is asked only where there is something to compare with.
 stage predict env OMP_NUM_THREADS="$(nproc)" accelerate launch --quiet predict.py "${folds[@]}" ${TRUTH:+--base "${folds[0]}/args.json"} \
-  --orders 2 --output_dir "$outputs"
+  --orders 4 --output_dir "$outputs"
 stage ensemble python ensemble.py "${predictions[@]}"
 python scores.py "$outputs" ${TRUTH:+--truth "$TRUTH"}

@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +35,7 @@ from vqa.truth import Truth  # noqa: E402
 
 FOLDS = 3
 LARGER = 154  # px, against the demo's 126
-ORDERS, SCALES = ["--orders", "2"], ["--scales", "0.9", "1.0", "1.1"]
+ORDERS, SCALES = ["--orders", "4"], ["--scales", "0.9", "1.0", "1.1"]
 MAJORITY = "3 folds, majority"  # shares of votes are no probabilities: it has no log-loss
 # Each rung, and the one that it is built on.
 RUNGS = {
@@ -52,6 +51,8 @@ RUNGS = {
     "3 folds, + choice orders + scales": "3 folds, + choice orders",
     "3 folds, + choice orders + larger images": "3 folds, + choice orders",
 }
+# Every rung beside the one it is built on, and in the end the whole way beside a single fold.
+COMPARED = [*RUNGS.items(), ("3 folds, + choice orders", "one fold")]
 
 
 def main() -> None:
@@ -191,7 +192,7 @@ def read_rungs(places: Places, seed: int) -> list[tuple[list[str], np.ndarray]]:
 
 
 def compare_rungs(seeds: list[list[tuple[list[str], np.ndarray]]], truth: Truth) -> list[dict]:
-    """A line a rung, over the rows of all seeds: its scores, and its difference to the rung that it is built on.
+    """A line for each of COMPARED, over the rows of all seeds: a rung's scores, and its difference to another.
 
     A test row is one row however many seeds answer it: that clusters the intervals, and no verdict goes without them.
     """
@@ -200,7 +201,7 @@ def compare_rungs(seeds: list[list[tuple[list[str], np.ndarray]]], truth: Truth)
     clusters = {"row": np.tile(np.arange(len(ids)), len(seeds))}
     values = {name: np.concatenate([rungs[i][1] for rungs in seeds]) for i, name in enumerate(RUNGS)}
     table = []
-    for name, before in RUNGS.items():
+    for name, before in COMPARED:
         right = accuracy(values[name].argmax(1) == answers, clusters)
         line = {"rung": name, "accuracy": right.value, "low": right.low, "high": right.high}
         line["log_loss"] = None if name == MAJORITY else float(row_losses(values[name], answers).mean())
@@ -216,9 +217,15 @@ def compare_rungs(seeds: list[list[tuple[list[str], np.ndarray]]], truth: Truth)
 
 def write_table(outputs: Path, table: list[dict], args: argparse.Namespace, seconds: float) -> None:
     """The table, printed, and in ladder.md and ladder.json."""
-    columns = ["rung", "accuracy", "low", "high", "log_loss", "against", "change", "from", "to", "p", "verdict"]
-    shown = pd.DataFrame(table)[columns].fillna({"against": "", "verdict": ""})
-    text = shown.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
+    lines = [["what", "accuracy", "log-loss", "against", "change of accuracy", "verdict"], ["---"] * 6]
+    for line in table:
+        loss = "" if line["log_loss"] is None else f"{line['log_loss']:.3f}"
+        own = [line["rung"], f"{line['accuracy']:.1%} ({line['low']:.1%} to {line['high']:.1%})", loss]
+        change = [f"{100 * line[name]:+.1f}" for name in ("change", "from", "to")] if "against" in line else None
+        lines.append(
+            [*own, line["against"], "{} ({} to {})".format(*change), line["verdict"]] if change else [*own, "", "", ""]
+        )
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     made = {
         "command": " ".join(["python benchmarks/ladder.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -232,7 +239,7 @@ def write_table(outputs: Path, table: list[dict], args: argparse.Namespace, seco
     )
     print(f"\n{text}\n\n{notes}")
     with whole(outputs / "ladder.md") as temporary:
-        temporary.write_text(f"```\n{text}\n```\n\n{notes}\n", encoding="utf-8")
+        temporary.write_text(f"{text}\n\n{notes}\n", encoding="utf-8")
     write_json(outputs / "ladder.json", made | {"rungs": table})
 
 

@@ -36,7 +36,10 @@ def test_the_ladder_is_climbed_from_the_contest_to_the_table(here, script, tmp_p
     code, output, error = script("ladder", *flags)
     assert code == 0, error
     made = json.loads((tmp_path / "outputs/ladder/ladder.json").read_text())
-    assert [line["rung"] for line in made["rungs"]] == list(ladder.RUNGS) and made["rows"] == {"train": 24, "test": 8}
+    assert [line["rung"] for line in made["rungs"]] == [name for name, _ in ladder.COMPARED] and made["rows"] == {
+        "train": 24,
+        "test": 8,
+    }
     assert [words[0] for words in here].count("train_fold.py") == 5
     text = (tmp_path / "outputs/ladder/ladder.md").read_text()
     assert all(name in text and name in output for name in ladder.RUNGS) and "python benchmarks/ladder.py" in text
@@ -55,7 +58,8 @@ def test_the_ladder_is_climbed_from_the_contest_to_the_table(here, script, tmp_p
         name: json.loads((tmp_path / f"outputs/ladder/5/{name}.json").read_text())
         for name in ("orders/fold1", "larger/fold1")
     }
-    assert cards["orders/fold1"]["views"] == ["plain", "rotation 1"] == cards["larger/fold1"]["views"]
+    views = ["plain", "rotation 1", "rotation 2", "rotation 3"]
+    assert cards["orders/fold1"]["views"] == views == cards["larger/fold1"]["views"]
     for weights in ladder.WEIGHTS:
         card = json.loads((tmp_path / f"outputs/ladder/5/{weights}/fold1.json").read_text())
         assert card["weights"] == weights and card["views"] == ["plain"]
@@ -94,7 +98,9 @@ def planted(tmp_path):
 
 def test_a_rung_is_compared_with_the_one_it_is_built_on(planted):
     seeds, truth, answers = planted
-    table = {line["rung"]: line for line in ladder.compare_rungs(seeds, truth)}
+    *lines, whole_way = ladder.compare_rungs(seeds, truth)
+    table = {line["rung"]: line for line in lines}
+    assert whole_way["against"] == "one fold" and whole_way["rung"] in table
     assert table["base model, untrained"].get("against") is None
     for name, line in table.items():
         assert line.get("against") == ladder.RUNGS[name]
