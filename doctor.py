@@ -33,21 +33,21 @@ from vqa.checks import (
     supervised_texts,
 )
 from vqa.errors import UserError, count, first_few, run
-from vqa.folds import read_folds, split_fold
+from vqa.folds import read_folds
 from vqa.images import check_images, target_size, upright_size
 from vqa.memory import CUDA_BYTES, GIB, T4_BYTES, Batch, Setup, outline, resident_terms, training_peak, validation_peak
 from vqa.model import load_processor
 from vqa.precision import model_dtype
 from vqa.prompt import LETTERS, letter_ids, shown_answer
-from vqa.pseudo import pseudo_rows
 from vqa.rows import equal_choices, read_rows
 from vqa.speed import T4_OPERATIONS, measured_rate, seconds_a_batch
+from vqa.split import split_rows
 from vqa.training import TrainRows, rows_a_step
 
 
 def main() -> None:
     model_args, data, recipe, _ = parse_arguments(sys.argv[1:], __doc__, trains=False)
-    contest = read_contest(data)
+    contest = read_contest(data, recipe.seed)
     processor = load_processor(model_args.model, model_args.trust_remote_code)
     collate = Collator(processor, data.image_size, data.instruction, with_answer=True)
     model = outline(model_args, model_dtype(recipe.fp16, recipe.bf16))
@@ -93,19 +93,17 @@ class Contest:
     test: list[dict]
 
 
-def read_contest(data: DataArguments) -> Contest:
+def read_contest(data: DataArguments, seed: int) -> Contest:
     """Read and check the CSVs, the folds file and every image, as training does."""
     rows = read_rows(data.train_csv, data.image_root, with_answer=True).to_list()
     test = read_rows(data.test_csv, data.image_root).to_list() if Path(data.test_csv).is_file() else []
     for these, label in ((rows, data.train_csv), (test, data.test_csv)):
         check_images(these, label)
+    train, valid = split_rows(rows, data, seed)
     if data.fold is None:
-        return Contest(rows, None, rows + pseudo_rows(data, []), [], test)
-    path = folds_file(data)
-    folds = read_folds(path, [row["id"] for row in rows], data.train_csv)
-    train, valid = split_fold(folds, data.fold, path)
-    valid_rows = [rows[i] for i in valid]
-    return Contest(rows, folds, [rows[i] for i in train] + pseudo_rows(data, valid_rows), valid_rows, test)
+        return Contest(rows, None, train, valid, test)
+    folds = read_folds(folds_file(data), [row["id"] for row in rows], data.train_csv)
+    return Contest(rows, folds, train, valid, test)
 
 
 def look_at_labels(findings: Findings, collate: Collator, rows: TrainRows) -> None:
@@ -218,8 +216,7 @@ def look_at_cost(
             f"{worst} peaks at about {peaks[worst] / GIB:.1f} GiB, too much for {name}: {remedy}lower image_size"
         )
     if gpu:
-        rows = min(len(train.tokens), data.max_train_rows or len(train.tokens))
-        minutes = training_seconds(setup, recipe, train.batch(size, np.median), rows, rate) / 60
+        minutes = training_seconds(setup, recipe, train.batch(size, np.median), len(train.tokens), rate) / 60
         print(f"training takes roughly {minutes:.0f} minutes on this GPU, validation not included")
         return
     print("time: unknown without a GPU")

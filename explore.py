@@ -23,7 +23,7 @@ from vqa.duplicates import Picture, read_pictures, same_pictures
 from vqa.errors import UserError, count, first_few, run
 from vqa.files import folder_under, read_json, whole
 from vqa.folds import folds_path, read_folds
-from vqa.images import target_size
+from vqa.images import image_tokens, target_size
 from vqa.letters import evenness
 from vqa.pages import Page, Remarks, card, thumbnail
 from vqa.prompt import LETTERS
@@ -256,8 +256,8 @@ def look_at_images(
     different, back = np.unique(sizes, axis=0, return_inverse=True)
     costs = []
     for size in IMAGE_SIZES:
-        grids = np.array([target_size(int(w), int(h), size, patch=patch) for w, h in different])
-        tokens = (grids.prod(1) // side**2)[back]
+        grids = [target_size(int(w), int(h), size, patch=patch) for w, h in different]
+        tokens = np.array([image_tokens(*grid, patch) for grid in grids])[back]
         middle, high = np.quantile(tokens, [0.5, 0.95])
         costs.append({"size": size, "median": middle, "high": high, "most": tokens.max(), "mean": tokens.mean()})
         costs[-1] |= {"shrunk": (sizes.prod(1) > size**2).mean(), "times": tokens.mean() / costs[0]["mean"]}

@@ -8,7 +8,8 @@
 
 Each fold is asked as it was trained: its prompt, image size and base model stand in its args.json. Test-time
 augmentation (TTA) averages the plain view with one view per further order of the choices, mapped back to the choices
-before averaging, and one per further image scale. What the plain view alone says goes to plain/, to compare with.
+before averaging, one per further wording of the question, and one per further image scale. What the plain view alone
+says goes to plain/, to compare with.
 
 `--oof` predicts each fold's own validation rows in the same views, and says what each view is worth, with which gate,
 and which to take; ensemble.py tunes on those files where a prediction was made in the same views.
@@ -94,6 +95,13 @@ def parse_args() -> argparse.Namespace:
         help="cyclic: rotations; latin: Williams' design, in which neighbours change too (default: cyclic)",
     )
     parser.add_argument(
+        "--wordings",
+        type=int,
+        default=1,
+        help="wordings of the question, where the CSV has columns question_1, ...; data/paraphrase.py makes some "
+        "(default: 1)",
+    )
+    parser.add_argument(
         "--flip",
         action="store_true",
         help="a view with images mirrored, text and left and right too: see first what --oof says of it",
@@ -131,8 +139,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.folds and not args.base:
         raise UserError("no folds given; name the folders that train_fold.py wrote, such as checkpoints/fold0")
-    if min(args.scales) <= 0 or args.orders < 1:
-        raise UserError("--scales have to be above 0 and --orders at least 1")
+    if min(args.scales) <= 0 or min(args.orders, args.wordings) < 1:
+        raise UserError("--scales have to be above 0, --orders and --wordings at least 1")
     args.differing = changed(parser, args)
     if args.oof and args.base:
         raise UserError("--oof is for folds: the base model was validated on nothing; leave --base out")
@@ -219,7 +227,9 @@ def make_jobs(
     jobs, made = [], {}
     for item, own in zip(runs, rows):
         if id(own) not in made:
-            made[id(own)] = make_views(own, collate, args.scales, args.orders, args.order_set, args.flip)
+            made[id(own)] = make_views(
+                own, collate, args.scales, args.orders, args.order_set, args.wordings, args.flip
+            )
         views = made[id(own)] if item.adapter else made[id(own)][:1]  # the base is there to compare with
         folder = Path(args.output_dir or item.output_dir, *(["oof"] if args.oof else []))
         path, model = folder / (f"{item.name}.csv" if item.adapter else "base/base.csv"), item.fingerprint(base_files)

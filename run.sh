@@ -3,7 +3,7 @@
 #   bash run.sh args                                  # the 3B in three folds
 #   bash run.sh args/7b --num_train_epochs 5          # fields of the training, given here, override the args files
 #   TRUTH=data/demo/test_answers.csv bash run.sh args/demo      # where the test answers are known: a table of scores
-#   bash run.sh args --max_hours 11.5      # stops with a checkpoint before a notebook of 12 hours dies
+#   bash run.sh args --max_hours 11                   # training stops with a checkpoint before a notebook of 12 hours dies
 #   JOBS=2 bash run.sh args                           # two folds at once, where there is room for two
 # Run again, it does not train a finished fold anew, and goes on with one that was cut off from its last checkpoint.
 set -euo pipefail
@@ -11,8 +11,9 @@ export RUN_STARTED=${RUN_STARTED:-$(date +%s)} # max_hours counts from here, ove
 args=${1:-}
 args=${args%/}
 case "$args" in args | args/*) ;; *) echo "error: usage: bash run.sh args, or a folder below it such as args/7b" >&2; exit 2 ;; esac
-case " ${*:2} " in *" --output_dir"* | *" --train_csv"* | *" --image_root"* | *" --folds_csv"* | *" --fold "*)
-  echo "error: output_dir, train_csv, image_root, folds_csv and fold belong into the args files, which every step reads" >&2
+case " ${*:2} " in *" --output_dir"* | *" --train_csv"* | *" --image_root"* | *" --folds_csv"* | *" --fold"[\ =]*)
+  echo "error: train_csv, image_root, folds_csv and fold belong into the args files, which every step reads; a fold's" \
+    "folder is named after its args file" >&2
   exit 2 ;;
 esac
 outputs=outputs${args#args}

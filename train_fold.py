@@ -9,14 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import enable_full_determinism, set_seed
 
 from callbacks import EMACallback, SWACallback, WeightAverage
 from collator import Collator
-from vqa.arguments import DataArguments, RecipeArguments, differing, folds_file, parse_arguments
+from vqa.arguments import DataArguments, RecipeArguments, differing, parse_arguments
 from vqa.batching import count_tokens, fit_batches, take_batches
 from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run
@@ -24,7 +23,6 @@ from vqa.experiments import log_run
 from vqa.features import open_features
 from vqa.files import read_json, write_json
 from vqa.fingerprint import adapter_fingerprint, base_fingerprint, files_fingerprint, rows_fingerprint
-from vqa.folds import read_folds, split_fold
 from vqa.images import check_images, upright_sizes
 from vqa.model import add_adapter, load_base, load_processor
 from vqa.oof import weights_folder
@@ -32,9 +30,9 @@ from vqa.precision import model_dtype
 from vqa.predictions import join
 from vqa.processes import settled_once
 from vqa.prompt import letter_ids
-from vqa.pseudo import pseudo_rows
 from vqa.resume import StopInTime, WholeCheckpoints, checkpoint_to_resume
 from vqa.rows import read_rows
+from vqa.split import split_rows
 from vqa.statistics import scored
 from vqa.training import FoldTrainer, TellEpoch, TrainRows, rows_a_step
 from vqa.truth import Truth
@@ -62,7 +60,7 @@ def main() -> None:
     model_args, data, recipe, resolved = parse_arguments(sys.argv[1:], __doc__)
     (enable_full_determinism if recipe.full_determinism else set_seed)(recipe.seed)
     resolved |= {"resume_from_checkpoint": None, "max_hours": None}  # of this session, not of the run
-    train_rows, valid_rows = settled_once(lambda: read_fold(data, recipe.seed))
+    train_rows, valid_rows = settled_once(lambda: read_split(data, recipe.seed))
     rows_used = rows_fingerprint(train_rows, valid_rows)
     if settled_once(lambda: is_finished(recipe, resolved, rows_used)):
         return
@@ -136,32 +134,9 @@ def is_finished(recipe: RecipeArguments, resolved: dict, rows_used: str) -> bool
     return False
 
 
-def read_fold(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
-    """(training rows, validation rows) of the fold; no validation rows where fold is null.
-
-    Pseudo-labelled test rows, where asked for, are training rows beside max_train_rows.
-    """
-    dataset = read_rows(data.train_csv, data.image_root, with_answer=True)
-    rows = dataset.to_list()
-    train, valid = np.arange(len(rows)), np.array([], dtype=int)
-    if data.fold is not None:
-        folds_csv = folds_file(data)
-        train, valid = split_fold(read_folds(folds_csv, dataset["id"], data.train_csv), data.fold, folds_csv)
-    if data.max_train_rows is not None:
-        if data.max_train_rows < 1:
-            raise UserError(f"max_train_rows is {data.max_train_rows}; give 1 or more, or leave it out for all rows")
-        train = np.sort(np.random.default_rng(seed).permutation(train)[: data.max_train_rows])
-    train_rows, valid_rows = [rows[i] for i in train], [rows[i] for i in valid]
-    if data.soft_labels:
-        train_rows = with_soft_labels(train_rows, data.train_csv)
-    return train_rows + pseudo_rows(data, valid_rows), valid_rows
-
-
-def with_soft_labels(rows: list[dict], csv: str) -> list[dict]:
-    """The rows with their annotators' shares as the target of the loss."""
-    if "annotators" not in rows[0]:
-        raise UserError(f"soft_labels: {csv} has no columns answer1, answer2, ...; add them, or leave soft_labels out")
-    return [{**row, "target": row["annotators"]} for row in rows]
+def read_split(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
+    """(training rows, validation rows), read from train_csv."""
+    return split_rows(read_rows(data.train_csv, data.image_root, with_answer=True).to_list(), data, seed)
 
 
 def steps_worth(recipe: RecipeArguments, rows: int) -> float:

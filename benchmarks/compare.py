@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (default: 2)")
     parser.add_argument("--cap_gib", type=float, default=14.5, help="GPU memory for each (default: 14.5, a T4's)")
     parser.add_argument("--folder", help="where weights and pictures go while it runs (default: the system's)")
-    parser.add_argument("--output", default=str(HERE / "results" / "compare"), help="folder of the results")
+    parser.add_argument("--output", default="outputs/compare", help="folder of the results (default: outputs/compare)")
     parser.add_argument("--summary", action="store_true", help="make summary and plot of what was measured before")
     args = parser.parse_args()
     args.models = args.models or [str(TINY)]

@@ -113,7 +113,9 @@ def test_the_worst_type_the_better_weights_and_a_wrong_label_are_found_at_a_glan
     weights = trio(contest)
     folders = contest.model("base", weights, best="ema")
     (contest.folder / "checkpoints" / "tiny").mkdir()
-    code, said, error, html = analyze(*folders, contest.folder / "checkpoints" / "tiny")
+    every = shutil.copytree(folders[0], contest.folder / "checkpoints" / "all_rows")
+    change(every / "args.json", fold=None)
+    code, said, error, html = analyze(*folders, contest.folder / "checkpoints" / "tiny", every)
     assert code == 0, error
     right = weights["ema"].argmax(1) == contest.labels
     loss = log_loss(contest.labels, weights["ema"], labels=range(4))
@@ -128,7 +130,7 @@ def test_the_worst_type_the_better_weights_and_a_wrong_label_are_found_at_a_glan
     glance = page.text[: page.text.index("Which rows are hard")]
     for line in said.splitlines():
         assert not line.startswith("- ") or line[2:] in glance
-    assert f"no finished fold is in them: {contest.folder}/checkpoints/tiny" in page.text
+    assert f"no finished fold is in them: {contest.folder}/checkpoints/tiny and {every}" in page.text
     assert page.text.count(EVIL) >= 4, "question and choice, among the suspects and the costliest errors"
     assert page.tags.count("img") >= 24 + 3
 
@@ -201,7 +203,7 @@ def test_what_cannot_be_trusted_is_refused_in_one_line(contest, analyze):
     for name, told in {
         "u": "were exchanged or the answers changed",
         "v": "rows are not of fold 0, so its model trained on them",
-        "w": "trained on every row",
+        "w": "no finished fold",
         "x": "no finished fold",
         "y": "ema weights is missing",
     }.items():

@@ -13,6 +13,8 @@ import pytest
 from conftest import ENVIRONMENT, ROOT, command
 from nbclient import NotebookClient
 
+from vqa.experiments import COLUMNS
+
 NOTEBOOK = ROOT / "notebooks" / "kaggle.ipynb"
 
 
@@ -32,11 +34,14 @@ def executed(tmp_path_factory):
     last = folder / "last" / "vqa" / "checkpoints" / "demo" / "fold9"
     last.mkdir(parents=True)
     (last / "args.json").write_text("{}")
+    log = folder / "last" / "vqa" / "experiments" / "log.csv"
+    log.parent.mkdir()
+    log.write_text(",".join(COLUMNS) + "\n1,,training" + "," * (len(COLUMNS) - 3) + "\n")
     settings = {
         "PROJECT": str(project),
         "DATA": "",
         "MODEL": "",
-        "ARGS": "args/demo",
+        "ARGS": "args",  # without DATA, the demo's
         "LAST": str(folder / "last"),
         "WORK": str(folder / "work"),
         "INSTALL": "",
@@ -67,6 +72,8 @@ def test_it_ends_with_a_submission_and_two_pages(executed):
     assert len(pages) == 2 and "What is in the data" in pages[0] and "What training gave" in pages[1]
     assert all(page.startswith('<iframe srcdoc="&lt;!doctype html&gt;') and page.count('"') == 6 for page in pages)
     assert json.loads((folder / "work/checkpoints/demo/fold0/metrics.json").read_text())["steps"] == 2
+    kinds = list(pd.read_csv(folder / "work/experiments/log.csv")["kind"])
+    assert kinds == ["training", "training", "prediction", "ensemble"], "the last session's, and this one's"
 
 
 def test_the_last_sessions_folds_are_brought_back(executed):

@@ -47,7 +47,9 @@ def test_a_fold_that_was_stopped_is_the_last_one(loop):
     assert sum(call.startswith("accelerate") for call in calls) == 1 and not any("predict" in call for call in calls)
 
 
-@pytest.mark.parametrize("flags", [["elsewhere"], ["args", "--output_dir", "x"], ["args", "--train_csv", "x.csv"]])
+@pytest.mark.parametrize(
+    "flags", [["elsewhere"], ["args", "--output_dir", "x"], ["args", "--train_csv", "x.csv"], ["args", "--fold=1"]]
+)
 def test_what_would_split_the_steps_is_refused_in_one_line(loop, flags):
     code, calls, error = loop(*flags)
     assert (code, calls, error.count("\n")) == (2, [], 1)

@@ -105,7 +105,11 @@ def test_gpu_memory_that_runs_out_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         run(out_of_memory)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "halve per_device_train_batch_size" in error
+    assert (
+        stop.value.code == 2
+        and error.count("\n") == 1
+        and "--auto_batch false, halve --per_device_train_batch_size" in error
+    )
 
 
 def test_a_checkpoint_is_not_whole_while_it_is_written_anew(make_trainer, tmp_path, monkeypatch):

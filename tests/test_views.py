@@ -59,6 +59,20 @@ def test_a_row_of_two_choices_has_two_orders(processor, rows):
     assert [view.rows[0]["order"] for view in views[1:]] == [[1, 0], [0, 1], [1, 0]]
 
 
+def test_wordings_ask_the_same_in_other_words_of_the_rows_that_have_them(processor, rows, capsys):
+    asked = [rows[0], {**rows[1], "paraphrases": ["이건 뭔가요?", "뭐죠?"]}, {**rows[2], "paraphrases": ["what?"]}]
+    views = make_views(asked, Collator(processor, 140), orders=2, wordings=4)
+    assert [(view.name, view.changed) for view in views[2:]] == [("wording 1", [1, 2]), ("wording 2", [1])]
+    assert [[row["question"] for row in view.changed_rows()] for view in views[2:]] == [
+        ["이건 뭔가요?", "what?"],
+        ["뭐죠?"],
+    ]
+    assert [len(together) for together in by_image(views)] == [2, 1, 1], "only orders share what stands before them"
+    texts = processor.tokenizer.batch_decode(Collator(processor, 140)(views[2].changed_rows())["input_ids"])
+    assert "이건 뭔가요?" in texts[0] and rows[1]["question"] not in texts[0]
+    assert "wording 3: another one for 0 of 3 questions" in capsys.readouterr().out
+
+
 def test_orders_of_one_image_stand_together(processor, rows):
     views = make_views(rows, Collator(processor, 140), [0.8, 1.0, 1.4], 3, "latin", flip=True)
     assert [[view.name for view in views] for views in by_image(views)] == [

@@ -79,7 +79,8 @@ class DataArguments:
         True, "Compute the vision tower's features once an image and size, and keep them on disk for all runs."
     )
     vision_cache_dir: str = _field(
-        "checkpoints/vision_cache", "Where they are kept. The folder may be removed at any time; a fast disk is best."
+        "checkpoints/vision_cache",
+        "Where they are kept. A fast disk is best; the folder may be removed whenever nothing runs.",
     )
     vision_cache_gb: float = _field(
         10.0, "Most that the folder may take, in GB; a 3B needs 0.8 MB an image at 384 px. Beyond, nothing is stored."
@@ -104,7 +105,9 @@ class RecipeArguments(TrainingArguments):
     swa_every: int = _field(1, "Steps between two weights that SWA averages.")
     swa_lr: float | None = _field(None, "Constant learning rate from SWA's beginning on; null keeps the schedule.")
     max_hours: float | None = _field(
-        None, "Stop with a checkpoint before so many hours have passed: 11.5 for a notebook that dies after 12."
+        None,
+        "Stop training with a checkpoint before so many hours have passed: 11 for a notebook that dies after 12 "
+        "leaves an hour for prediction.",
     )
     output_dir: str | None = _field(None, "The fold's folder; args/demo/fold0.json gives checkpoints/demo/fold0.")
     num_train_epochs: float = _field(3.0, "Passes over the training rows.")

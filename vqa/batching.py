@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from collator import Collator
 from vqa.arguments import ModelArguments, RecipeArguments
 from vqa.files import read_json, write_json
-from vqa.images import target_size
+from vqa.images import image_tokens, target_size
 from vqa.memory import CUDA_BYTES, Batch, Setup, outline, training_peak
 from vqa.precision import model_dtype
 from vqa.prompt import LETTERS, messages, render
@@ -62,10 +62,9 @@ def count_tokens(
 
 def count_image_tokens(sizes: Mapping[str, tuple[int, int]], collate: Collator) -> dict[str, int]:
     """Image -> tokens that the pixel budget gives it."""
-    processor = collate.processor.image_processor
-    grids = {path: target_size(*s, collate.image_size, patch=processor.patch_size) for path, s in sizes.items()}
-    side = processor.patch_size * processor.merge_size
-    return {path: width * height // side**2 for path, (width, height) in grids.items()}
+    patch = collate.processor.image_processor.patch_size
+    grids = {path: target_size(*size, collate.image_size, patch=patch) for path, size in sizes.items()}
+    return {path: image_tokens(*grid, patch) for path, grid in grids.items()}
 
 
 class SortedSteps(torch.utils.data.Sampler):

@@ -30,12 +30,12 @@ from vqa.families import vision_tower
 from vqa.files import whole
 from vqa.fingerprint import fingerprint
 from vqa.folds import image_groups
-from vqa.images import sized_image, target_size, upright_sizes
+from vqa.images import image_tokens, sized_image, target_size, upright_sizes
 from vqa.vision import base_model, image_features, is_tower_untouched
 
 FORMAT = "1"  # part of every store's name: raise it when images are prepared or features laid out in another way
 # Images that go through the tower together, and into one shard: enough to fill a GPU, and they fit beside a model.
-MOST_IMAGES, MOST_PATCHES = 32, 2**14
+MOST_IMAGES, MOST_TOKENS = 32, 2**12
 SPARE_DISK = 2**30  # bytes of the disk that checkpoints and outputs may still need
 
 
@@ -69,7 +69,7 @@ class FeatureStore:
         base = base_model(model)
         tower, embeddings = vision_tower(base), base.get_input_embeddings().weight
         self.processor, self.image_size = processor, image_size
-        self.patch, self.merge = processor.image_processor.patch_size, processor.image_processor.merge_size
+        self.patch = processor.image_processor.patch_size
         self.dtype = embeddings.dtype  # what the language model makes of them
         layers = 1 + len(getattr(tower, "deepstack_visual_indexes", ()))
         self.bytes_a_token = layers * embeddings.shape[1] * embeddings.element_size()
@@ -116,13 +116,13 @@ class FeatureStore:
         paths = list({row["image"] for row in rows} - self.images.keys())
         self.images |= zip(paths, zip(image_groups(paths), upright_sizes(paths).values()))
         wanted = {self.key(row): row for row in rows}
-        tokens = {key: self._tokens(row) for key, row in wanted.items()}
+        tokens = {key: image_tokens(*self.size(row), self.patch) for key, row in wanted.items()}
         self._open_shards(wanted.keys())
         size = sum(tokens[key] for key in wanted if key not in self.shards) * self.bytes_a_token
         if size == 0:
             return True
         # By size and hash, not by what is missing: after a kill the rest is grouped, and rounded, as it was to be.
-        groups = grouped(sorted(wanted, key=lambda key: (tokens[key], key)), tokens, MOST_PATCHES // self.merge**2)
+        groups = grouped(sorted(wanted, key=lambda key: (tokens[key], key)), tokens)
         missing = [{key: wanted[key] for key in group if key not in self.shards} for group in groups]
         try:
             if not self._make_room(size):
@@ -134,10 +134,6 @@ class FeatureStore:
             ) from None
         self._open_shards(wanted.keys())
         return True
-
-    def _tokens(self, row: dict) -> int:
-        width, height = self.size(row)
-        return width * height // (self.patch * self.merge) ** 2
 
     def _open_shards(self, wanted) -> None:
         """Open the shards that hold any of the keys `wanted`. A damaged one is removed as if it were not there."""
@@ -213,7 +209,7 @@ class FeatureStore:
         device = next(vision_tower(base_model(model)).parameters()).device
         pixels, grids = inputs["pixel_values"].to(device), inputs["image_grid_thw"].to(device)
         features = image_features(model, pixels, grids, [row["image"] for row in rows]).to("cpu", self.dtype)
-        parts = features.split([self._tokens(row) for row in rows], dim=1)
+        parts = features.split([image_tokens(*self.size(row), self.patch) for row in rows], dim=1)
         tensors = {key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(group, parts)}
         with whole(path) as temporary:
             save_file(tensors, temporary, metadata={"crc32": checksum(tensors)})
@@ -222,12 +218,12 @@ class FeatureStore:
         return fetch_image(sized_image(row, self.image_size, self.patch), image_patch_size=self.patch)
 
 
-def grouped(keys: list[str], tokens: dict[str, int], most_tokens: int) -> list[list[str]]:
-    """`keys` in order, in groups of at most MOST_IMAGES keys and `most_tokens` tokens, but at least one key each."""
+def grouped(keys: list[str], tokens: dict[str, int]) -> list[list[str]]:
+    """`keys` in order, in groups of at most MOST_IMAGES keys and MOST_TOKENS tokens, but at least one key each."""
     groups, total = [], 0
     for key in keys:
         total += tokens[key]
-        if not groups or len(groups[-1]) == MOST_IMAGES or total > most_tokens:
+        if not groups or len(groups[-1]) == MOST_IMAGES or total > MOST_TOKENS:
             groups.append([])
             total = tokens[key]
         groups[-1].append(key)

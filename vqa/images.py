@@ -75,6 +75,11 @@ def target_size(width: int, height: int, image_size: int, scale: float = 1.0, pa
     return width, height
 
 
+def image_tokens(width: int, height: int, patch: int = 14) -> int:
+    """Tokens of an image of `target_size`: each stands for two by two patches."""
+    return width * height // (2 * patch) ** 2
+
+
 def upright_size(path: str | Path) -> tuple[int, int]:
     """(width, height) that `open_image` will give, from the file's header alone."""
     with Image.open(path) as image:

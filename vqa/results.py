@@ -96,11 +96,18 @@ def put_together(models: Sequence[Model], truth: Truth) -> Results:
 
 
 def finished(folders: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """(the folders that hold a finished fold, the others): `checkpoints/*/` catches more than folds."""
+    """(the folders that hold a finished fold, the others): `checkpoints/*/` catches more than folds.
+
+    One that was trained on every row is among the others: it has no row to be judged by.
+    """
     paths = [Path(folder) for folder in dict.fromkeys(folders)]
-    done = [path for path in paths if (path / "metrics.json").is_file()]
+    done = [
+        path
+        for path in paths
+        if (path / "metrics.json").is_file() and read_json(path / "args.json").get("fold") is not None
+    ]
     if not done:
-        raise UserError(f"{first_few(folders)}: no finished fold (none has a metrics.json); train with train_fold.py")
+        raise UserError(f"{first_few(folders)}: no finished fold among them; train one with train_fold.py")
     return done, [path for path in paths if path not in done]
 
 
@@ -131,9 +138,7 @@ def read_models(folders: Sequence[Path], truth: Truth) -> list[Model]:
 
 def read_fold(folder: Path, truth: Truth) -> Fold:
     """A finished fold, its files checked: the very rows of the fold, scoring what training measured."""
-    metrics, fold = read_json(folder / "metrics.json"), read_json(folder / "args.json").get("fold")
-    if fold is None:
-        raise UserError(f"{folder}: it was trained on every row, so none is out of fold; leave it out")
+    metrics, fold = read_json(folder / "metrics.json"), read_json(folder / "args.json")["fold"]
     oof = {}
     for name in WEIGHTS:
         path = weights_folder(folder, name) / "oof.csv"

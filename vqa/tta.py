@@ -9,6 +9,7 @@ from vqa.prompt import LETTERS
 from vqa.statistics import Comparison, accuracy, compare, row_losses
 from vqa.views import ORDER_SETS, Answers
 
+COUNTED = {*ORDER_SETS.values(), "wording"}  # views of which a flag takes so many, from the first on
 GATES = np.arange(0.1, 1, 0.1)  # candidates: these quantiles of the margins
 
 
@@ -77,15 +78,16 @@ class Trial:
         return next(gate if gate is None else float(gate) for gate, fine in zip(gates, near) if fine)
 
     def worth_it(self) -> list[int]:
-        """The views that pay: each, or some orders together, makes those chosen before it better beyond noise."""
+        """The views that pay: each, or some of a kind together, makes those chosen before it better beyond noise."""
         chosen, waiting = [0], []
-        for view in range(1, len(self.seen.names)):
-            ordered = self.seen.names[view].split()[0] in ORDER_SETS.values()
-            tried = [*chosen, *(waiting if ordered else []), view]  # `--orders` takes them from the first on
+        kinds = [name.split()[0] for name in self.seen.names]
+        for view in range(1, len(kinds)):
+            if kinds[view] != kinds[view - 1] or kinds[view] not in COUNTED:
+                waiting = []
+            waiting.append(view)
+            tried = [*chosen, *waiting]
             if self.compare(self.seen.mean(chosen), self.seen.mean(tried)).better:
                 chosen, waiting = tried, []
-            elif ordered:
-                waiting.append(view)
         return chosen
 
     def recommendation(self) -> str:
@@ -135,6 +137,8 @@ def flags(names: Sequence[str], gate: float | None) -> str:
     for order_set, called in ORDER_SETS.items():
         if count := sum(kind[0] == called for kind in kinds):
             said.append(f"--orders {count + 1}" + (f" --order_set {order_set}" if order_set != "cyclic" else ""))
+    if count := sum(kind[0] == "wording" for kind in kinds):
+        said.append(f"--wordings {count + 1}")
     if scales := [kind[1] for kind in kinds if kind[0] == "scale"]:
         said.append(f"--scales 1.0 {' '.join(scales)}")
     said += ["--flip"] if ["flip"] in kinds else []

@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import PartialState
 
 from collator import Collator
-from vqa.images import target_size, upright_sizes
+from vqa.images import image_tokens, target_size, upright_sizes
 
 ORDER_SETS = {"cyclic": "rotation", "latin": "latin"}  # and what their views are called
 SIDES = re.compile(r"\b(left|right)(most)?\b|왼쪽|왼편|오른쪽|오른편|좌측|우측|좌우", re.IGNORECASE)
@@ -82,9 +82,10 @@ def make_views(
     scales: Iterable[float] = (1.0,),
     orders: int = 1,
     order_set: str = "cyclic",
+    wordings: int = 1,
     flip: bool = False,
 ) -> list[View]:
-    """The plain view, one per further order of the choices, one per scale other than 1, and one mirrored.
+    """The plain view, one per further order of the choices, wording of the question, and scale, and one mirrored.
 
     Additive, not every scale with every order: each view costs one pass, and each changes one thing. With `orders` 4,
     every one of four choices stands once at every letter. A scale that leaves an image's grid as an earlier view has
@@ -92,14 +93,15 @@ def make_views(
     """
     views = [View("plain", rows, list(range(len(rows))))]
     views += [_ordered(rows, number, order_set) for number in range(1, orders)]
+    views += [_reworded(rows, number) for number in range(1, wordings)]
     views += _scaled(rows, scales, collate)
     views += [_flipped(rows)] if flip else []
     return [view for view in views if view.changed]
 
 
 def by_image(views: Sequence[View]) -> list[list[View]]:
-    """The views in their order, those together that show the same images: they differ in the choices' order alone."""
-    shown = groupby(views, lambda view: (view.rows[0].get("scale", 1.0), view.rows[0].get("flip", False)))
+    """The views in their order, those together that differ in the choices' order alone."""
+    shown = groupby(views, lambda view: [view.rows[0].get(key) for key in ("wording", "scale", "flip")])
     return [list(same) for _, same in shown]
 
 
@@ -134,6 +136,18 @@ def _ordered(rows: list[dict], number: int, order_set: str) -> View:
     return View(f"{ORDER_SETS[order_set]} {number}", viewed, changed)
 
 
+def _reworded(rows: list[dict], number: int) -> View:
+    """Each question in its wording of that number: of the row's `paraphrases` the first, for 1."""
+    others = [row.get("paraphrases", []) for row in rows]
+    changed = [i for i, own in enumerate(others) if number <= len(own)]
+    PartialState().print(f"wording {number}: another one for {len(changed)} of {len(rows)} questions")
+    viewed = [
+        {**row, "question": [row["question"], *own][min(number, len(own))], "wording": number}
+        for row, own in zip(rows, others)
+    ]
+    return View(f"wording {number}", viewed, changed)
+
+
 def _flipped(rows: list[dict]) -> View:
     """Every image mirrored, but for rows that mention a side."""
     sided = [bool(SIDES.search("\n".join([row["question"], *row["choices"]]))) for row in rows]
@@ -152,15 +166,15 @@ def _scaled(rows: list[dict], scales: Iterable[float], collate: Collator) -> lis
     if not sizes:
         return []
     views, seen = [], {path: {target_size(*size, collate.image_size, 1.0, patch)} for path, size in sizes.items()}
-    plain = median(w * h for grids in seen.values() for w, h in grids)
+    plain = median(image_tokens(*grid, patch) for grids in seen.values() for grid in grids)
     for scale in dict.fromkeys(scale for scale in scales if scale != 1.0):
         grids = {path: target_size(*size, collate.image_size, scale, patch) for path, size in sizes.items()}
         changed = [i for i, row in enumerate(rows) if row["image"] and grids[row["image"]] not in seen[row["image"]]]
         for path, grid in grids.items():
             seen[path].add(grid)
-        tokens = [round(area / (2 * patch) ** 2) for area in (plain, median(w * h for w, h in grids.values()))]
+        tokens = median(image_tokens(*grid, patch) for grid in grids.values())
         PartialState().print(
-            f"scale {scale}: another grid for {len(changed)} of {len(rows)} rows, {tokens[0]} -> {tokens[1]} tokens"
+            f"scale {scale}: another grid for {len(changed)} of {len(rows)} rows, {plain:.0f} -> {tokens:.0f} tokens"
         )
         views.append(View(f"scale {scale}", [{**row, "scale": scale} for row in rows], changed))
     return views
