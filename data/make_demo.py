@@ -10,6 +10,8 @@ import argparse
 import csv
 import random
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -47,17 +49,21 @@ def parse_args() -> argparse.Namespace:
 def draw_rows(split: str, count: int, folder: Path, seed: int) -> tuple[list[list[str]], list[str]]:
     """Cells of each row and the answers' letters; the pictures are written on the way."""
     (folder / split).mkdir(parents=True, exist_ok=True)
-    rows, answers = [], []
-    for number in tqdm(range(1, count + 1), desc=f"drawing {split}"):
-        row_id = f"{split}_{number:04d}"
-        rng = random.Random(f"{seed} {row_id}")
-        image, things = draw_scene(rng, CONTEST)
-        question, right, wrong = ask(rng, things, CONTEST)
-        choices, answer = four_choices(rng, right, wrong)
-        image.save(folder / split / f"{row_id}.jpg", quality=88)
-        rows.append([row_id, f"{split}/{row_id}.jpg", question, *choices])
-        answers.append(LETTERS[answer])
-    return rows, answers
+    names = [f"{split}_{number:04d}" for number in range(1, count + 1)]
+    with ProcessPoolExecutor() as pool:
+        drawn = pool.map(partial(draw_row, split=split, folder=folder, seed=seed), names, chunksize=16)
+        rows, answers = zip(*tqdm(drawn, desc=f"drawing {split}", total=count))
+    return list(rows), list(answers)
+
+
+def draw_row(row_id: str, split: str, folder: Path, seed: int) -> tuple[list[str], str]:
+    """(cells of the row, its answer's letter), drawn by seed and id alone; the picture is written on the way."""
+    rng = random.Random(f"{seed} {row_id}")
+    image, things = draw_scene(rng, CONTEST)
+    question, right, wrong = ask(rng, things, CONTEST)
+    choices, answer = four_choices(rng, right, wrong)
+    image.save(folder / split / f"{row_id}.jpg", quality=88)
+    return [row_id, f"{split}/{row_id}.jpg", question, *choices], LETTERS[answer]
 
 
 def write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
