@@ -3,8 +3,9 @@
     python data/paraphrase.py data/train.csv                          # data/train_paraphrased.csv
     python train_fold.py args/fold0.json --train_csv data/train_paraphrased.csv
 
-Training asks each question in another of its wordings every epoch. They are made by a few narrow rules for Korean and
-English (vqa/paraphrases.py); a question that no rule fits stays alone. Look at some before training on them.
+Training asks each question in one of its wordings, drawn anew every epoch. They are made by a few narrow rules for
+Korean and English (vqa/paraphrases.py); a question that no rule fits stays alone. Look at some before training on
+them.
 """
 
 import argparse

@@ -130,7 +130,7 @@ def test_the_worst_type_the_better_weights_and_a_wrong_label_are_found_at_a_glan
     glance = page.text[: page.text.index("Which rows are hard")]
     for line in said.splitlines():
         assert not line.startswith("- ") or line[2:] in glance
-    assert f"no finished fold is in them: {contest.folder}/checkpoints/tiny and {every}" in page.text
+    assert f"no finished fold is in them: {contest.folder}/checkpoints/tiny, {every}" in page.text
     assert page.text.count(EVIL) >= 4, "question and choice, among the suspects and the costliest errors"
     assert page.tags.count("img") >= 24 + 3
 

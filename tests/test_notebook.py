@@ -51,7 +51,8 @@ def executed(tmp_path_factory):
     cell = next(cell for cell in notebook.cells if "settings" in cell.metadata.get("tags", []))
     assert all(f"\n{name} = " in f"\n{cell.source}" for name in settings), "a setting was renamed"
     cell.source = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTEST_CURRENT_TEST"}
+    left_out = ("PYTEST_CURRENT_TEST", "EXPERIMENTS_LOG")
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in left_out}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment["IPYTHONDIR"] = str(folder / "ipython")
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute(env=environment)
