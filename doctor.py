@@ -20,7 +20,8 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from collator import Collator
-from vqa.arguments import DataArguments, ModelArguments, RecipeArguments, folds_file, parse_arguments
+from vqa.args_files import DataArguments, ModelArguments, folds_file
+from vqa.arguments import RecipeArguments, parse_arguments
 from vqa.batching import SLACK, Lengths, count_image_tokens, count_tokens, make_setup, memory_room, quickest
 from vqa.checks import (
     adapter_problems,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vqa.arguments import DataArguments, folds_file, read_args_file, section
+from vqa.args_files import DataArguments, folds_file, read_args_file, section
 from vqa.errors import run
 from vqa.folds import assign_folds, read_folds, write_folds
 from vqa.images import check_images

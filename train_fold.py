@@ -15,7 +15,8 @@ from transformers import enable_full_determinism, set_seed
 
 from callbacks import EMACallback, SWACallback, WeightAverage
 from collator import Collator
-from vqa.arguments import DataArguments, RecipeArguments, differing, parse_arguments
+from vqa.args_files import DataArguments
+from vqa.arguments import RecipeArguments, differing, parse_arguments
 from vqa.batching import count_tokens, fit_batches, take_batches
 from vqa.checks import check_before_training
 from vqa.errors import UserError, first_few, run

@@ -23,9 +23,10 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
 
-from vqa.arguments import DataArguments, differing, field_names, folder_under, folds_file, parse_arguments
+from vqa.args_files import DataArguments, folds_file
+from vqa.arguments import differing, field_names, parse_arguments
 from vqa.errors import UserError, run
-from vqa.files import read_json, whole, write_json
+from vqa.files import folder_under, read_json, whole, write_json
 from vqa.oof import weights_folder
 from vqa.predictions import join
 from vqa.rows import read_table

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 
 from callbacks import EMACallback, SWACallback  # noqa: E402
 from collator import Collator  # noqa: E402
-from vqa.arguments import DataArguments, ModelArguments, RecipeArguments  # noqa: E402
+from vqa.args_files import DataArguments, ModelArguments  # noqa: E402
+from vqa.arguments import RecipeArguments  # noqa: E402
 from vqa.batching import count_tokens, fit_batches, take_batches  # noqa: E402
 from vqa.features import open_features  # noqa: E402
 from vqa.files import read_json  # noqa: E402

@@ -27,7 +27,8 @@ from transformers import TrainerCallback  # noqa: E402
 
 from callbacks import EMACallback, SWACallback  # noqa: E402
 from collator import Collator  # noqa: E402
-from vqa.arguments import ModelArguments, RecipeArguments  # noqa: E402
+from vqa.args_files import ModelArguments  # noqa: E402
+from vqa.arguments import RecipeArguments  # noqa: E402
 from vqa.errors import UserError, run  # noqa: E402
 from vqa.memory import (  # noqa: E402
     GIB,

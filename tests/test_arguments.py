@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from vqa.arguments import CLASSES, check_launch, check_machine, folder_under, parse_arguments, read_args_file, section
+from vqa.args_files import read_args_file, section
+from vqa.arguments import CLASSES, check_launch, check_machine, field_names, parse_arguments
 from vqa.errors import UserError
+from vqa.files import folder_under
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ def test_a_file_that_is_no_object_or_no_json_is_refused(args_file, tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "args").rglob("*.json")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_args_file_that_ships_is_valid(path, monkeypatch):
     monkeypatch.setattr("vqa.arguments.check_machine", lambda values: None)  # fp16 presets are for GPUs
-    values = read_args_file(path) | {"fp16": False}
+    values = read_args_file(path, field_names()) | {"fp16": False}
     model, data, recipe = (section(kind, values | {"output_dir": "x"}) for kind in CLASSES)
     assert model.model and data.image_size > 0 and recipe.loss in ("token", "letter")
     if path.name.startswith("fold"):

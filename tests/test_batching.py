@@ -8,7 +8,8 @@ import torch
 from conftest import TINY
 
 from collator import Collator
-from vqa.arguments import ModelArguments, RecipeArguments
+from vqa.args_files import ModelArguments
+from vqa.arguments import RecipeArguments
 from vqa.batching import Lengths, SortedSteps, count_tokens, fit_batches, quickest, take_batches
 from vqa.images import upright_sizes
 from vqa.memory import Setup, outline, training_peak

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from collator import IGNORE, Collator
-from vqa.arguments import ModelArguments
+from vqa.args_files import ModelArguments
 from vqa.checks import adapter_problems, adapter_targets, check_before_training, missing_weights
 from vqa.errors import UserError
 from vqa.files import read_json

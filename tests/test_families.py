@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from collator import IGNORE, Collator
-from vqa.arguments import DataArguments
+from vqa.args_files import DataArguments
 from vqa.errors import UserError
 from vqa.families import end_of_vision, vision_tower
 from vqa.features import open_features

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import vqa.features
 from collator import Collator
-from vqa.arguments import DataArguments
+from vqa.args_files import DataArguments
 from vqa.errors import UserError
 from vqa.features import open_features
 from vqa.model import load_base
@@ -127,7 +127,7 @@ import sys, time
 from pathlib import Path
 import torch
 import vqa.features as features
-from vqa.arguments import DataArguments
+from vqa.args_files import DataArguments
 from vqa.model import load_base, load_processor
 from vqa.rows import read_rows
 tiny, csv, cache, record, size, kind = sys.argv[1:]

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import HEADER, write_csv
 
-from vqa.arguments import DataArguments
+from vqa.args_files import DataArguments
 from vqa.errors import UserError
 from vqa.pseudo import pseudo_rows
 from vqa.rows import read_rows

@@ -12,7 +12,7 @@ import torch
 from conftest import TINY
 from peft import PeftModel
 
-from vqa.arguments import ModelArguments
+from vqa.args_files import ModelArguments
 from vqa.errors import UserError
 from vqa.model import is_adapter, load_base, load_processor
 

@@ -19,7 +19,8 @@ import pytest
 from conftest import ROOT
 from optuna.trial import TrialState
 
-from vqa.arguments import parse_arguments, read_args_file
+from vqa.args_files import read_args_file
+from vqa.arguments import parse_arguments
 from vqa.errors import UserError
 from vqa.experiments import log_path, read_log
 from vqa.search import as_flags, claim_trial, default_space, open_study, read_space

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageOps
 
 from collator import Collator
-from vqa.arguments import DataArguments
+from vqa.args_files import DataArguments
 from vqa.features import open_features
 from vqa.scoring import letter_shares, normalised
 from vqa.views import Answers, by_image, choice_orders, collected, make_views

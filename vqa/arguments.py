@@ -1,28 +1,23 @@
-"""Args files: one flat JSON object, its fields the dataclasses below; command-line flags override the file.
+"""The arguments of a run: the fields of an args file and of transformers' TrainingArguments, overridden by flags.
 
-    {"extends": "3b.json", "fold": 1}        # args/fold1.json: the file 3b.json beside it, and what differs
-
-`extends` keeps fold files from drifting apart: what folds share stands in one file. The reason for a default stands in
-the `help` of its field, which is also what `python train_fold.py --help` prints.
+The reason for a default stands in the `help` of its field, which is also what `python train_fold.py --help` prints.
 """
 
 import argparse
 import dataclasses
-import difflib
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from vqa.args_files import DataArguments, ModelArguments, read_args_file, refuse_unknown, section, setting
 from vqa.errors import UserError
-from vqa.files import folder_under, read_json
-from vqa.folds import folds_path
+from vqa.files import folder_under
 from vqa.precision import has_bf16
-from vqa.prompt import INSTRUCTION
 
 # Every transformers from 5.20 on understands the name `gradient_checkpointing`; 5.23 says on each run, and PEFT once
 # more, that it will be called otherwise in version 6.
@@ -32,123 +27,68 @@ DEMO = "args/demo/fold0.json"
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # from transformers 5.23 on, and before
 
 
-def _field(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class ModelArguments:
-    model: str | None = _field(None, "Folder of the base model, or its name where a model hub is reachable.")
-    load_in_4bit: bool = _field(
-        False, "Hold the base model in 4 bits (nf4, double quantisation): the 7B then fits a 16 GB GPU. CUDA only."
-    )
-    lora_rank: int = _field(16, "Rank of the adapter: 16 is ample for a contest of some thousand rows.")
-    lora_alpha: int = _field(32, "Scale of the adapter; the usual choice is twice the rank.")
-    lora_dropout: float = _field(0.05, "Dropout before the adapter: a few thousand rows are soon learned by heart.")
-    trust_remote_code: bool = _field(False, "Run code that comes with the model. No Qwen model needs it.")
-
-
-@dataclass
-class DataArguments:
-    train_csv: str = _field("data/train.csv", "Training rows: id,path,question,a,b,...,answer.")
-    test_csv: str = _field("data/test.csv", "Rows to predict: id,path,question,a,b,...")
-    image_root: str | None = _field(None, "Folder that `path` is relative to; the CSV's own folder if not given.")
-    folds_csv: str | None = _field(None, "The folds file; `folds.csv` beside train_csv if not given.")
-    fold: int | None = _field(0, "The fold to validate on; null trains on every row and validates on none.")
-    max_train_rows: int | None = _field(None, "Train on so many rows only, drawn by seed: 200 for a quick try.")
-    image_size: int = _field(
-        384, "Pixel budget: an image is shrunk to at most image_size squared pixels, aspect kept; 784 pixels a token."
-    )
-    instruction: str = _field(INSTRUCTION, "Last line of the question; prediction uses what training used.")
-    shuffle_choices: bool = _field(
-        True, "Show the choices in another order every epoch, so that the position of the answer is not learned."
-    )
-    soft_labels: bool = _field(
-        False,
-        "Train on how the annotators' answers (columns answer1, answer2, ...) are spread over the choices instead of "
-        "on the one answer: worth a try where they often disagree.",
-    )
-    pseudo_csv: str | None = _field(
-        None,
-        "A prediction file of test_csv, whose surest rows become further training rows with its probabilities as soft "
-        "labels. Give each fold its own fold's (outputs/fold0.csv); with an ensemble's (ensemble.py --probabilities) "
-        "validation flatters, since other members of it were trained on the rows that this fold validates on.",
-    )
-    pseudo_min_confidence: float = _field(0.9, "Least probability of the likeliest choice for a row to be taken.")
-    vision_cache: bool = _field(
-        True, "Compute the vision tower's features once an image and size, and keep them on disk for all runs."
-    )
-    vision_cache_dir: str = _field(
-        "checkpoints/vision_cache",
-        "Where they are kept. A fast disk is best; the folder may be removed whenever nothing runs.",
-    )
-    vision_cache_gb: float = _field(
-        10.0, "Most that the folder may take, in GB; a 3B needs 0.8 MB an image at 384 px. Beyond, nothing is stored."
-    )
-
-
 @dataclass
 class RecipeArguments(TrainingArguments):
     """transformers' TrainingArguments with this recipe's defaults, and what it has no field for."""
 
-    loss: str = _field(
+    loss: str = setting(
         "token",
         "token: cross-entropy over the vocabulary at the answer's letter and the end of the turn, as in language "
         "modelling; letter: cross-entropy over the letters that the row offers, which is what is scored.",
     )
-    ema_decay: float = _field(
+    ema_decay: float = setting(
         0.0, "Decay of the EMA of the adapter, per optimiser step, warmed up: 0.99, say. 0: none, which is quicker."
     )
-    swa_start: float | None = _field(
+    swa_start: float | None = setting(
         None, "Where SWA begins: below 1, after that share of the run (0.5, say); from 1 on, at that step. null: none."
     )
-    swa_every: int = _field(1, "Steps between two weights that SWA averages.")
-    swa_lr: float | None = _field(None, "Constant learning rate from SWA's beginning on; null keeps the schedule.")
-    max_hours: float | None = _field(
+    swa_every: int = setting(1, "Steps between two weights that SWA averages.")
+    swa_lr: float | None = setting(None, "Constant learning rate from SWA's beginning on; null keeps the schedule.")
+    max_hours: float | None = setting(
         None,
         "Stop training with a checkpoint before so many hours have passed: 11 for a notebook that dies after 12 "
         "leaves an hour for prediction.",
     )
-    output_dir: str | None = _field(None, "The fold's folder; args/demo/fold0.json gives checkpoints/demo/fold0.")
-    num_train_epochs: float = _field(3.0, "Passes over the training rows.")
-    learning_rate: float = _field(2e-4, "Peak learning rate: QLoRA's usual one; ten times that of full fine-tuning.")
-    lr_scheduler_type: str = _field("cosine", "Falls to zero by the end: the last steps settle, as contests reward.")
-    warmup_steps: float = _field(0.05, "Steps of warm-up; below 1, a share of the run.")
-    per_device_train_batch_size: int = _field(8, "Rows a GPU takes at once, where auto_batch is off.")
-    gradient_accumulation_steps: int = _field(2, "Batches an optimiser step; times the batch size: its rows.")
-    per_device_eval_batch_size: int = _field(16, "Rows a GPU scores at once.")
-    auto_batch: bool = _field(
+    output_dir: str | None = setting(None, "The fold's folder; args/demo/fold0.json gives checkpoints/demo/fold0.")
+    num_train_epochs: float = setting(3.0, "Passes over the training rows.")
+    learning_rate: float = setting(2e-4, "Peak learning rate: QLoRA's usual one; ten times that of full fine-tuning.")
+    lr_scheduler_type: str = setting("cosine", "Falls to zero by the end: the last steps settle, as contests reward.")
+    warmup_steps: float = setting(0.05, "Steps of warm-up; below 1, a share of the run.")
+    per_device_train_batch_size: int = setting(8, "Rows a GPU takes at once, where auto_batch is off.")
+    gradient_accumulation_steps: int = setting(2, "Batches an optimiser step; times the batch size: its rows.")
+    per_device_eval_batch_size: int = setting(16, "Rows a GPU scores at once.")
+    auto_batch: bool = setting(
         True,
         "Cut a step's rows (batch size times accumulation) into the micro-batches that suit this GPU; "
         "gradient_checkpointing is left out where memory allows, unless it is set. Out of memory, they get smaller.",
     )
-    train_sampling_strategy: str = _field(
+    train_sampling_strategy: str = setting(
         "group_by_length", "Rows at random, those of a step sorted by length, which saves padding; random: not sorted."
     )
-    max_grad_norm: float = _field(1.0, "Gradients are clipped to this norm.")
-    fp16: bool = _field(False, "Mixed precision for GPUs before Ampere, such as the T4, which have no bf16.")
-    gradient_checkpointing: bool | None = _field(
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.")
+    fp16: bool = setting(False, "Mixed precision for GPUs before Ampere, such as the T4, which have no bf16.")
+    gradient_checkpointing: bool | None = setting(
         None, "Recompute activations in the backward pass: memory for a third of speed. null: auto_batch decides."
     )
-    eval_strategy: str = _field("epoch", "When to validate: epoch, steps (every eval_steps) or no.")
-    save_strategy: str = _field("epoch", "When to write a checkpoint to resume from: epoch, steps (save_steps) or no.")
-    save_total_limit: int | None = _field(
+    eval_strategy: str = setting("epoch", "When to validate: epoch, steps (every eval_steps) or no.")
+    save_strategy: str = setting("epoch", "When to write a checkpoint to resume from: epoch, steps or no.")
+    save_total_limit: int | None = setting(
         2, "Checkpoints to keep, 2 or more: one has to last while the next is written. The best adapters are apart."
     )
-    logging_steps: float = _field(10, "Optimiser steps between two lines of the training log.")
-    logging_nan_inf_filter: bool = _field(False, "Stays false: a loss that is not finite is to be seen in the log.")
-    ddp_find_unused_parameters: bool | None = _field(
+    logging_steps: float = setting(10, "Optimiser steps between two lines of the training log.")
+    logging_nan_inf_filter: bool = setting(False, "Stays false: a loss that is not finite is to be seen in the log.")
+    ddp_find_unused_parameters: bool | None = setting(
         False, "Stays false: every adapter weight is used in every step, and looking for unused ones costs time."
     )
-    dataloader_num_workers: int = _field(
+    dataloader_num_workers: int = setting(
         0, "Processes that decode and resize images ahead of the GPU; 2 on a T4 host."
     )
-    remove_unused_columns: bool = _field(False, "Stays false: the collator reads the rows' own columns.")
-    resume_from_checkpoint: str | None = _field(None, "A checkpoint folder to go on from, or `auto` for the newest.")
-    seed: int = _field(42, "Seed of everything drawn at random; 42 by default.")
-    full_determinism: bool = _field(False, "Give the same bytes in every run on a GPU too, as on a CPU; slower.")
-    metric_for_best_model: str = _field("log_loss", "What chooses the best adapter: log_loss or accuracy, of letters.")
-    report_to: str = _field("none", "Where to log: none, tensorboard, wandb, trackio.")
+    remove_unused_columns: bool = setting(False, "Stays false: the collator reads the rows' own columns.")
+    resume_from_checkpoint: str | None = setting(None, "A checkpoint folder to go on from, or `auto` for the newest.")
+    seed: int = setting(42, "Seed of everything drawn at random; 42 by default.")
+    full_determinism: bool = setting(False, "Give the same bytes in every run on a GPU too, as on a CPU; slower.")
+    metric_for_best_model: str = setting("log_loss", "What chooses the best adapter: log_loss or accuracy.")
+    report_to: str = setting("none", "Where to log: none, tensorboard, wandb, trackio.")
 
     def __post_init__(self):
         if torch.cuda.is_available() and not (self.fp16 or self.bf16 or self.use_cpu):
@@ -193,14 +133,14 @@ def parse_arguments(
     """
     parser = _parser(description)
     path = argv[0] if argv and not argv[0].startswith("-") else None
-    values = read_args_file(path) if path else {}
+    values = read_args_file(path, field_names()) if path else {}
     if path and not values.get("output_dir"):  # the args file's place names the run
         values["output_dir"] = str(folder_under("checkpoints", Path(path).with_suffix(""), below="args"))
     flags, values = _null_flags(argv[1:] if path else argv, values)
     parser.set_defaults(**values)
     given, unknown = parser.parse_known_args(flags)
     if unknown:
-        _refuse_unknown(unknown[0].lstrip("-").split("=")[0], "the command line")
+        refuse_unknown(unknown[0].lstrip("-").split("=")[0], "the command line", field_names())
     if given.output_dir is None:
         raise UserError(f"no args file and no --output_dir; try `python train_fold.py {DEMO}`, or --help")
     if trains:
@@ -221,27 +161,6 @@ def differing(resolved: dict) -> dict:
     """The fields of a run that differ from the defaults; not where it wrote."""
     usual = vars(_parser("").parse_args([]))  # as parsed: transformers' own defaults come out in another form
     return {name: value for name, value in resolved.items() if value != usual[name] and name != "output_dir"}
-
-
-def read_args_file(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict:
-    """The values of an args file, those of the file that it `extends` included. Its own come first."""
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f'{path}: an args file is one JSON object, such as {{"fold": 0}}')
-    base = values.pop("extends", None)
-    for key in values:
-        if key not in field_names():
-            _refuse_unknown(key, path)
-    if base is None:
-        return values
-    chain = (*extended_by, Path(path).resolve())
-    if (Path(path).parent / base).resolve() in chain:
-        raise UserError(f"{path}: extends itself, by way of {base}; name the file that holds what the folds share")
-    return read_args_file(Path(path).parent / base, chain) | values
-
-
-def folds_file(data: DataArguments) -> Path:
-    return folds_path(data.folds_csv, data.train_csv)
 
 
 def field_names() -> set[str]:
@@ -291,12 +210,6 @@ def _null_flags(flags: list[str], values: dict) -> tuple[list[str], dict]:
         kept.append(flags[index])
         index += 1
     return kept, values
-
-
-def _refuse_unknown(key: str, place: str | Path):
-    near = difflib.get_close_matches(key, sorted(field_names()), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "see `python train_fold.py --help`"
-    raise UserError(f"{place}: unknown field {key!r}; {hint}")
 
 
 def check_launch() -> None:
@@ -352,8 +265,3 @@ def check_reports(report_to: str | list[str]) -> None:
             )
         if name not in get_available_reporting_integrations():
             raise UserError(f"report_to {name} needs a package that is not here: pip install {name}")
-
-
-def section(kind: type, values: dict):
-    """One dataclass out of an args file's values; whatever belongs to another is left out."""
-    return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values})

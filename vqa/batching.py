@@ -16,7 +16,8 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from collator import Collator
-from vqa.arguments import ModelArguments, RecipeArguments
+from vqa.args_files import ModelArguments
+from vqa.arguments import RecipeArguments
 from vqa.files import read_json, write_json
 from vqa.images import image_tokens, target_size
 from vqa.memory import CUDA_BYTES, Batch, Setup, outline, training_peak

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from vqa.arguments import ModelArguments
+from vqa.args_files import ModelArguments
 from vqa.families import vision_tower
 from vqa.model import add_adapter, check_model_path
 

@@ -1,6 +1,6 @@
 """Pseudo-labels: test rows that a prediction file is sure of, as further training rows with soft labels."""
 
-from vqa.arguments import DataArguments
+from vqa.args_files import DataArguments
 from vqa.checks import shared_images
 from vqa.errors import UserError, first_few
 from vqa.predictions import read_predictions

@@ -8,17 +8,10 @@ from pathlib import Path
 
 import torch
 
-from vqa.arguments import (
-    DataArguments,
-    ModelArguments,
-    RecipeArguments,
-    check_machine,
-    folder_under,
-    read_args_file,
-    section,
-)
+from vqa.args_files import DataArguments, ModelArguments, read_args_file, section
+from vqa.arguments import RecipeArguments, check_machine, field_names
 from vqa.errors import UserError, first_few
-from vqa.files import read_json
+from vqa.files import folder_under, read_json
 from vqa.fingerprint import files_fingerprint
 from vqa.model import check_model_path, is_adapter
 from vqa.oof import WEIGHTS, weights_folder
@@ -78,7 +71,7 @@ def base_run(args_file: str, model: str | None = None, dtype: str | None = None)
 
 
 def _make_run(known: tuple, args_file: Path, model: str | None, dtype: str | None) -> Run:
-    values = read_args_file(args_file) | ({"model": model} if model else {})
+    values = read_args_file(args_file, field_names()) | ({"model": model} if model else {})
     if dtype:
         values |= {"fp16": dtype == "float16", "bf16": dtype == "bfloat16"}
     check_machine(values)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vqa.arguments import DataArguments, folds_file
+from vqa.args_files import DataArguments, folds_file
 from vqa.errors import UserError
 from vqa.folds import read_folds, split_fold
 from vqa.pseudo import pseudo_rows
