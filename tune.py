@@ -63,7 +63,10 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--trials", type=int, default=30, help="finished ones, earlier launches' too (default: 30)")
     parser.add_argument("--space", metavar="SPACE.json", help="fields to search otherwise, or not (null)")
     parser.add_argument("--output_dir", help="of the search (default: checkpoints/tuning/, as the args file's place)")
-    return parser.parse_known_args()
+    own, flags = parser.parse_known_args()
+    if own.trials < 1:
+        raise UserError(f"--trials is {own.trials}; give 1 or more")
+    return own, flags
 
 
 def search(study: optuna.Study, folder: Path, space: dict, values: dict, flags: list[str], most: int) -> None:

@@ -52,8 +52,8 @@ def draw_rows(split: str, count: int, folder: Path, seed: int) -> tuple[list[lis
     names = [f"{split}_{number:04d}" for number in range(1, count + 1)]
     with ProcessPoolExecutor() as pool:
         drawn = pool.map(partial(draw_row, split=split, folder=folder, seed=seed), names, chunksize=16)
-        rows, answers = zip(*tqdm(drawn, desc=f"drawing {split}", total=count))
-    return list(rows), list(answers)
+        rows = list(tqdm(drawn, desc=f"drawing {split}", total=count))
+    return [cells for cells, _ in rows], [letter for _, letter in rows]
 
 
 def draw_row(row_id: str, split: str, folder: Path, seed: int) -> tuple[list[str], str]:
