@@ -55,7 +55,7 @@ def main() -> None:
     findings = Findings()
     look_at_labels(findings, collate, TrainRows(contest.train, data.shuffle_choices, recipe.seed))
     look_at_model(findings, model_args, model)
-    train, valid = look_at_tokens(findings, collate, contest)
+    train, valid = look_at_tokens(collate, contest)
     look_at_rows(findings, contest, data)
     look_at_cost(findings, make_setup(model_args, recipe, model), recipe, data, train, valid)
     findings.conclude()
@@ -135,7 +135,7 @@ def look_at_model(findings: Findings, args: ModelArguments, model: PeftModel) ->
         findings.blockers.append(f"{args.model} lacks {first_few(missing)}; copy or download the model again")
 
 
-def look_at_tokens(findings: Findings, collate: Collator, contest: Contest) -> tuple[Lengths, Lengths | None]:
+def look_at_tokens(collate: Collator, contest: Contest) -> tuple[Lengths, Lengths | None]:
     """Print what the pixel budget makes of the images. (lengths of the training rows, of the validation rows)."""
     heading("Images and tokens")
     patch = collate.processor.image_processor.patch_size

@@ -55,7 +55,7 @@ def main() -> None:
     rows = read_data(args.csv, args.image_root, warnings)
     pictures = read_pictures(rows["image"])
     page = Page(args.output_dir or folder_under("outputs", Path(args.csv[0]).parent, below="data") / "explore")
-    images = look_at_images(rows, pictures, patch, page, warnings)  # what matters most is warned of first
+    images = look_at_images(pictures, patch, page, warnings)  # what matters most is warned of first
     duplicates = look_at_duplicates(rows, pictures, page, warnings)
     choices = look_at_choices(rows, pictures, warnings)
     blind = look_at_blind(rows, pictures, warnings)
@@ -242,9 +242,7 @@ def count_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
     return [len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def look_at_images(
-    rows: pd.DataFrame, pictures: dict[str, Picture], patch: int, page: Page, warnings: Remarks
-) -> dict:
+def look_at_images(pictures: dict[str, Picture], patch: int, page: Page, warnings: Remarks) -> dict:
     """Sizes of the images, and the tokens that they cost at each budget; one figure."""
     if broken := [f"{path} ({picture.problem})" for path, picture in pictures.items() if picture.problem]:
         warnings.add("images", f"{len(broken)} of {len(pictures)} images cannot be used: {first_few(broken)}")

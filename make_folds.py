@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 
 from vqa.args_files import DataArguments, folds_file, read_args_file, section
-from vqa.errors import run
+from vqa.errors import count, first_few, run
 from vqa.folds import assign_folds, read_folds, write_folds
-from vqa.images import check_images
+from vqa.images import check_images, unusable_images
 from vqa.prompt import LETTERS
 from vqa.rows import read_rows
 
@@ -26,7 +26,7 @@ def main() -> None:
     rows = read_rows(data.train_csv, data.image_root, with_answer=True)
     check_images(rows.to_list(), data.train_csv)
     if Path(data.test_csv).is_file():  # better now than after the training
-        check_images(read_rows(data.test_csv, data.image_root).to_list(), data.test_csv)
+        warn_of_images(read_rows(data.test_csv, data.image_root).to_list(), data.test_csv)
     path, ids, answers = folds_file(data), list(rows["id"]), list(rows["answer"])
     if kept := path.is_file() and not args.again:
         folds = read_folds(path, ids, data.train_csv)
@@ -36,6 +36,16 @@ def main() -> None:
     shown = pd.Series([LETTERS[answer] for answer in answers], name="answer")
     print(pd.crosstab(pd.Series(folds, name="fold"), shown, margins=True).to_string())
     print(f"{path}: {len(folds)} rows in {len(set(folds))} folds" + (", kept as it was" if kept else ""))
+
+
+def warn_of_images(rows: list[dict], csv: str) -> None:
+    """Say which test images cannot be read: there is time to mend them while the folds are trained."""
+    if broken := unusable_images(rows, csv):
+        named = first_few([f"{path} ({problem})" for path, problem in broken.items()])
+        print(
+            f"warning: {csv}: {count(len(broken), 'image')} cannot be used: {named}; mend them, or "
+            "answer their rows from the text alone by predict.py --skip_bad_images"
+        )
 
 
 def parse_args() -> argparse.Namespace:

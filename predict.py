@@ -199,7 +199,9 @@ def with_images(rows: list[dict], csv: str, skip_bad: bool) -> list[dict]:
         bad = unusable_images(rows, csv)
         rows = [{**row, "image": None, "note": NO_IMAGE} if row["image"] in bad else row for row in rows]
     else:
-        check_images(rows, csv)
+        check_images(
+            rows, csv, "mend or replace the files, or answer their rows from the text alone: --skip_bad_images"
+        )
     paths = [row["image"] for row in rows if row["image"]]
     hashes = dict(zip(paths, image_groups(paths)))
     return [{**row, "hash": hashes.get(row["image"])} for row in rows]
@@ -241,7 +243,9 @@ def make_jobs(
 def check_places(jobs: Sequence[Job]) -> None:
     places = [str(job.path) for job in jobs]
     if twice := sorted({place for place in places if places.count(place) > 1}):
-        raise UserError(f"two folders would both write {first_few(twice)}; predict them in two commands")
+        raise UserError(
+            f"two folders would both write {first_few(twice)}; predict each with an --output_dir of its own"
+        )
 
 
 def is_finished(job: Job) -> bool:

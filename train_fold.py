@@ -120,11 +120,11 @@ def is_finished(recipe: RecipeArguments, resolved: dict, rows_used: str) -> bool
         return False
     before = read_json(folder / "args.json")
     keys = (before.keys() | resolved.keys()) - CHANGE_NOTHING
-    differing = sorted(key for key in keys if before.get(key) != resolved.get(key))
-    if not differing and (folder / "rows.json").is_file():
-        differing = ["rows"] if read_json(folder / "rows.json")["fingerprint"] != rows_used else []
-    if not recipe.resume_from_checkpoint or differing:
-        what = f"a run with another {first_few(differing)}" if differing else "this run"
+    other = sorted(key for key in keys if before.get(key) != resolved.get(key))
+    if not other and (folder / "rows.json").is_file():
+        other = ["rows"] if read_json(folder / "rows.json")["fingerprint"] != rows_used else []
+    if not recipe.resume_from_checkpoint or other:
+        what = f"a run with another {first_few(other)}" if other else "this run"
         raise UserError(
             f"{folder} holds {what} already; go on with it by --resume_from_checkpoint auto and the same args, give "
             "another --output_dir, or remove the folder"

@@ -168,7 +168,7 @@ def summarise(lines: list[dict]) -> dict:
             line for line in of_model if line.get("stored") and "peak_gib" in line and "micro" in line
         ]
         if together := [table for table in steps.values() if {"a: notebook recipe", "d: ours"} <= table.keys()]:
-            summary[model]["whole job, hours"] = whole_job(together[-1], summary[model]["answering"], main)
+            summary[model]["whole job, hours"] = whole_job(together[-1], summary[model]["answering"])
     return summary
 
 
@@ -220,7 +220,7 @@ def answering(lines: list[dict]) -> dict:
     return table
 
 
-def whole_job(steps: dict, answers: dict, lines: list[dict]) -> dict:
+def whole_job(steps: dict, answers: dict) -> dict:
     """Hours of a contest of 3,887 + 3,887 rows, three folds, three epochs, from the rates above.
 
     The recipe: folds * epochs * rows of two folds / training rate + folds * test rows / answering rate, and no

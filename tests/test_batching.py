@@ -13,7 +13,7 @@ from vqa.arguments import RecipeArguments
 from vqa.batching import Lengths, SortedSteps, count_tokens, fit_batches, quickest, take_batches
 from vqa.images import upright_sizes
 from vqa.memory import Setup, outline, training_peak
-from vqa.training import FoldTrainer, split_rows
+from vqa.training import FoldTrainer, split_batch
 
 LENGTHS = Lengths(np.full(40, 300), np.full(40, 180), 0)
 
@@ -92,8 +92,8 @@ def test_a_split_batch_is_the_rows_in_parts(processor, rows):
     collate = Collator(processor, image_size=112, with_answer=True)
     rows = [row | {"scale": scale} for row, scale in zip(rows, (1.0, 0.6, 1.0, 0.8, 0.7))]
     batch = batch_of(collate, rows)
-    assert split_rows(batch, 5) == [batch]
-    parts = split_rows(batch, 2)
+    assert split_batch(batch, 5) == [batch]
+    parts = split_batch(batch, 2)
     assert [part["ids"] for part in parts] == [batch["ids"][:2], batch["ids"][2:4], batch["ids"][4:]]
     for row, part in zip((rows[:2], rows[2:4], rows[4:]), parts):
         alone = collate(row)

@@ -145,7 +145,7 @@ def test_tokens_are_those_of_the_models_own_tokenizer(processor, rows):
 def test_image_tokens_are_those_that_the_model_gets(processor, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 1300, 3), dtype=np.uint8)).save(tmp_path / "x.png")
     pictures = read_pictures([str(tmp_path / "x.png")])
-    found = explore.look_at_images(None, pictures, 14, Page(tmp_path), Remarks())["costs"]
+    found = explore.look_at_images(pictures, 14, Page(tmp_path), Remarks())["costs"]
     for line in found:
         row = {"id": "x", "image": str(tmp_path / "x.png"), "question": "?", "choices": ["a", "b"]}
         grid = Collator(processor, line["size"])([row])["image_grid_thw"]

@@ -1,8 +1,12 @@
 """The folds file: stratified, no image on both sides, the same for the same seed, refused where it does not match."""
 
+import json
+
 import numpy as np
 import pytest
+from conftest import draw_contest
 
+import make_folds
 from vqa.errors import UserError
 from vqa.folds import assign_folds, read_folds, split_fold, write_folds
 
@@ -66,6 +70,25 @@ def test_a_fold_splits_the_rows_in_two_and_an_unknown_one_is_refused():
     assert train.tolist() == [0, 2, 3] and valid.tolist() == [1, 4]
     with pytest.raises(UserError, match="fold 3 is not in folds.csv, which has folds 0 to 2"):
         split_fold(folds, 3, "folds.csv")
+
+
+def test_an_answer_too_rare_for_every_fold_stands_in_the_way_of_none(images, recwarn):
+    folds = assign_folds([4] + ANSWERS[1:], images, 3, 42)
+    assert sorted(np.bincount(folds)) == pytest.approx([40] * 3, abs=2) and not recwarn.list
+
+
+def test_a_broken_test_image_is_told_and_the_folds_are_made_all_the_same(tmp_path, monkeypatch, capsys):
+    for split in ("train", "test"):
+        draw_contest(tmp_path / split, 12)
+    broken = sorted((tmp_path / "test").rglob("*.jpg"))[0]
+    broken.write_bytes(b"no picture")
+    args = {"train_csv": str(tmp_path / "train/train.csv"), "test_csv": str(tmp_path / "test/test.csv")}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    monkeypatch.setattr("sys.argv", ["make_folds.py", str(tmp_path / "args.json"), "--again"])
+    make_folds.main()
+    said = capsys.readouterr().out
+    assert f"1 image cannot be used: {broken}" in said and "--skip_bad_images" in said
+    assert (tmp_path / "train/folds.csv").is_file()
 
 
 @pytest.mark.parametrize("folds", [0, 1, 31, 500])

@@ -108,7 +108,7 @@ def test_gpu_memory_that_runs_out_is_one_line(capsys):
     assert (
         stop.value.code == 2
         and error.count("\n") == 1
-        and "--auto_batch false, halve --per_device_train_batch_size" in error
+        and "--auto_batch false --per_device_train_batch_size 2" in error
     )
 
 

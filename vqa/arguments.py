@@ -142,13 +142,15 @@ def parse_arguments(
     if unknown:
         refuse_unknown(unknown[0].lstrip("-").split("=")[0], "the command line", field_names())
     if given.output_dir is None:
-        raise UserError(f"no args file and no --output_dir; try `python train_fold.py {DEMO}`, or --help")
+        raise UserError("no args file and no --output_dir; name an args file, such as args/fold0.json, or see --help")
     if trains:
         check_launch()
         check_machine(vars(given))
     check_recipe(vars(given))
     if given.model is None:
-        raise UserError(f"no model given; name the base model's folder as `model` in {path} or as --model")
+        raise UserError(
+            f"no model given; name the base model's folder as `model` in {path or 'an args file'} or as --model"
+        )
     plain = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     kept = {k: v for k, v in vars(given).items() if k in _own_fields() or v != plain[k]}
     try:
@@ -217,7 +219,7 @@ def check_launch() -> None:
     if torch.cuda.is_available() and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         raise UserError(
             f"{torch.cuda.device_count()} GPUs are visible; start with `accelerate launch` to use them, or set "
-            "CUDA_VISIBLE_DEVICES=0 to use one"
+            "CUDA_VISIBLE_DEVICES=0 to use one, as tune.py does"
         )
 
 

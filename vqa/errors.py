@@ -4,9 +4,9 @@ import sys
 from collections.abc import Callable
 
 OUT_OF_MEMORY = (
-    "out of GPU memory; in training add --auto_batch false, halve --per_device_train_batch_size and double "
-    "--gradient_accumulation_steps; in validation or prediction halve --per_device_eval_batch_size or --batch_size; "
-    "or lower image_size"
+    "out of GPU memory; in training remove the fold's folder and add --auto_batch false "
+    "--per_device_train_batch_size 2 --gradient_accumulation_steps 4; in validation or prediction halve "
+    "--per_device_eval_batch_size or --batch_size; or lower image_size"
 )
 
 

@@ -1,6 +1,7 @@
 """The folds file: `id,fold`, made once, read by every script, refused where it does not match the CSV."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,15 +18,18 @@ def assign_folds(answers: Sequence[int], images: Sequence[str], folds: int, seed
     from sklearn.model_selection import StratifiedGroupKFold  # takes a second to import
 
     groups = image_groups(images)
-    fewest = min(np.bincount(answers)[np.unique(answers)])
     if not 2 <= folds <= len(set(groups)):
         raise UserError(f"{folds} folds cannot be made of {len(set(groups))} different images; give --folds from 2 on")
-    if folds > fewest:
-        raise UserError(f"{folds} folds cannot each hold an answer that occurs {fewest} times; give fewer --folds")
+    if folds > (most := np.bincount(answers).max()):
+        raise UserError(
+            f"{folds} folds cannot be stratified where no answer occurs more than {most} times; give fewer"
+        )
     result = np.empty(len(answers), dtype=int)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for fold, (_, rows) in enumerate(splitter.split(np.zeros(len(answers)), answers, groups)):
-        result[rows] = fold
+    with warnings.catch_warnings():  # of answers too rare for every fold: the table that is printed shows them
+        warnings.simplefilter("ignore", UserWarning)
+        for fold, (_, rows) in enumerate(splitter.split(np.zeros(len(answers)), answers, groups)):
+            result[rows] = fold
     return result
 
 
@@ -70,5 +74,8 @@ def read_folds(path: str | Path, ids: Sequence[str], csv_path: str | Path) -> np
 def split_fold(folds: np.ndarray, fold: int, path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """(training rows, validation rows) as indices, for one fold of the file at `path`."""
     if fold not in set(folds):
-        raise UserError(f"fold {fold} is not in {path}, which has folds 0 to {folds.max()}; change `fold`")
+        raise UserError(
+            f"fold {fold} is not in {path}, which has folds 0 to {folds.max()}; change `fold`, or make more: "
+            "`python make_folds.py ARGS.json --folds N --again`"
+        )
     return np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)

@@ -94,13 +94,12 @@ def upright_sizes(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
         return dict(zip(paths, pool.map(upright_size, paths)))
 
 
-def check_images(rows: list[dict], label: str) -> None:
+def check_images(rows: list[dict], label: str, remedy: str = "mend or replace the files, or drop their rows") -> None:
     """Decode every image once and stop if any cannot be used: all of them are counted, the first few named."""
     if broken := unusable_images(rows, label):
         told = first_few([f"{path} ({problem})" for path, problem in broken.items()])
         raise UserError(
-            f"{label}: {len(broken)} of {len({row['image'] for row in rows})} images cannot be used: {told}; "
-            "mend or replace the files, or drop their rows"
+            f"{label}: {len(broken)} of {len({row['image'] for row in rows})} images cannot be used: {told}; {remedy}"
         )
 
 

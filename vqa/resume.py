@@ -51,7 +51,7 @@ def checkpoint_to_resume(wanted: str | None, folder: str | Path) -> str | None:
     if wrote and int(wrote) != here:  # the Trainer would count steps and rows otherwise, without a word
         raise UserError(
             f"{wanted} was written by {wrote} processes and this run has {here}; go on with `accelerate launch "
-            f"--num_processes {wrote}`, or begin anew in another --output_dir"
+            f"--num_processes {wrote}`, or remove the folder {Path(wanted).parent} to begin anew"
         )
     return wanted
 

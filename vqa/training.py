@@ -126,7 +126,7 @@ class FoldTrainer(Trainer):
         before = [(p, None if p.grad is None else p.grad.clone()) for _, p in trainable(model)]
         while True:
             try:
-                parts = split_rows(inputs, self.most_rows)
+                parts = split_batch(inputs, self.most_rows)
                 return torch.stack([step(model, part, num_items_in_batch) for part in parts]).sum()
             except torch.OutOfMemoryError:
                 if not self.args.auto_batch or self.args.world_size > 1 or self.most_rows == 1:
@@ -306,7 +306,7 @@ def rows_a_step(args) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def split_rows(batch: dict, most: int) -> list[dict]:
+def split_batch(batch: dict, most: int) -> list[dict]:
     """The batch in batches of at most `most` rows; image tensors, which hold all rows' images in a row, go along."""
     rows = len(batch["ids"])
     if rows <= most:
