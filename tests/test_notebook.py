@@ -34,6 +34,9 @@ def executed(tmp_path_factory):
     last = folder / "last" / "vqa" / "checkpoints" / "demo" / "fold9"
     last.mkdir(parents=True)
     (last / "args.json").write_text("{}")
+    kept = folder / "last" / "vqa" / "outputs" / "demo" / ".parts" / "fold9" / "view.npz"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
     log = folder / "last" / "vqa" / "experiments" / "log.csv"
     log.parent.mkdir()
     log.write_text(",".join(COLUMNS) + "\n1,,training" + "," * (len(COLUMNS) - 3) + "\n")
@@ -80,6 +83,7 @@ def test_it_ends_with_a_submission_and_two_pages(executed):
 def test_the_last_sessions_folds_are_brought_back(executed):
     notebook, folder = executed
     assert (folder / "work" / "checkpoints" / "demo" / "fold9" / "args.json").read_text() == "{}"
+    assert (folder / "work" / "outputs" / "demo" / ".parts" / "fold9" / "view.npz").is_file()
     text = "".join(str(output.get("text", "")) for cell in notebook.cells for output in cell.get("outputs", ()))
     assert "checkpoints/demo/fold9: goes on from the last session" in text and "Not finished" not in text
 
