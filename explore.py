@@ -23,7 +23,7 @@ from vqa.duplicates import Picture, read_pictures, same_pictures
 from vqa.errors import UserError, count, first_few, run
 from vqa.files import folder_under, read_json, whole
 from vqa.folds import folds_path, read_folds
-from vqa.images import image_tokens, target_size
+from vqa.images import first_broken, image_tokens, target_size
 from vqa.letters import evenness
 from vqa.pages import Page, Remarks, card, thumbnail
 from vqa.prompt import LETTERS
@@ -244,8 +244,8 @@ def count_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
 
 def look_at_images(pictures: dict[str, Picture], patch: int, page: Page, warnings: Remarks) -> dict:
     """Sizes of the images, and the tokens that they cost at each budget; one figure."""
-    if broken := [f"{path} ({picture.problem})" for path, picture in pictures.items() if picture.problem]:
-        warnings.add("images", f"{len(broken)} of {len(pictures)} images cannot be used: {first_few(broken)}")
+    if broken := {path: picture.problem for path, picture in pictures.items() if picture.problem}:
+        warnings.add("images", f"{len(broken)} of {len(pictures)} images cannot be used: {first_broken(broken)}")
     sizes = np.array([(p.width, p.height) for p in pictures.values() if not p.problem])
     side = 2 * patch
     if not len(sizes):

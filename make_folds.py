@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 
 from vqa.args_files import DataArguments, folds_file, read_args_file, section
-from vqa.errors import count, first_few, run
+from vqa.errors import count, run
 from vqa.folds import assign_folds, read_folds, write_folds
-from vqa.images import check_images, unusable_images
+from vqa.images import check_images, first_broken, unusable_images
 from vqa.prompt import LETTERS
 from vqa.rows import read_rows
 
@@ -41,9 +41,8 @@ def main() -> None:
 def warn_of_images(rows: list[dict], csv: str) -> None:
     """Say which test images cannot be read: there is time to mend them while the folds are trained."""
     if broken := unusable_images(rows, csv):
-        named = first_few([f"{path} ({problem})" for path, problem in broken.items()])
         print(
-            f"warning: {csv}: {count(len(broken), 'image')} cannot be used: {named}; mend them, or "
+            f"warning: {csv}: {count(len(broken), 'image')} cannot be used: {first_broken(broken)}; mend them, or "
             "answer their rows from the text alone by predict.py --skip_bad_images"
         )
 

@@ -71,7 +71,9 @@ class RecipeArguments(TrainingArguments):
         None, "Recompute activations in the backward pass: memory for a third of speed. null: auto_batch decides."
     )
     eval_strategy: str = setting("epoch", "When to validate: epoch, steps (every eval_steps) or no.")
-    save_strategy: str = setting("epoch", "When to write a checkpoint to resume from: epoch, steps or no.")
+    save_strategy: str = setting(
+        "epoch", "When to write a checkpoint to resume from: epoch, steps (every save_steps) or no."
+    )
     save_total_limit: int | None = setting(
         2, "Checkpoints to keep, 2 or more: one has to last while the next is written. The best adapters are apart."
     )
@@ -87,7 +89,9 @@ class RecipeArguments(TrainingArguments):
     resume_from_checkpoint: str | None = setting(None, "A checkpoint folder to go on from, or `auto` for the newest.")
     seed: int = setting(42, "Seed of everything drawn at random; 42 by default.")
     full_determinism: bool = setting(False, "Give the same bytes in every run on a GPU too, as on a CPU; slower.")
-    metric_for_best_model: str = setting("log_loss", "What chooses the best adapter: log_loss or accuracy.")
+    metric_for_best_model: str = setting(
+        "log_loss", "What chooses the best adapter: log_loss or accuracy, of letters."
+    )
     report_to: str = setting("none", "Where to log: none, tensorboard, wandb, trackio.")
 
     def __post_init__(self):
@@ -219,7 +223,7 @@ def check_launch() -> None:
     if torch.cuda.is_available() and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         raise UserError(
             f"{torch.cuda.device_count()} GPUs are visible; start with `accelerate launch` to use them, or set "
-            "CUDA_VISIBLE_DEVICES=0 to use one, as tune.py does"
+            "CUDA_VISIBLE_DEVICES=0 to use one, as tune.py needs it"
         )
 
 

@@ -1,6 +1,6 @@
 """One way from an image file to the pixels that the model sees, for training and prediction alike."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,10 +97,8 @@ def upright_sizes(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
 def check_images(rows: list[dict], label: str, remedy: str = "mend or replace the files, or drop their rows") -> None:
     """Decode every image once and stop if any cannot be used: all of them are counted, the first few named."""
     if broken := unusable_images(rows, label):
-        told = first_few([f"{path} ({problem})" for path, problem in broken.items()])
-        raise UserError(
-            f"{label}: {len(broken)} of {len({row['image'] for row in rows})} images cannot be used: {told}; {remedy}"
-        )
+        count = len({row["image"] for row in rows})
+        raise UserError(f"{label}: {len(broken)} of {count} images cannot be used: {first_broken(broken)}; {remedy}")
 
 
 def unusable_images(rows: list[dict], label: str) -> dict[str, str]:
@@ -114,6 +112,11 @@ def unusable_images(rows: list[dict], label: str) -> dict[str, str]:
             pool.map(_problem, paths), total=len(paths), desc=f"checking images of {label}", leave=False, disable=None
         )
         return {path: problem for path, problem in zip(paths, checks) if problem}
+
+
+def first_broken(broken: Mapping[str, str]) -> str:
+    """The first few of `unusable_images`, each with what is wrong with it."""
+    return first_few([f"{path} ({problem})" for path, problem in broken.items()])
 
 
 def _problem(path: str) -> str | None:
