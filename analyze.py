@@ -18,19 +18,18 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chi2_contingency
 
-from vqa.calibration import reliability
-from vqa.charts import learning_curves, reliability_diagram
-from vqa.errors import count, first_few, run
-from vqa.files import folder_under, whole
-from vqa.groups import TYPE, group_rows, group_table
-from vqa.letters import confusion, leanings
-from vqa.pages import Page, Remarks, card
-from vqa.prompt import LETTERS
-from vqa.results import Results, curve, finished, put_together, read_models, training_csv
-from vqa.rows import read_rows
-from vqa.statistics import NOISE, accuracy, compare, mean_loss, row_losses
-from vqa.suspects import find_suspects
-from vqa.truth import Truth
+from vqa.core.errors import count, preview, run
+from vqa.core.io import atomic_write, swap_root
+from vqa.data.prompt import LETTERS
+from vqa.data.rows import read_rows
+from vqa.evaluation.labels import Labels
+from vqa.evaluation.metrics import NOISE, accuracy, row_log_loss
+from vqa.evaluation.significance import compare, mean_loss
+from vqa.reports.charts import learning_curves, reliability_diagram
+from vqa.reports.diagnostics import confusion_matrix, find_label_issues, letter_bias, reliability
+from vqa.reports.groups import TYPE, group_rows, group_table
+from vqa.reports.page import Highlights, Page, card
+from vqa.reports.results import Results, curve, finished, put_together, read_models, training_csv
 
 SHOWN_ERRORS = 24
 SHOWN_SUSPECTS = 12
@@ -52,11 +51,11 @@ def main() -> None:
     args = parse_args()
     folders, passed_over = finished(args.folds)
     train_csv, image_root = training_csv(folders)
-    truth = Truth(args.train_csv or train_csv)
+    truth = Labels(args.train_csv or train_csv)
     results = put_together(read_models(folders, truth), truth)
     rows = read_rows_of(results, args.image_root or image_root)
     groups = group_rows(rows)
-    page = Page(args.output_dir or folder_under("outputs", common_folder(folders), below="checkpoints") / "analyze")
+    page = Page(args.output_dir or swap_root("outputs", common_folder(folders), below="checkpoints") / "analyze")
     glance = Glance(results)
     scores = look_at_scores(results, glance)
     tables = look_at_groups(results, groups, glance)
@@ -93,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Glance(Remarks):
+class Glance(Highlights):
     """What is worth knowing first; where there are several models, of which it is said."""
 
     def __init__(self, results: Results):
@@ -118,7 +117,7 @@ def look_at_scores(results: Results, glance: Glance) -> list[dict]:
     found = []
     for name, model in results.models.items():
         right = accuracy(results.right(name), results.clusters())
-        loss = mean_loss(row_losses(results.best[name], results.answers), results.clusters())
+        loss = mean_loss(row_log_loss(results.best[name], results.answers), results.clusters())
         found.append({"name": name, "model": model.name, "accuracy": right, "log_loss": loss})
         told = f"{model.name}: accuracy {right}, log-loss {loss.value:.4f}"
         glance.add("groups", f"{told}, {count(len(results.ids), 'row')} out of fold", name)
@@ -177,7 +176,7 @@ def look_at_models(results: Results, rows: list[dict], glance: Glance) -> dict:
 def look_at_suspects(results: Results, rows: list[dict], page: Page, glance: Glance) -> dict:
     """Rows whose label looks wrong to every weights of every model; all of them go to mislabelled.csv."""
     stack = np.stack([values for name in results.models for values in results.by_weights(name).values()])
-    found, instead = find_suspects(stack, results.answers)
+    found, instead = find_label_issues(stack, results.answers)
     mean, folds = stack.mean(0), results.models["M1"].fold_of_row()
     lines = [
         {
@@ -195,11 +194,11 @@ def look_at_suspects(results: Results, rows: list[dict], page: Page, glance: Gla
         for i, other in zip(found, instead)
     ]
     columns = ["id", "answer", "suggested", "p_answer", "p_suggested", "answer_text", "suggested_text", "question"]
-    with whole(page.folder / "mislabelled.csv") as temporary:
+    with atomic_write(page.folder / "mislabelled.csv") as temporary:
         table = pd.DataFrame(lines, columns=[*columns, "image", "fold"])
         table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.4f")
     told = f"{count(len(found), 'row')} whose label looks wrong, in mislabelled.csv"
-    glance.add("suspects", told + (f": {first_few([line['id'] for line in lines])}" if lines else ""))
+    glance.add("suspects", told + (f": {preview([line['id'] for line in lines])}" if lines else ""))
     return {"rows": len(found), "members": len(stack), "cards": cards(results, rows, found[:SHOWN_SUSPECTS])}
 
 
@@ -207,8 +206,8 @@ def look_at_letters(results: Results, rows: list[dict], glance: Glance) -> list[
     """Which letter is answered where which is right, and whether a model leans to one."""
     found, width = [], max(len(row["choices"]) for row in rows)
     for name, values in results.best.items():
-        counts = confusion(values.argmax(1), results.answers, width)
-        leaning = leanings(counts)
+        counts = confusion_matrix(values.argmax(1), results.answers, width)
+        leaning = letter_bias(counts)
         words = [f"{LETTERS[i]} too {'often' if leaning[i] > 0 else 'seldom'}" for i in np.flatnonzero(leaning)]
         sentence = f"Answers {' and '.join(words)}, beyond noise" if words else "Leans to no letter beyond noise"
         glance.add("letters", sentence, name)
@@ -247,7 +246,7 @@ def look_at_folds(results: Results, types: pd.Series) -> list[dict]:
 
 
 def costliest_errors(results: Results, rows: list[dict]) -> list[dict]:
-    losses = np.mean([row_losses(values, results.answers) for values in results.best.values()], axis=0)
+    losses = np.mean([row_log_loss(values, results.answers) for values in results.best.values()], axis=0)
     return cards(results, rows, np.argsort(-losses, kind="stable")[:SHOWN_ERRORS])
 
 

@@ -19,31 +19,42 @@ import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from collator import Collator
-from vqa.args_files import DataArguments, ModelArguments, folds_file
-from vqa.arguments import RecipeArguments, parse_arguments
-from vqa.batching import SLACK, Lengths, count_image_tokens, count_tokens, make_setup, memory_room, quickest
-from vqa.checks import (
-    adapter_problems,
-    adapter_targets,
-    images_across_folds,
-    label_problems,
-    missing_weights,
-    shared_images,
-    split_problems,
-    supervised_texts,
+from vqa.config.arguments import DataArguments, ModelArguments, folds_file
+from vqa.config.parser import parse_arguments
+from vqa.config.recipe import RecipeArguments
+from vqa.core.dtypes import model_dtype
+from vqa.core.errors import UserError, count, preview, run
+from vqa.data.collator import Collator
+from vqa.data.folds import read_folds
+from vqa.data.images import check_images, oriented_size, target_size
+from vqa.data.prompt import LETTERS, letter_ids, shown_answer
+from vqa.data.rows import read_rows, rows_with_equal_choices
+from vqa.data.splits import images_across_folds, shared_images, split_problems, split_rows
+from vqa.modeling.loading import load_processor
+from vqa.training.batching import (
+    SLACK,
+    Lengths,
+    choose_micro_batch,
+    count_image_tokens,
+    count_tokens,
+    make_setup,
+    memory_room,
+    rows_per_step,
 )
-from vqa.errors import UserError, count, first_few, run
-from vqa.folds import read_folds
-from vqa.images import check_images, target_size, upright_size
-from vqa.memory import CUDA_BYTES, GIB, T4_BYTES, Batch, Setup, outline, resident_terms, training_peak, validation_peak
-from vqa.model import load_processor
-from vqa.precision import model_dtype
-from vqa.prompt import LETTERS, letter_ids, shown_answer
-from vqa.rows import equal_choices, read_rows
-from vqa.speed import T4_OPERATIONS, measured_rate, seconds_a_batch
-from vqa.split import split_rows
-from vqa.training import TrainRows, rows_a_step
+from vqa.training.dataset import TrainDataset
+from vqa.training.memory import (
+    CUDA_BYTES,
+    GIB,
+    T4_BYTES,
+    Batch,
+    Setup,
+    meta_model,
+    resident_terms,
+    training_peak,
+    validation_peak,
+)
+from vqa.training.preflight import adapter_problems, adapter_targets, label_problems, missing_weights, supervised_texts
+from vqa.training.speed import T4_OPERATIONS, measured_rate, seconds_a_batch
 
 
 def main() -> None:
@@ -51,9 +62,9 @@ def main() -> None:
     contest = read_contest(data, recipe.seed)
     processor = load_processor(model_args.model, model_args.trust_remote_code)
     collate = Collator(processor, data.image_size, data.instruction, with_answer=True)
-    model = outline(model_args, model_dtype(recipe.fp16, recipe.bf16))
+    model = meta_model(model_args, model_dtype(recipe.fp16, recipe.bf16))
     findings = Findings()
-    look_at_labels(findings, collate, TrainRows(contest.train, data.shuffle_choices, recipe.seed))
+    look_at_labels(findings, collate, TrainDataset(contest.train, data.shuffle_choices, recipe.seed))
     look_at_model(findings, model_args, model)
     train, valid = look_at_tokens(collate, contest)
     look_at_rows(findings, contest, data)
@@ -107,7 +118,7 @@ def read_contest(data: DataArguments, seed: int) -> Contest:
     return Contest(rows, folds, train, valid, test)
 
 
-def look_at_labels(findings: Findings, collate: Collator, rows: TrainRows) -> None:
+def look_at_labels(findings: Findings, collate: Collator, rows: TrainDataset) -> None:
     heading("Prompt and labels")
     try:
         ids = letter_ids(collate.processor)
@@ -132,7 +143,7 @@ def look_at_model(findings: Findings, args: ModelArguments, model: PeftModel) ->
     print("none of it in the vision tower" if not problems else problems[0])
     findings.blockers += problems
     if missing := missing_weights(args.model):
-        findings.blockers.append(f"{args.model} lacks {first_few(missing)}; copy or download the model again")
+        findings.blockers.append(f"{args.model} lacks {preview(missing)}; copy or download the model again")
 
 
 def look_at_tokens(collate: Collator, contest: Contest) -> tuple[Lengths, Lengths | None]:
@@ -140,7 +151,7 @@ def look_at_tokens(collate: Collator, contest: Contest) -> tuple[Lengths, Length
     heading("Images and tokens")
     patch = collate.processor.image_processor.patch_size
     paths = sorted({row["image"] for row in contest.rows})
-    sizes = {path: upright_size(path) for path in tqdm(paths, desc="reading image sizes", leave=False, disable=None)}
+    sizes = {path: oriented_size(path) for path in tqdm(paths, desc="reading image sizes", leave=False, disable=None)}
     tokens = count_image_tokens(sizes, collate)
     by_tokens = sorted(paths, key=tokens.get)
     for name, i in (("smallest", 0), ("median", len(paths) // 2), ("largest", -1)):
@@ -163,10 +174,10 @@ def look_at_rows(findings: Findings, contest: Contest, data: DataArguments) -> N
     counts = Counter(len(row["choices"]) for row in contest.rows)
     print("choices a row: " + ", ".join(f"{counts[n]} rows offer {n}" for n in sorted(counts)))
     for rows, label in ((contest.rows, data.train_csv), (contest.test, data.test_csv)):
-        if equal := equal_choices(rows):
-            findings.warnings.append(f"{label}: {count(len(equal), 'row')} with two equal choices: {first_few(equal)}")
+        if equal := rows_with_equal_choices(rows):
+            findings.warnings.append(f"{label}: {count(len(equal), 'row')} with two equal choices: {preview(equal)}")
     if pairs := shared_images(contest.test, contest.rows):
-        named = first_few([f"{a} and {b}" for a, b in pairs])
+        named = preview([f"{a} and {b}" for a, b in pairs])
         findings.warnings.append(f"{count(len(pairs), 'test row')} with the very image of a training row: {named}")
     elif not contest.test:
         findings.warnings.append(f"{data.test_csv}: no such file, so the test rows have not been looked at")
@@ -174,7 +185,7 @@ def look_at_rows(findings: Findings, contest: Contest, data: DataArguments) -> N
         return
     findings.blockers += split_problems(contest.train, contest.valid)
     if across := images_across_folds(contest.rows, contest.folds):
-        named = first_few([" and ".join(ids[:2]) for ids in across])
+        named = preview([" and ".join(ids[:2]) for ids in across])
         findings.warnings.append(
             f"{count(len(across), 'image')} in more than one fold: {named}; the folds' scores flatter"
         )
@@ -197,7 +208,7 @@ def look_at_cost(
     size = recipe.per_device_train_batch_size
     if recipe.auto_batch:
         rows = size * recipe.gradient_accumulation_steps
-        fields = quickest(setup, train, rows, SLACK * room, rate, recipe.wants_checkpointing)
+        fields = choose_micro_batch(setup, train, rows, SLACK * room, rate, recipe.wants_checkpointing)
         size = fields["per_device_train_batch_size"]
         setup = replace(setup, checkpointing=fields["gradient_checkpointing"])
         how = "with" if setup.checkpointing else "without"
@@ -223,14 +234,14 @@ def look_at_cost(
     print("time: unknown without a GPU")
     fields = {"load_in_4bit": setup.load_in_4bit, "fp16": recipe.fp16, "bf16": recipe.bf16}
     if wanted := [name for name, is_set in fields.items() if is_set]:
-        findings.warnings.append(f"there is no GPU here; training will need one for {first_few(wanted)}")
+        findings.warnings.append(f"there is no GPU here; training will need one for {preview(wanted)}")
 
 
 def training_seconds(setup: Setup, recipe: RecipeArguments, batch: Batch, rows: int, rate: float) -> float:
     """Seconds of training on `rows` rows of median length on this GPU alone."""
     batches = recipe.num_train_epochs * math.ceil(rows / batch.rows)
     if recipe.max_steps > 0:
-        batches = recipe.max_steps * rows_a_step(recipe) / batch.rows
+        batches = recipe.max_steps * rows_per_step(recipe) / batch.rows
     return batches * seconds_a_batch(setup, batch, training=True, operations_a_second=rate)
 
 

@@ -21,25 +21,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vqa.comparison import tell_comparison
-from vqa.ensembles import METHODS, Ensemble, fit, nested, score_weights
-from vqa.errors import UserError, run
-from vqa.experiments import changed, log_run
-from vqa.oof import Evidence, NoEvidence, check_agreement, gather, group_models
-from vqa.predictions import (
-    check_offered,
-    is_submission,
-    join,
-    letters,
-    previous_answers,
-    read_card,
-    validation_scores,
-    write_probabilities,
-    write_submission,
-)
-from vqa.prompt import LETTERS
-from vqa.statistics import accuracy, paired_difference, row_losses, scored
-from vqa.truth import Truth
+from vqa.core.errors import UserError, run
+from vqa.data.predictions import join, letters, read_card, validation_scores, write_probabilities
+from vqa.data.prompt import LETTERS
+from vqa.data.submission import check_offered, is_submission, previous_answers, write_submission
+from vqa.evaluation.ensembling import METHODS, Ensemble, fit, nested, score_weights
+from vqa.evaluation.experiment_log import changed, log_run
+from vqa.evaluation.labels import Labels
+from vqa.evaluation.metrics import accuracy, row_log_loss, score_with_interval
+from vqa.evaluation.oof import MissingOOFError, OOFPredictions, check_agreement, group_models, load_oof
+from vqa.evaluation.significance import paired_difference, print_comparison
 
 NO_WEIGHT = 0.01
 
@@ -48,7 +39,7 @@ def main() -> None:
     start, args = time.time(), parse_args()
     if args.compare:
         ids, stack = join(args.compare)
-        return tell_comparison(*args.compare, ids, stack, Truth(args.truth))
+        return print_comparison(*args.compare, ids, stack, Labels(args.truth))
     files, oof = prediction_files(args.predictions, args.oof)
     output = Path(args.output or Path(files[0]).parent / "submission.csv")
     check_place(args.probabilities, files)
@@ -165,23 +156,23 @@ def average_folds(stack: np.ndarray, files: list[str], models: Mapping[str, Sequ
     return np.stack([stack[[files.index(file) for file in folds]].mean(0) for folds in models.values()])
 
 
-def find_evidence(models: dict, oof: dict | None, args: argparse.Namespace) -> Evidence | None:
+def find_evidence(models: dict, oof: dict | None, args: argparse.Namespace) -> OOFPredictions | None:
     """The out-of-fold rows; where they are not needed and not there, the reason is printed."""
     try:
-        evidence = gather(models, oof, args.truth)
-    except NoEvidence as reason:
+        evidence = load_oof(models, oof, args.truth)
+    except MissingOOFError as reason:
         if oof or args.temperature or args.method in ("greedy", "stack"):
             raise
         print(f"no out-of-fold rows: {reason}")
         return None
     for name, member in zip(models, evidence.stack):
         right = accuracy(member.argmax(1) == evidence.answers, evidence.clusters)
-        loss = row_losses(member, evidence.answers).mean()
+        loss = row_log_loss(member, evidence.answers).mean()
         print(f"{name}: out of fold accuracy {right}, log-loss {loss:.4f}, {len(evidence.answers)} rows")
     return evidence
 
 
-def choose(args: argparse.Namespace, models: dict, names: list[str], evidence: Evidence | None) -> Ensemble:
+def choose(args: argparse.Namespace, models: dict, names: list[str], evidence: OOFPredictions | None) -> Ensemble:
     """The ensemble to predict with, fitted; how it was chosen is printed."""
     if len(models) == 1:
         return average_of_folds(args, names, evidence)
@@ -195,7 +186,7 @@ def choose(args: argparse.Namespace, models: dict, names: list[str], evidence: E
     return fit(method, evidence.stack, evidence.answers, args.temperature, args.weight_by)
 
 
-def average_of_folds(args: argparse.Namespace, names: list[str], evidence: Evidence | None) -> Ensemble:
+def average_of_folds(args: argparse.Namespace, names: list[str], evidence: OOFPredictions | None) -> Ensemble:
     """For the folds of one model, whose out-of-fold rows are disjoint."""
     if args.method in ("greedy", "stack"):
         raise UserError(
@@ -207,8 +198,8 @@ def average_of_folds(args: argparse.Namespace, names: list[str], evidence: Evide
     plain = untuned(args, {name: [name] for name in names})
     if not args.temperature:
         return plain
-    sharpness = fit("mean", evidence.stack, evidence.answers, temperature=True).sharpness
-    return Ensemble(plain.method, plain.weights, np.repeat(sharpness, len(names)))
+    inverse_temperature = fit("mean", evidence.stack, evidence.answers, temperature=True).inverse_temperature
+    return Ensemble(plain.method, plain.weights, np.repeat(inverse_temperature, len(names)))
 
 
 def untuned(args: argparse.Namespace, models: Mapping[str, Sequence[str]]) -> Ensemble:
@@ -219,7 +210,7 @@ def untuned(args: argparse.Namespace, models: Mapping[str, Sequence[str]]) -> En
     return Ensemble("weighted", score_weights(scores, args.weight_by))
 
 
-def lowest_log_loss(evidence: Evidence, args: argparse.Namespace) -> str:
+def lowest_log_loss(evidence: OOFPredictions, args: argparse.Namespace) -> str:
     """The method of the lowest nested out-of-fold log-loss; the table of all and what it gains are printed."""
     answers, clusters, losses, table = evidence.answers, evidence.clusters, {}, []
     for method in METHODS:
@@ -227,7 +218,7 @@ def lowest_log_loss(evidence: Evidence, args: argparse.Namespace) -> str:
         right = accuracy(values.argmax(1) == answers, clusters)
         table.append({"method": method, "accuracy": right.value, "low": right.low, "high": right.high})
         if method != "majority":  # shares of votes are no probabilities
-            losses[method] = row_losses(values, answers)
+            losses[method] = row_log_loss(values, answers)
             table[-1]["log_loss"] = losses[method].mean()
     print(f"\nnested, on {len(answers)} out-of-fold rows of {evidence.truth}:")
     print(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-") + "\n")
@@ -248,9 +239,10 @@ def print_weights(chosen: Ensemble, names: list[str]) -> None:
     if chosen.weights is not None:
         weights = [f" (weight {weight:.3f})" for weight in chosen.weights]
     print(f"{chosen.method} of {', '.join(f'{name}{weight}' for name, weight in zip(names, weights))}")
-    if chosen.sharpness is not None:
+    if chosen.inverse_temperature is not None:
         print(
-            "temperatures: " + ", ".join(f"{name} {1 / max(x, 1e-9):.3g}" for name, x in zip(names, chosen.sharpness))
+            "temperatures: "
+            + ", ".join(f"{name} {1 / max(x, 1e-9):.3g}" for name, x in zip(names, chosen.inverse_temperature))
         )
     if chosen.weights is not None:
         for name, weight in zip(names, chosen.weights):
@@ -258,7 +250,7 @@ def print_weights(chosen: Ensemble, names: list[str]) -> None:
                 print(f"{name} gets no weight: out of fold it adds nothing to the others")
 
 
-def print_letters(probabilities: np.ndarray, evidence: Evidence | None) -> None:
+def print_letters(probabilities: np.ndarray, evidence: OOFPredictions | None) -> None:
     """How often each letter is answered, beside how often it is right in training."""
     width = probabilities.shape[1]
     counts = np.bincount(probabilities.argmax(1), minlength=width)
@@ -289,7 +281,7 @@ def log_ensemble(
     args: argparse.Namespace,
     files: list[str],
     chosen: Ensemble,
-    evidence: Evidence | None,
+    evidence: OOFPredictions | None,
     seconds: float,
 ) -> str:
     """Add the ensemble to the experiment log, with what it scores on out-of-fold rows that it was not fitted on."""
@@ -298,7 +290,7 @@ def log_ensemble(
         answers, clusters = evidence.answers, evidence.clusters
         method = chosen.method if len(evidence.stack) > 1 else "mean"  # of one model each row has one opinion
         values = nested(method, evidence.stack, answers, clusters, args.temperature, args.weight_by)
-        scores = scored(values, answers, clusters)
+        scores = score_with_interval(values, answers, clusters)
         if method == "majority":  # shares of votes are no probabilities
             del scores["log_loss"]
         known = {"scores": scores, "truth": evidence.truth, "out_of_fold": (evidence.ids, values)}

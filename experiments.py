@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vqa.comparison import tell_comparison
-from vqa.errors import UserError, first_few, run
-from vqa.experiments import log_path, log_run, read_log
-from vqa.files import whole
-from vqa.predictions import read_predictions
-from vqa.truth import Truth
+from vqa.core.errors import UserError, preview, run
+from vqa.core.io import atomic_write
+from vqa.data.predictions import read_predictions
+from vqa.evaluation.experiment_log import log_path, log_run, read_log
+from vqa.evaluation.labels import Labels
+from vqa.evaluation.significance import print_comparison
 
 ARGS_WIDTH = 60
 
@@ -110,14 +110,14 @@ def compare_runs(log: pd.DataFrame, first: str, second: str) -> None:
     print(differing.to_string(na_rep="(default)") if len(differing) else "no args differ")
     files = [log_path().with_name(f"{run['id']}.csv") for run in runs]
     if missing := [run["id"] for run, file in zip(runs, files) if not file.is_file()]:
-        raise UserError(f"{first_few(missing)}: no out-of-fold rows were scored, so there is nothing more to compare")
+        raise UserError(f"{preview(missing)}: no out-of-fold rows were scored, so there is nothing more to compare")
     (ids, values), (other, other_values) = (read_predictions(file) for file in files)
     both = pd.Index(ids).intersection(other)
     if both.empty:
         raise UserError(f"{first} and {second} scored no row in common; compare runs of one fold, or of all folds")
     stack = [v[pd.Index(i).get_indexer(both)] for i, v in ((ids, values), (other, other_values))]
     print(f"\non the {len(both)} rows that both scored:")
-    tell_comparison(first, second, list(both), np.stack(stack), Truth(runs[1]["truth"]))
+    print_comparison(first, second, list(both), np.stack(stack), Labels(runs[1]["truth"]))
 
 
 def record_public_score(log: pd.DataFrame, score: float, name: str | None) -> None:
@@ -152,7 +152,7 @@ def plot_leaderboard(log: pd.DataFrame, path: Path) -> None:
     axes.axline((x.mean(), x.mean()), slope=1, linestyle=":", color="grey", label="equal")
     axes.set(xlabel="out-of-fold accuracy, 95 % interval", ylabel="leaderboard")
     axes.legend()
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     print(f"{path}: runs with both scores: {len(runs)}")
 

@@ -17,19 +17,21 @@ import numpy as np
 import pandas as pd
 from tokenizers import Tokenizer
 
-from vqa.blind import FOLDS, Blind
-from vqa.charts import histogram, image_sizes
-from vqa.duplicates import Picture, read_pictures, same_pictures
-from vqa.errors import UserError, count, first_few, run
-from vqa.files import folder_under, read_json, whole
-from vqa.folds import folds_path, read_folds
-from vqa.images import first_broken, image_tokens, target_size
-from vqa.letters import evenness
-from vqa.pages import Page, Remarks, card, thumbnail
-from vqa.prompt import LETTERS
-from vqa.question_types import OTHER, question_type
-from vqa.rows import equal_choices, read_rows, read_table
-from vqa.statistics import NOISE, accuracy
+from vqa.config.arguments import folds_path
+from vqa.core.errors import UserError, count, preview, run
+from vqa.core.io import atomic_write, read_json, swap_root
+from vqa.data.duplicates import Picture, read_pictures, same_pictures
+from vqa.data.folds import read_folds
+from vqa.data.images import image_tokens, preview_bad_images, target_size
+from vqa.data.prompt import LETTERS
+from vqa.data.rows import read_rows, rows_with_equal_choices
+from vqa.data.table import read_table
+from vqa.evaluation.metrics import NOISE, accuracy
+from vqa.reports.charts import histogram, image_sizes
+from vqa.reports.diagnostics import uniformity_test
+from vqa.reports.page import Highlights, Page, card, thumbnail
+from vqa.reports.question_types import OTHER, question_type
+from vqa.reports.text_only_baseline import FOLDS, TextOnlyBaseline
 
 TINY = "checkpoints/tiny"
 IMAGE_SIZES = (384, 512, 768, 1024)
@@ -51,10 +53,10 @@ SECTIONS = {
 def main() -> None:
     args = parse_args()
     tokenizer, patch = read_model(args.model)
-    warnings = Remarks()
+    warnings = Highlights()
     rows = read_data(args.csv, args.image_root, warnings)
     pictures = read_pictures(rows["image"])
-    page = Page(args.output_dir or folder_under("outputs", Path(args.csv[0]).parent, below="data") / "explore")
+    page = Page(args.output_dir or swap_root("outputs", Path(args.csv[0]).parent, below="data") / "explore")
     images = look_at_images(pictures, patch, page, warnings)  # what matters most is warned of first
     duplicates = look_at_duplicates(rows, pictures, page, warnings)
     choices = look_at_choices(rows, pictures, warnings)
@@ -100,13 +102,13 @@ def read_model(folder: str) -> tuple[Tokenizer, int]:
     return Tokenizer.from_file(str(path)), read_json(Path(folder, "config.json"))["vision_config"]["patch_size"]
 
 
-def read_data(files: list[str], image_root: str | None, warnings: Remarks) -> pd.DataFrame:
+def read_data(files: list[str], image_root: str | None, warnings: Highlights) -> pd.DataFrame:
     """The rows of all files: what read_rows gives, and `csv`, `split` (a short name), `type`, `fold` and `answer`.
 
     `fold` and `answer` are None where there is none.
     """
     if len(set(files)) < len(files):
-        raise UserError(f"{first_few([f for f in files if files.count(f) > 1])}: given twice; give each file once")
+        raise UserError(f"{preview([f for f in files if files.count(f) > 1])}: given twice; give each file once")
     stems = Counter(Path(file).stem for file in files)
     parts = []
     for file in files:
@@ -119,7 +121,7 @@ def read_data(files: list[str], image_root: str | None, warnings: Remarks) -> pd
     return pd.concat(parts, ignore_index=True)
 
 
-def read_fold_column(file: str, rows: pd.DataFrame, warnings: Remarks) -> np.ndarray | None:
+def read_fold_column(file: str, rows: pd.DataFrame, warnings: Highlights) -> np.ndarray | None:
     """The fold of each row, where a folds file lies beside the CSV and fits it."""
     path = folds_path(None, file)
     if not path.is_file():
@@ -150,10 +152,10 @@ def tiles(rows: pd.DataFrame, pictures: dict[str, Picture], blind: dict) -> list
     return shown
 
 
-def look_at_letters(rows: pd.DataFrame, warnings: Remarks) -> list[dict]:
+def look_at_letters(rows: pd.DataFrame, warnings: Highlights) -> list[dict]:
     found = []
     for name, own in by_split(answered(rows)):
-        counts, fair, p_value = evenness(own["answer"].to_numpy(dtype=int), own["choices"].map(len).to_numpy())
+        counts, fair, p_value = uniformity_test(own["answer"].to_numpy(dtype=int), own["choices"].map(len).to_numpy())
         shares, even = counts / len(own), fair / len(own)
         if p_value < NOISE:
             most = int((counts / fair).argmax())
@@ -168,14 +170,14 @@ def look_at_letters(rows: pd.DataFrame, warnings: Remarks) -> list[dict]:
     return found
 
 
-def look_at_blind(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: Remarks) -> dict:
+def look_at_blind(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: Highlights) -> dict:
     """What text alone guesses of the rows with answers."""
     known = answered(rows)
     groups = pd.factorize(pd.Series([pictures[path].sha or path for path in known["image"]]))[0]
     if not len(known) or groups.max() + 1 < 10 * FOLDS:
         sentence = f"Not measured: it takes answers to rows of {10 * FOLDS} different images."
         return {"rows": 0, "sentence": sentence}
-    guesser = Blind(known.to_dict("records"))
+    guesser = TextOnlyBaseline(known.to_dict("records"))
     right = guesser.guesses(groups) == known["answer"].to_numpy(dtype=int)
     result = accuracy(right, {"image": groups} if groups.max() + 1 < len(groups) else None)
     chance = float((1 / known["choices"].map(len)).mean())
@@ -195,7 +197,7 @@ def look_at_blind(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: Re
     }
 
 
-def look_at_types(rows: pd.DataFrame, blind: dict, warnings: Remarks) -> list[dict]:
+def look_at_types(rows: pd.DataFrame, blind: dict, warnings: Highlights) -> list[dict]:
     shares = pd.crosstab(rows["type"], rows["split"], normalize="columns")[list(dict.fromkeys(rows["split"]))]
     unknown = (rows["type"] == OTHER).mean()
     if unknown > 0.3:
@@ -242,10 +244,10 @@ def count_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
     return [len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def look_at_images(pictures: dict[str, Picture], patch: int, page: Page, warnings: Remarks) -> dict:
+def look_at_images(pictures: dict[str, Picture], patch: int, page: Page, warnings: Highlights) -> dict:
     """Sizes of the images, and the tokens that they cost at each budget; one figure."""
     if broken := {path: picture.problem for path, picture in pictures.items() if picture.problem}:
-        warnings.add("images", f"{len(broken)} of {len(pictures)} images cannot be used: {first_broken(broken)}")
+        warnings.add("images", f"{len(broken)} of {len(pictures)} images cannot be used: {preview_bad_images(broken)}")
     sizes = np.array([(p.width, p.height) for p in pictures.values() if not p.problem])
     side = 2 * patch
     if not len(sizes):
@@ -262,7 +264,7 @@ def look_at_images(pictures: dict[str, Picture], patch: int, page: Page, warning
     return {"costs": costs, "side": side}
 
 
-def look_at_duplicates(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page, warnings: Remarks) -> dict:
+def look_at_duplicates(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page, warnings: Highlights) -> dict:
     """How many images stand there twice, within and across files; all pairs go to duplicates.csv."""
     files = rows.drop_duplicates(["split", "image"]).reset_index(drop=True)
     pairs = same_pictures(files, pictures)
@@ -272,7 +274,7 @@ def look_at_duplicates(rows: pd.DataFrame, pictures: dict[str, Picture], page: P
     path = page.folder / "duplicates.csv"
     path.unlink(missing_ok=True)  # one of an earlier look
     if len(pairs):
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             pairs.drop(columns=["first", "second"]).to_csv(temporary, index=False, lineterminator="\n")
     names, counts = list(dict.fromkeys(rows["split"])), []
     for i, first in enumerate(names):
@@ -290,7 +292,7 @@ def look_at_duplicates(rows: pd.DataFrame, pictures: dict[str, Picture], page: P
     across = pairs[(pairs["first_split"] == pairs["second_split"]) & pairs["first_fold"].notna()]
     across = across[across["first_fold"] != across["second_fold"]]
     if len(across):
-        named = first_few([f"{a} and {b}" for a, b in zip(across["first_id"], across["second_id"])])
+        named = preview([f"{a} and {b}" for a, b in zip(across["first_id"], across["second_id"])])
         warnings.add(
             "duplicates",
             f"{count(len(across), 'pair')} of like images in different folds: {named}; scores flatter",
@@ -308,14 +310,14 @@ def show_pair(pair: dict) -> dict:
     return {"kind": kind, "names": names, "images": [thumbnail(pair["first_image"]), thumbnail(pair["second_image"])]}
 
 
-def look_at_choices(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: Remarks) -> dict:
+def look_at_choices(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: Highlights) -> dict:
     """Rows with equal or missing choices, and the same question about the same image."""
     lines, shown = [], []
     for name, own in by_split(rows):
         counts = Counter(own["choices"].map(len))
         lines.append(f"{name}: " + ", ".join(f"{count(counts[n], 'row')} of {n}" for n in sorted(counts)))
-        if equal := equal_choices(own.to_dict("records")):
-            warnings.add("choices", f"{name}: {count(len(equal), 'row')} with two equal choices: {first_few(equal)}")
+        if equal := rows_with_equal_choices(own.to_dict("records")):
+            warnings.add("choices", f"{name}: {count(len(equal), 'row')} with two equal choices: {preview(equal)}")
             shown += own[own["id"].isin(equal)].to_dict("records")
     asked = rows.assign(
         about=[pictures[path].sha or path for path in rows["image"]],
@@ -327,7 +329,7 @@ def look_at_choices(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: 
     if len(odd := answers[answers > 1]):
         own = known.set_index(["about", "asked"]).loc[odd.index]
         warnings.add(
-            "choices", f"{count(len(odd), 'question')} with two answers about one image: {first_few(list(own['id']))}"
+            "choices", f"{count(len(odd), 'question')} with two answers about one image: {preview(list(own['id']))}"
         )
         shown += own.to_dict("records")
     if len(open_rows):
@@ -338,7 +340,7 @@ def look_at_choices(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: 
         if len(solved):
             ids = [f"{a} by {b}" for a, b in zip(solved["id"], solved["id_known"])]
             warnings.add(
-                "choices", f"{count(len(solved), 'row')} to predict answered by a training row: {first_few(ids)}"
+                "choices", f"{count(len(solved), 'row')} to predict answered by a training row: {preview(ids)}"
             )
     return {"lines": lines, "cards": [row_card(row) for row in shown[:SHOWN_ODD]]}
 

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from vqa.args_files import DataArguments, folds_file, read_args_file, section
-from vqa.errors import count, run
-from vqa.folds import assign_folds, read_folds, write_folds
-from vqa.images import check_images, first_broken, unusable_images
-from vqa.prompt import LETTERS
-from vqa.rows import read_rows
+from vqa.config.args_file import build_dataclass, read_args_file
+from vqa.config.arguments import DataArguments, folds_file
+from vqa.core.errors import count, run
+from vqa.data.folds import assign_folds, read_folds, write_folds
+from vqa.data.images import check_images, find_bad_images, preview_bad_images
+from vqa.data.prompt import LETTERS
+from vqa.data.rows import read_rows
 
 
 def main() -> None:
     args = parse_args()
-    data = section(DataArguments, read_args_file(args.args_file))
+    data = build_dataclass(DataArguments, read_args_file(args.args_file))
     rows = read_rows(data.train_csv, data.image_root, with_answer=True)
     check_images(rows.to_list(), data.train_csv)
     if Path(data.test_csv).is_file():  # better now than after the training
@@ -40,10 +41,10 @@ def main() -> None:
 
 def warn_of_images(rows: list[dict], csv: str) -> None:
     """Say which test images cannot be read: there is time to mend them while the folds are trained."""
-    if broken := unusable_images(rows, csv):
+    if broken := find_bad_images(rows, csv):
         print(
-            f"warning: {csv}: {count(len(broken), 'image')} cannot be used: {first_broken(broken)}; mend them, or "
-            "answer their rows from the text alone by predict.py --skip_bad_images"
+            f"warning: {csv}: {count(len(broken), 'image')} cannot be used: {preview_bad_images(broken)}; fix them "
+            "or answer their rows from the text alone by predict.py --skip_bad_images"
         )
 
 

@@ -31,28 +31,35 @@ import torch
 from accelerate import PartialState
 from transformers.hf_argparser import string_to_bool
 
-from collator import Collator
-from vqa.errors import UserError, first_few, run
-from vqa.experiments import changed, log_run
-from vqa.features import open_features
-from vqa.files import whole, write_json
-from vqa.folds import image_groups
-from vqa.generation import generated
-from vqa.images import check_images, unusable_images
-from vqa.model import load_adapter, load_base, load_processor
-from vqa.oof import WEIGHTS
-from vqa.parts import Part, Parts, view_fingerprint
-from vqa.predictions import letters, read_card, read_predictions, write_predictions
-from vqa.processes import settled_once, shared_out
-from vqa.prompt import LETTERS, letter_ids
-from vqa.rows import read_rows
-from vqa.runs import DTYPES, Run, base_run, check_alike, check_base, trained_run
-from vqa.scoring import letter_shares, normalised, order_shares
-from vqa.statistics import letter_scores, scored
-from vqa.truth import Truth
-from vqa.tta import Trial, pooled
-from vqa.views import ORDER_SETS, Answers, View, all_orders, by_image, collected, make_views
-from vqa.vision import is_tower_untouched
+from vqa.core.distributed import distributed_map, run_on_main_and_broadcast
+from vqa.core.errors import UserError, preview, run
+from vqa.core.hashing import hash_files
+from vqa.core.io import atomic_write, write_json
+from vqa.data.collator import Collator
+from vqa.data.images import check_images, find_bad_images
+from vqa.data.predictions import letters, read_card, read_predictions, write_predictions
+from vqa.data.prompt import LETTERS, letter_ids
+from vqa.data.rows import read_rows
+from vqa.evaluation.experiment_log import changed, log_run
+from vqa.evaluation.labels import Labels
+from vqa.evaluation.metrics import accuracy_and_log_loss, score_with_interval
+from vqa.evaluation.oof import WEIGHTS
+from vqa.inference.checkpoints import DTYPES, Checkpoint, base_checkpoint, check_alike, check_base, fold_checkpoint
+from vqa.inference.scoring import choice_probs, generate_letters, normalize, permutation_probs
+from vqa.inference.tta import (
+    PERMUTATION_SETS,
+    View,
+    ViewPredictions,
+    group_by_image,
+    make_views,
+    rows_with_permutations,
+    stack_views,
+)
+from vqa.inference.tta_report import Trial, pooled
+from vqa.inference.view_cache import CachedView, ViewCache, view_fingerprint
+from vqa.modeling.feature_store import open_feature_store
+from vqa.modeling.loading import load_adapter, load_base, load_processor
+from vqa.modeling.vision import is_vision_frozen
 
 NO_IMAGE = "image unreadable, answered from the text alone"
 
@@ -60,13 +67,15 @@ NO_IMAGE = "image unreadable, answered from the text alone"
 def main() -> None:
     args = parse_args()
     start_processes()
-    runs, base_files = settled_once(lambda: read_runs(args))
-    rows = settled_once(lambda: read_oof_rows(args, runs) if args.oof else [read_test_rows(args, runs[0])] * len(runs))
+    runs, base_files = run_on_main_and_broadcast(lambda: read_runs(args))
+    rows = run_on_main_and_broadcast(
+        lambda: read_oof_rows(args, runs) if args.oof else [read_test_rows(args, runs[0])] * len(runs)
+    )
     asker = Asker(runs[0], args)
     jobs = make_jobs(args, runs, rows, asker.collate, base_files)
-    settled_once(lambda: check_places(jobs))
+    run_on_main_and_broadcast(lambda: check_places(jobs))
     if not args.oof:
-        done = settled_once(lambda: [is_finished(job) for job in jobs])
+        done = run_on_main_and_broadcast(lambda: [is_finished(job) for job in jobs])
         jobs = [job for job, finished in zip(jobs, done) if not finished]
     seen = []
     for job in jobs:
@@ -90,7 +99,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--orders", type=int, default=1, help="orders of the choices (default: 1)")
     parser.add_argument(
         "--order_set",
-        choices=ORDER_SETS,
+        choices=PERMUTATION_SETS,
         default="cyclic",
         help="cyclic: rotations; latin: Williams' design, in which neighbours change too (default: cyclic)",
     )
@@ -156,10 +165,10 @@ def start_processes() -> None:
         print(f"one of {torch.cuda.device_count()} GPUs is used; `accelerate launch predict.py ...` uses all")
 
 
-def read_runs(args: argparse.Namespace) -> tuple[list[Run], str]:
+def read_runs(args: argparse.Namespace) -> tuple[list[Checkpoint], str]:
     """(the weights to predict with, the fingerprint of the base model that all of them go with)."""
-    runs = [base_run(args.base, args.model, args.dtype)] if args.base else []
-    runs += [trained_run(folder, args.weights, args.model, args.dtype) for folder in args.folds]
+    runs = [base_checkpoint(args.base, args.model, args.dtype)] if args.base else []
+    runs += [fold_checkpoint(folder, args.weights, args.model, args.dtype) for folder in args.folds]
     check_alike(runs, ("train_csv" if args.oof else "test_csv", "image_root"))
     for name in ("vision_cache", "vision_cache_dir", "vision_cache_gb"):
         if getattr(args, name) is not None:
@@ -167,13 +176,13 @@ def read_runs(args: argparse.Namespace) -> tuple[list[Run], str]:
     return runs, check_base(runs)
 
 
-def read_test_rows(args: argparse.Namespace, first: Run) -> list[dict]:
+def read_test_rows(args: argparse.Namespace, first: Checkpoint) -> list[dict]:
     """The rows to predict, each with the `hash` of its image's bytes."""
     csv = args.csv or first.data.test_csv
     return with_images(read_rows(csv, args.image_root or first.data.image_root).to_list(), csv, args.skip_bad_images)
 
 
-def read_oof_rows(args: argparse.Namespace, runs: Sequence[Run]) -> list[list[dict]]:
+def read_oof_rows(args: argparse.Namespace, runs: Sequence[Checkpoint]) -> list[list[dict]]:
     """For each run the rows that its training validated on, with their answers: those of its out-of-fold file."""
     csv, found = args.csv or runs[0].data.train_csv, []
     rows = read_rows(csv, args.image_root or runs[0].data.image_root, with_answer=True).to_list()
@@ -183,9 +192,7 @@ def read_oof_rows(args: argparse.Namespace, runs: Sequence[Run]) -> list[list[di
             raise UserError(f"{item.adapter}: no oof.csv, since it was validated on no rows; --oof is for folds")
         ids, _ = read_predictions(item.adapter / "oof.csv")
         if strange := [row_id for row_id in ids if row_id not in place]:
-            raise UserError(
-                f"{csv}: {len(strange)} out-of-fold rows of {item.name} are not in it: {first_few(strange)}"
-            )
+            raise UserError(f"{csv}: {len(strange)} out-of-fold rows of {item.name} are not in it: {preview(strange)}")
         found.append([place[row_id] for row_id in ids])
     ids = [row["id"] for own in found for row in own]
     if len(set(ids)) < len(ids):
@@ -196,14 +203,14 @@ def read_oof_rows(args: argparse.Namespace, runs: Sequence[Run]) -> list[list[di
 def with_images(rows: list[dict], csv: str, skip_bad: bool) -> list[dict]:
     """`rows` with the `hash` of their image's bytes. Bad images are refused, or left out and noted with their rows."""
     if skip_bad:
-        bad = unusable_images(rows, csv)
+        bad = find_bad_images(rows, csv)
         rows = [{**row, "image": None, "note": NO_IMAGE} if row["image"] in bad else row for row in rows]
     else:
         check_images(
             rows, csv, "mend or replace the files, or answer their rows from the text alone: --skip_bad_images"
         )
     paths = [row["image"] for row in rows if row["image"]]
-    hashes = dict(zip(paths, image_groups(paths)))
+    hashes = dict(zip(paths, hash_files(paths)))
     return [{**row, "hash": hashes.get(row["image"])} for row in rows]
 
 
@@ -211,7 +218,7 @@ def with_images(rows: list[dict], csv: str, skip_bad: bool) -> list[dict]:
 class Job:
     """A run, the views of the rows that it is to answer, the file that comes of it, and what tells it from others."""
 
-    run: Run
+    run: Checkpoint
     views: list[View]
     path: Path
     model: str
@@ -223,7 +230,11 @@ class Job:
 
 
 def make_jobs(
-    args: argparse.Namespace, runs: Sequence[Run], rows: Sequence[list[dict]], collate: Collator, base_files: str
+    args: argparse.Namespace,
+    runs: Sequence[Checkpoint],
+    rows: Sequence[list[dict]],
+    collate: Collator,
+    base_files: str,
 ) -> list[Job]:
     """A job for each run, of its `rows`."""
     jobs, made = [], {}
@@ -243,9 +254,7 @@ def make_jobs(
 def check_places(jobs: Sequence[Job]) -> None:
     places = [str(job.path) for job in jobs]
     if twice := sorted({place for place in places if places.count(place) > 1}):
-        raise UserError(
-            f"two folders would both write {first_few(twice)}; predict each with an --output_dir of its own"
-        )
+        raise UserError(f"two folders would both write {preview(twice)}; predict each with an --output_dir of its own")
 
 
 def is_finished(job: Job) -> bool:
@@ -259,7 +268,7 @@ def is_finished(job: Job) -> bool:
 class Asker:
     """The base model in memory, loaded once something is asked of it, with the adapter of one run at a time on it."""
 
-    def __init__(self, first: Run, args: argparse.Namespace):
+    def __init__(self, first: Checkpoint, args: argparse.Namespace):
         processor = load_processor(first.model.model, first.model.trust_remote_code)
         self.first, self.batch_size, self.workers = first, args.batch_size or first.batch_size, args.workers
         self.letter_ids = letter_ids(processor)
@@ -268,19 +277,19 @@ class Asker:
         self.model = self.features = None
         self.adapters: list[Path] = []  # in the order in which they were loaded; the last one is active
 
-    def load(self, item: Run) -> torch.nn.Module:
+    def load(self, item: Checkpoint) -> torch.nn.Module:
         """The model with the run's weights."""
         if self.model is None:
             args = self.first.model
             self.model = load_base(args.model, args.load_in_4bit, self.first.dtype, args.trust_remote_code)
-            self.features = open_features(self.model, self.pixels.processor, self.first.data, [])
+            self.features = open_feature_store(self.model, self.pixels.processor, self.first.data, [])
         if item.adapter and self.adapters[-1:] != [item.adapter]:
             self.model = load_adapter(self.model, item.adapter, f"run{len(self.adapters)}")  # PEFT's names take no dot
             self.adapters.append(item.adapter)
-        self.collate.features = self.features if is_tower_untouched(self.model) else None
+        self.collate.features = self.features if is_vision_frozen(self.model) else None
         return self.model
 
-    def shares(self, item: Run, views: list[View]) -> list[np.ndarray]:
+    def shares(self, item: Checkpoint, views: list[View]) -> list[np.ndarray]:
         """Shares (changed, letters) of the rows that each of `views` changes; all show the same images.
 
         The one place where a model is asked. The processes share the rows out.
@@ -293,50 +302,52 @@ class Asker:
         label = f"{item.name}, {' + '.join(view.name for view in views)}" if PartialState().is_main_process else None
         options = self.collate, self.letter_ids, self.batch_size, label, self.workers
         if len(views) == 1:
-            return [shared_out([first[i] for i in changed], lambda rows: letter_shares(model, rows, *options))]
+            return [distributed_map([first[i] for i in changed], lambda rows: choice_probs(model, rows, *options))]
 
         def score(rows: list[dict]) -> np.ndarray:
             """(rows, views, letters), 0 where a view does not change a row."""
             found = np.zeros((len(rows), len(views), len(LETTERS)))
-            for row, own, shares in zip(rows, found, order_shares(model, rows, *options)):
+            for row, own, shares in zip(rows, found, permutation_probs(model, rows, *options)):
                 own[row["views"]] = shares
             return found
 
-        found = shared_out(all_orders(views, changed), score)
+        found = distributed_map(rows_with_permutations(views, changed), score)
         place = {i: k for k, i in enumerate(changed)}
         return [found[[place[i] for i in view.changed], v] for v, view in enumerate(views)]
 
 
-def answer(job: Job, asker: Asker, gate: float | None) -> tuple[list[Part], Answers]:
+def answer(job: Job, asker: Asker, gate: float | None) -> tuple[list[CachedView], ViewPredictions]:
     """What the job's weights say of its rows in each view, which may be kept of a run that was cut off."""
     views, parts = [], []
-    groups = by_image(job.views) if gate is None else [job.views[:1], *by_image(job.views[1:])]
+    groups = group_by_image(job.views) if gate is None else [job.views[:1], *group_by_image(job.views[1:])]
     for together in groups:
         if gate is not None and parts:
-            unsure = collected(views[:1], [normalised(parts[0].shares)]).unsure(gate)
+            unsure = stack_views(views[:1], [normalize(parts[0].shares)]).unsure(gate)
             together = [view.only(unsure) for view in together]
         views += together
         parts += answer_views(job, together, asker)
-    return parts, collected(views, [normalised(part.shares) for part in parts])
+    return parts, stack_views(views, [normalize(part.shares) for part in parts])
 
 
-def answer_views(job: Job, views: list[View], asker: Asker) -> list[Part]:
+def answer_views(job: Job, views: list[View], asker: Asker) -> list[CachedView]:
     """A part for each of `views`, which show the same images: as it was kept, or asked for now and kept."""
-    kept = Parts(job.path, job.model)
-    parts = settled_once(lambda: [kept.read(view.changed_rows()) for view in views])
+    kept = ViewCache(job.path, job.model)
+    parts = run_on_main_and_broadcast(lambda: [kept.read(view.changed_rows()) for view in views])
     missing = [view for view, part in zip(views, parts) if part is None]
     start = time.time()
     shares = iter(asker.shares(job.run, missing) if missing else [])
     seconds = (time.time() - start) / max(1, len(missing))
     for i, view in enumerate(views):
         if parts[i] is None:
-            parts[i] = Part(next(shares), seconds)
+            parts[i] = CachedView(next(shares), seconds)
             if PartialState().is_main_process:
                 kept.write(view.changed_rows(), parts[i])
     return parts
 
 
-def write_job(job: Job, parts: list[Part], answers: Answers, asker: Asker, args: argparse.Namespace) -> None:
+def write_job(
+    job: Job, parts: list[CachedView], answers: ViewPredictions, asker: Asker, args: argparse.Namespace
+) -> None:
     """The mean of the views and, in plain/, what the plain view says where there are more; beside each a JSON card."""
     path, alone = job.path, job.path.parent / "plain" / job.path.name
     card = make_card(job, parts, args) | compare_with_generate(job, answers, asker, args)
@@ -347,7 +358,7 @@ def write_job(job: Job, parts: list[Part], answers: Answers, asker: Asker, args:
     mean = answers.mean(gate=args.gate)
     write_file(path, job.rows, mean, card | {"key": job.key, "run": log_prediction(job, mean, card["seconds"], args)})
     if not args.oof:  # kept there, they let other sets of these views be tried at no cost
-        Parts(path, job.model).remove()
+        ViewCache(path, job.model).remove()
     forwards = answers.asked(range(len(job.views)), args.gate).sum(0).mean()
     print(
         f"{path}: {len(job.rows)} rows, {card['weights']} weights, {forwards:.2f} forwards a row, {card['seconds']} s"
@@ -357,14 +368,14 @@ def write_job(job: Job, parts: list[Part], answers: Answers, asker: Asker, args:
         print(f"; `generate` writes the same letter for {generate['agreeing']} of {generate['rows']} rows", end="")
     print()
     if blind := card["without_image"]:
-        print(f"  {len(blind)} rows were answered without their image, which cannot be read: {first_few(blind)}")
+        print(f"  {len(blind)} rows were answered without their image, which cannot be read: {preview(blind)}")
 
 
 def write_file(path: Path, rows: list[dict], probabilities: np.ndarray, card: dict) -> None:
     """A prediction file and, after it, its card; where answers are known, with the scores."""
     write_predictions(path, rows, probabilities)
     if "answer" in rows[0]:
-        card = card | {"scores": letter_scores(probabilities, [row["answer"] for row in rows])}
+        card = card | {"scores": accuracy_and_log_loss(probabilities, [row["answer"] for row in rows])}
     write_json(path.with_suffix(".json"), card)
 
 
@@ -374,14 +385,14 @@ def log_prediction(job: Job, probabilities: np.ndarray, seconds: float, args: ar
     truth, known = args.csv or job.run.data.train_csv, {}
     if args.oof:
         ids, answers = [row["id"] for row in job.rows], np.array([row["answer"] for row in job.rows])
-        scores = scored(probabilities, answers, Truth(truth).clusters(ids))
+        scores = score_with_interval(probabilities, answers, Labels(truth).clusters(ids))
         known = {"scores": scores, "truth": truth, "out_of_fold": (ids, probabilities)}
     elif len(job.views) == 1 and job.run.validation:  # training has scored the plain view
         known = {"scores": job.run.validation, "truth": job.run.data.train_csv}
     return log_run("prediction", job.path, args.differing, seconds, data, parents=[run_id], **known)
 
 
-def make_card(job: Job, parts: list[Part], args: argparse.Namespace) -> dict:
+def make_card(job: Job, parts: list[CachedView], args: argparse.Namespace) -> dict:
     """What stands beside a prediction file: where its weights come from, and how the rows were asked."""
     item = job.run
     csv = {"train_csv": args.csv or item.data.train_csv} if args.oof else {"test_csv": args.csv or item.data.test_csv}
@@ -399,20 +410,20 @@ def make_card(job: Job, parts: list[Part], args: argparse.Namespace) -> dict:
     }
 
 
-def compare_with_generate(job: Job, answers: Answers, asker: Asker, args: argparse.Namespace) -> dict:
+def compare_with_generate(job: Job, answers: ViewPredictions, asker: Asker, args: argparse.Namespace) -> dict:
     """How often transformers' `generate` writes the plain view's letter, on rows drawn by seed."""
     drawn = [i for i, row in enumerate(job.rows) if row["image"]]
     drawn = np.random.default_rng(0).permutation(drawn)[: 0 if args.oof else args.check_generation]
     if not len(drawn):
         return {}
-    texts = generated(asker.load(job.run), [job.rows[i] for i in drawn], asker.pixels, asker.batch_size)
+    texts = generate_letters(asker.load(job.run), [job.rows[i] for i in drawn], asker.pixels, asker.batch_size)
     agreeing = sum(text == letter for text, letter in zip(texts, letters(answers.probabilities[0][drawn])))
     return {"generate": {"rows": len(drawn), "agreeing": agreeing}}
 
 
-def write_report(jobs: list[Job], seen: list[tuple[list[Part], Answers]], csv: str) -> None:
+def write_report(jobs: list[Job], seen: list[tuple[list[CachedView], ViewPredictions]], csv: str) -> None:
     """What each view is worth on the out-of-fold rows of all folds: printed, and in tta.json and tta.csv."""
-    rows, truth = [row for job in jobs for row in job.rows], Truth(csv)
+    rows, truth = [row for job in jobs for row in job.rows], Labels(csv)
     together, ids = pooled([answers for _, answers in seen]), [row["id"] for row in rows]
     seconds = dict.fromkeys(together.names, 0.0)
     for job, (parts, _) in zip(jobs, seen):
@@ -432,7 +443,7 @@ def write_report(jobs: list[Job], seen: list[tuple[list[Part], Answers]], csv: s
     print(f"\n{report['recommendation']}")
     folder = jobs[0].path.parent
     write_json(folder / "tta.json", report)
-    with whole(folder / "tta.csv") as temporary:
+    with atomic_write(folder / "tta.csv") as temporary:
         pd.DataFrame(report["views"]).to_csv(temporary, index=False, lineterminator="\n")
 
 

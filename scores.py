@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vqa.ensembles import ensemble, score_weights
-from vqa.errors import UserError, run
-from vqa.files import write_json
-from vqa.predictions import join, read_card, read_predictions
-from vqa.predictions import validation_scores as scores_in_training
-from vqa.rows import read_table
-from vqa.statistics import scored
-from vqa.truth import Truth
+from vqa.core.errors import UserError, run
+from vqa.core.io import write_json
+from vqa.data.predictions import join, read_card, read_predictions
+from vqa.data.predictions import validation_scores as scores_in_training
+from vqa.data.table import read_table
+from vqa.evaluation.ensembling import ensemble, score_weights
+from vqa.evaluation.labels import Labels
+from vqa.evaluation.metrics import score_with_interval
 
 METHODS = ("mean", "majority", "weighted")
 
@@ -56,7 +56,7 @@ def validation_scores(folds: list[Path]) -> list[dict]:
 
 def test_scores(folder: Path, folds: list[Path], truth: str) -> list[dict]:
     """One line a step: untrained base, each fold, each ensemble; the latter two without and with TTA."""
-    table, score = [], functools.partial(score_step, truth=Truth(truth))
+    table, score = [], functools.partial(score_step, truth=Labels(truth))
     if (folder / "base" / "base.csv").is_file():
         table.append(score("base model, untrained", *read_predictions(folder / "base" / "base.csv")))
     plain = sorted((folder / "plain").glob("fold*.csv"))
@@ -70,9 +70,9 @@ def test_scores(folder: Path, folds: list[Path], truth: str) -> list[dict]:
     return table
 
 
-def score_step(step: str, ids: list[str], probabilities: np.ndarray, truth: Truth) -> dict:
+def score_step(step: str, ids: list[str], probabilities: np.ndarray, truth: Labels) -> dict:
     answers = truth.answers(ids)
-    found = scored(probabilities, answers, truth.clusters(ids))
+    found = score_with_interval(probabilities, answers, truth.clusters(ids))
     return {"step": step} | {name: found[name] for name in ("rows", "accuracy", "low", "high", "log_loss")}
 
 

@@ -13,30 +13,32 @@ import torch
 from accelerate import PartialState
 from transformers import enable_full_determinism, set_seed
 
-from callbacks import EMACallback, SWACallback, WeightAverage
-from collator import Collator
-from vqa.args_files import DataArguments
-from vqa.arguments import RecipeArguments, differing, parse_arguments
-from vqa.batching import count_tokens, fit_batches, take_batches
-from vqa.checks import check_before_training
-from vqa.errors import UserError, first_few, run
-from vqa.experiments import log_run
-from vqa.features import open_features
-from vqa.files import read_json, write_json
-from vqa.fingerprint import adapter_fingerprint, base_fingerprint, files_fingerprint, rows_fingerprint
-from vqa.images import check_images, upright_sizes
-from vqa.model import add_adapter, load_base, load_processor
-from vqa.oof import weights_folder
-from vqa.precision import model_dtype
-from vqa.predictions import join
-from vqa.processes import settled_once
-from vqa.prompt import letter_ids
-from vqa.resume import StopInTime, WholeCheckpoints, checkpoint_to_resume
-from vqa.rows import read_rows
-from vqa.split import split_rows
-from vqa.statistics import scored
-from vqa.training import FoldTrainer, TellEpoch, TrainRows, rows_a_step
-from vqa.truth import Truth
+from vqa.config.arguments import DataArguments
+from vqa.config.parser import non_default_fields, parse_arguments
+from vqa.config.recipe import RecipeArguments
+from vqa.core.distributed import run_on_main_and_broadcast
+from vqa.core.dtypes import model_dtype
+from vqa.core.errors import UserError, preview, run
+from vqa.core.hashing import checkpoint_fingerprint, frozen_fingerprint, rows_fingerprint, trainable_fingerprint
+from vqa.core.io import read_json, write_json
+from vqa.data.collator import Collator
+from vqa.data.images import check_images, oriented_sizes
+from vqa.data.predictions import join
+from vqa.data.prompt import letter_ids
+from vqa.data.rows import read_rows
+from vqa.data.splits import split_rows
+from vqa.evaluation.experiment_log import log_run
+from vqa.evaluation.labels import Labels
+from vqa.evaluation.metrics import score_with_interval
+from vqa.evaluation.oof import weights_folder
+from vqa.modeling.feature_store import open_feature_store
+from vqa.modeling.loading import add_adapter, load_base, load_processor
+from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens, rows_per_step
+from vqa.training.callbacks import EMACallback, SWACallback, WeightAverage
+from vqa.training.checkpointing import CheckpointMarkerCallback, TimeLimitCallback, checkpoint_to_resume
+from vqa.training.dataset import SetEpochCallback, TrainDataset
+from vqa.training.preflight import check_before_training
+from vqa.training.trainer import FoldTrainer
 
 STOPPED = 3  # exit code of a run that was stopped in time
 # Fields that a run may go on with in another form: they change where and how fast it runs, not what comes out.
@@ -61,19 +63,19 @@ def main() -> None:
     model_args, data, recipe, resolved = parse_arguments(sys.argv[1:], __doc__)
     (enable_full_determinism if recipe.full_determinism else set_seed)(recipe.seed)
     resolved |= {"resume_from_checkpoint": None, "max_hours": None}  # of this session, not of the run
-    train_rows, valid_rows = settled_once(lambda: read_split(data, recipe.seed))
+    train_rows, valid_rows = run_on_main_and_broadcast(lambda: read_split(data, recipe.seed))
     rows_used = rows_fingerprint(train_rows, valid_rows)
-    if settled_once(lambda: is_finished(recipe, resolved, rows_used)):
+    if run_on_main_and_broadcast(lambda: is_finished(recipe, resolved, rows_used)):
         return
     averages = make_averages(recipe)
-    stop = StopInTime(recipe.max_hours, steps_worth(recipe, len(valid_rows) * (1 + len(averages))))
-    if settled_once(stop.is_late):
+    stop = TimeLimitCallback(recipe.max_hours, steps_worth(recipe, len(valid_rows) * (1 + len(averages))))
+    if run_on_main_and_broadcast(stop.is_late):
         if PartialState().is_main_process:
             print(f"{recipe.output_dir}: no time is left of max_hours; run the same command in a new session")
         sys.exit(STOPPED)
     wanted, folder = recipe.resume_from_checkpoint, recipe.output_dir
-    recipe.resume_from_checkpoint = settled_once(lambda: checkpoint_to_resume(wanted, folder))
-    settled_once(lambda: check_images(train_rows + valid_rows, data.train_csv))
+    recipe.resume_from_checkpoint = run_on_main_and_broadcast(lambda: checkpoint_to_resume(wanted, folder))
+    run_on_main_and_broadcast(lambda: check_images(train_rows + valid_rows, data.train_csv))
     if data.fold is None:
         recipe.eval_strategy = "no"
     processor = load_processor(model_args.model, model_args.trust_remote_code)
@@ -82,21 +84,29 @@ def main() -> None:
     base = load_base(model_args.model, model_args.load_in_4bit, dtype, model_args.trust_remote_code)
     model = add_adapter(base, model_args.lora_rank, model_args.lora_alpha, model_args.lora_dropout)
     collate = Collator(processor, data.image_size, data.instruction, with_answer=True)
-    settled_once(lambda: check_before_training(model, collate, train_rows, valid_rows))
+    run_on_main_and_broadcast(lambda: check_before_training(model, collate, train_rows, valid_rows))
 
     prompts = Collator(processor, data.image_size, data.instruction)
     show = PartialState().is_main_process and not recipe.disable_tqdm
-    collate.features = prompts.features = open_features(model, processor, data, [train_rows + valid_rows], show)
-    lengths = count_tokens(train_rows, collate, upright_sizes(row["image"] for row in train_rows), show)
-    set_batches(recipe, settled_once(lambda: fit_batches(recipe, model_args, lengths, collate.features is None)))
-    rows = TrainRows(train_rows, data.shuffle_choices, recipe.seed)
+    collate.features = prompts.features = open_feature_store(model, processor, data, [train_rows + valid_rows], show)
+    lengths = count_tokens(train_rows, collate, oriented_sizes(row["image"] for row in train_rows), show)
+    set_batches(
+        recipe,
+        run_on_main_and_broadcast(lambda: choose_batch_config(recipe, model_args, lengths, collate.features is None)),
+    )
+    rows = TrainDataset(train_rows, data.shuffle_choices, recipe.seed)
     trainer = FoldTrainer(
         model,
         recipe,
         data_collator=collate,
         train_dataset=rows,
         eval_dataset=valid_rows,
-        callbacks=[TellEpoch(rows), stop, *averages, WholeCheckpoints()],  # in this order: each leans on the last
+        callbacks=[
+            SetEpochCallback(rows),
+            stop,
+            *averages,
+            CheckpointMarkerCallback(),
+        ],  # in this order: each leans on the last
         averages=averages,
         letter_ids=ids,
         prompts=prompts,
@@ -105,7 +115,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         write_json(Path(recipe.output_dir, "args.json"), resolved)
         write_json(Path(recipe.output_dir, "rows.json"), {"fingerprint": rows_used})
-    weights_before = fingerprints(model) | {"files": files_fingerprint(model_args.model), "rows": rows_used}
+    weights_before = fingerprints(model) | {"files": checkpoint_fingerprint(model_args.model), "rows": rows_used}
     start = time.time()
     trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     if stop.stopped:
@@ -124,7 +134,7 @@ def is_finished(recipe: RecipeArguments, resolved: dict, rows_used: str) -> bool
     if not other and (folder / "rows.json").is_file():
         other = ["rows"] if read_json(folder / "rows.json")["fingerprint"] != rows_used else []
     if not recipe.resume_from_checkpoint or other:
-        what = f"a run with another {first_few(other)}" if other else "this run"
+        what = f"a run with another {preview(other)}" if other else "this run"
         raise UserError(
             f"{folder} holds {what} already; go on with it by --resume_from_checkpoint auto and the same args, give "
             "another --output_dir, or remove the folder"
@@ -142,11 +152,11 @@ def read_split(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
 
 def steps_worth(recipe: RecipeArguments, rows: int) -> float:
     """How many optimiser steps take about as long as scoring `rows` rows does, at most: no gradients are needed."""
-    return rows / rows_a_step(recipe)
+    return rows / rows_per_step(recipe)
 
 
 def set_batches(recipe: RecipeArguments, fields: dict) -> None:
-    take_batches(recipe, fields)
+    apply_batch_config(recipe, fields)
     if fields and PartialState().is_main_process:
         checkpointing = "with" if recipe.gradient_checkpointing else "without"
         size, batches = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
@@ -160,7 +170,7 @@ def make_averages(recipe: RecipeArguments) -> list[WeightAverage]:
 
 def fingerprints(model: torch.nn.Module) -> dict[str, str]:
     """Of the base and of the fresh adapter: what every fold has to start from."""
-    return {"base": base_fingerprint(model), "initial_adapter": adapter_fingerprint(model)}
+    return {"base": frozen_fingerprint(model), "initial_adapter": trainable_fingerprint(model)}
 
 
 def say_how_to_go_on(trainer: FoldTrainer) -> None:
@@ -177,7 +187,7 @@ def say_how_to_go_on(trainer: FoldTrainer) -> None:
 
 def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float, resolved: dict) -> None:
     """Log the run, write what its folder still lacks; metrics.json comes last and says that the fold is complete."""
-    if base_fingerprint(trainer.model) != weights_before["base"]:
+    if frozen_fingerprint(trainer.model) != weights_before["base"]:
         raise RuntimeError("training has changed weights of the base model, which is to stay as it is")
     recipe, step = trainer.args, trainer.state.global_step
     if not trainer.eval_dataset:
@@ -188,7 +198,7 @@ def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float,
         trainer.evaluate()
     if not trainer.is_world_process_zero():
         return
-    rows = (step - trainer._initial_global_step) * rows_a_step(recipe)
+    rows = (step - trainer._initial_global_step) * rows_per_step(recipe)
     metrics = {
         "train_rows": len(trainer.train_dataset),
         "valid_rows": len(trainer.eval_dataset),
@@ -214,15 +224,15 @@ def log_training(folder: str, metrics: dict, resolved: dict) -> str:
 
     Returns the run's id in the log.
     """
-    truth, out_of_fold = Truth(resolved["train_csv"]), {}
+    truth, out_of_fold = Labels(resolved["train_csv"]), {}
     for name, scores in metrics["weights"].items():
         ids, (probabilities,) = join([weights_folder(folder, name) / "oof.csv"])
         out_of_fold[name] = ids, probabilities
-        scores |= scored(probabilities, truth.answers(ids), truth.clusters(ids))
+        scores |= score_with_interval(probabilities, truth.answers(ids), truth.clusters(ids))
     return log_run(
         "training",
         folder,
-        differing(resolved),
+        non_default_fields(resolved),
         metrics["seconds"],
         metrics["fingerprints"]["rows"],
         metrics["weights"].get(metrics["best"]),

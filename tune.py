@@ -23,16 +23,17 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
 
-from vqa.args_files import DataArguments, folds_file
-from vqa.arguments import differing, field_names, parse_arguments
-from vqa.errors import UserError, run
-from vqa.files import folder_under, read_json, whole, write_json
-from vqa.oof import weights_folder
-from vqa.predictions import join
-from vqa.rows import read_table
-from vqa.search import DEFAULT, claim_trial, default_trial, open_study, read_space, run_trial
-from vqa.statistics import paired_difference, row_losses
-from vqa.truth import Truth
+from vqa.config.arguments import DataArguments, folds_file
+from vqa.config.parser import field_names, non_default_fields, parse_arguments
+from vqa.core.errors import UserError, run
+from vqa.core.io import atomic_write, read_json, swap_root, write_json
+from vqa.data.predictions import join
+from vqa.data.table import read_table
+from vqa.evaluation.labels import Labels
+from vqa.evaluation.metrics import row_log_loss
+from vqa.evaluation.oof import weights_folder
+from vqa.evaluation.significance import paired_difference
+from vqa.training.search import DEFAULT, claim_trial, default_trial, open_study, read_space, run_trial
 
 FAILURES = 3  # in a row
 FEWEST = 5  # finished trials that say something of importances
@@ -44,7 +45,7 @@ def main() -> None:
     if data.fold is None:
         raise UserError("fold is null, so nothing is validated and no trial is better than another; give a fold")
     space = read_space(args.space, values, field_names())
-    folder = Path(args.output_dir or folder_under("checkpoints/tuning", Path(args.args_file).with_suffix(""), "args"))
+    folder = Path(args.output_dir or swap_root("checkpoints/tuning", Path(args.args_file).with_suffix(""), "args"))
     asked = {name: value for name, value in values.items() if name != "output_dir"} | {"space": space}
     study = open_study(folder, asked, recipe.seed)
     search(study, folder, space, values, [args.args_file, *flags], args.trials)
@@ -127,8 +128,8 @@ def tell_gain(default: FrozenTrial, best: FrozenTrial, folder: Path, data: DataA
         if value != default.params[name]:
             print(f"    {name} {short(default.params[name])} -> {short(value)}")
     ids, stack = join([best_out_of_fold(folder / f"trial{trial.number}") for trial in (default, best)])
-    truth = Truth(data.train_csv)
-    gap = paired_difference(*(row_losses(values, truth.answers(ids)) for values in stack), truth.clusters(ids))
+    truth = Labels(data.train_csv)
+    gap = paired_difference(*(row_log_loss(values, truth.answers(ids)) for values in stack), truth.clusters(ids))
     print(
         f"paired on {len(ids)} rows: {gap.value:+.4f} (95 % interval {gap.low:+.4f} to {gap.high:+.4f}), "
         f"{'beyond' if gap.beyond_noise else 'within'} noise; it was chosen by these very rows, so the other folds "
@@ -142,7 +143,7 @@ def best_out_of_fold(folder: Path) -> Path:
 
 def write_args(folder: Path, values: dict, best: FrozenTrial, data: DataArguments) -> None:
     """The args with the best trial's as base.json, and a file for each fold that extends it."""
-    write_json(folder / "base.json", differing(values) | best.params)
+    write_json(folder / "base.json", non_default_fields(values) | best.params)
     folds = sorted(set(read_table(folds_file(data), ("fold",))["fold"]), key=int)
     for fold in folds:
         write_json(folder / f"fold{fold}.json", {"extends": "base.json", "fold": int(fold)})
@@ -160,7 +161,7 @@ def plot_importances(study: optuna.Study, path: Path) -> None:
     axes = figure.subplots()
     axes.barh(list(found)[::-1], np.array(list(found.values()))[::-1])
     axes.set(title=f"what the log-loss depends on, {len(finished)} trials", xlabel="importance")
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     print(f"{path}: " + ", ".join(f"{name} {share:.2f}" for name, share in found.items()))
 

@@ -33,8 +33,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
 from random_model import write_random_model  # noqa: E402
 
-from vqa.errors import run  # noqa: E402
-from vqa.files import write_json  # noqa: E402
+from vqa.core.errors import run  # noqa: E402
+from vqa.core.io import write_json  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "checkpoints" / "tiny"

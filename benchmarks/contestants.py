@@ -25,21 +25,22 @@ from transformers import TrainingArguments as PlainArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
 
-from callbacks import EMACallback, SWACallback  # noqa: E402
-from collator import Collator  # noqa: E402
-from vqa.args_files import DataArguments, ModelArguments  # noqa: E402
-from vqa.arguments import RecipeArguments  # noqa: E402
-from vqa.batching import count_tokens, fit_batches, take_batches  # noqa: E402
-from vqa.features import open_features  # noqa: E402
-from vqa.files import read_json  # noqa: E402
-from vqa.images import upright_sizes  # noqa: E402
-from vqa.memory import GIB, Setup, linear_parameters, outline  # noqa: E402
-from vqa.model import add_adapter, load_base, load_processor  # noqa: E402
-from vqa.precision import model_dtype  # noqa: E402
-from vqa.prompt import LETTERS, letter_ids, messages, render  # noqa: E402
-from vqa.rows import read_rows  # noqa: E402
-from vqa.scoring import order_shares, score_rows  # noqa: E402
-from vqa.training import FoldTrainer, TellEpoch, TrainRows  # noqa: E402
+from vqa.config.arguments import DataArguments, ModelArguments  # noqa: E402
+from vqa.config.recipe import RecipeArguments  # noqa: E402
+from vqa.core.dtypes import model_dtype  # noqa: E402
+from vqa.core.io import read_json  # noqa: E402
+from vqa.data.collator import Collator  # noqa: E402
+from vqa.data.images import oriented_sizes  # noqa: E402
+from vqa.data.prompt import LETTERS, build_messages, letter_ids, render_chat  # noqa: E402
+from vqa.data.rows import read_rows  # noqa: E402
+from vqa.inference.scoring import permutation_probs, score_rows  # noqa: E402
+from vqa.modeling.feature_store import open_feature_store  # noqa: E402
+from vqa.modeling.loading import add_adapter, load_base, load_processor  # noqa: E402
+from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens  # noqa: E402
+from vqa.training.callbacks import EMACallback, SWACallback  # noqa: E402
+from vqa.training.dataset import SetEpochCallback, TrainDataset  # noqa: E402
+from vqa.training.memory import GIB, Setup, linear_parameters, meta_model  # noqa: E402
+from vqa.training.trainer import FoldTrainer  # noqa: E402
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # as everybody names them
 ADAPTER = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
@@ -92,7 +93,7 @@ def trl(plan: dict, rows: list[dict]) -> Iterator[dict]:
     from trl import SFTConfig, SFTTrainer
 
     processor, text = processor_as_usual(plan), {"role": Value("string"), "content": Value("string")}
-    turns = [messages(row, {"type": "image"})[0]["content"][1]["text"] for row in rows]
+    turns = [build_messages(row, {"type": "image"})[0]["content"][1]["text"] for row in rows]
     table = {
         "prompt": [[{"role": "user", "content": turn}] for turn in turns],
         "completion": [[{"role": "assistant", "content": LETTERS[row["answer"]]}] for row in rows],
@@ -144,12 +145,12 @@ class Ours:
         self.collate, self.prompts = Collator(processor, size, with_answer=True), Collator(processor, size)
         self.ids = letter_ids(processor)
         data = DataArguments(image_size=size, vision_cache_dir=plan["cache"], vision_cache=plan["stored"])
-        open_features(self.base, processor, data, [rows[: len(rows) // 2]], show=False)  # warms the GPU up
+        open_feature_store(self.base, processor, data, [rows[: len(rows) // 2]], show=False)  # warms the GPU up
         start = time.perf_counter()
-        features = open_features(self.base, processor, data, [rows], show=False)
+        features = open_feature_store(self.base, processor, data, [rows], show=False)
         self.seconds_an_image = (time.perf_counter() - start) / (len(rows) - len(rows) // 2)
         self.collate.features = self.prompts.features = features
-        self.lengths = count_tokens(rows, self.collate, upright_sizes(row["image"] for row in rows), show=False)
+        self.lengths = count_tokens(rows, self.collate, oriented_sizes(row["image"] for row in rows), show=False)
 
     def adapted(self, dropout: float) -> torch.nn.Module:
         return add_adapter(self.base, ADAPTER["r"], ADAPTER["lora_alpha"], dropout)
@@ -158,17 +159,17 @@ class Ours:
         model = self.adapted(ADAPTER["lora_dropout"])
         usual = usual_arguments(self.plan, effective, effective) | {"gradient_checkpointing": None}
         recipe = RecipeArguments(**usual, eval_strategy="no", fp16=ON_GPU)
-        fields = fit_batches(recipe, self.model_args, self.lengths, not self.plan["stored"])
-        take_batches(recipe, fields)
+        fields = choose_batch_config(recipe, self.model_args, self.lengths, not self.plan["stored"])
+        apply_batch_config(recipe, fields)
         epochs = max(1, 8 * effective // len(self.rows))  # as one: an epoch's end would stand in every step
-        train_rows, averages = TrainRows(self.rows * epochs, True, 42), [EMACallback(), SWACallback()]
+        train_rows, averages = TrainDataset(self.rows * epochs, True, 42), [EMACallback(), SWACallback()]
         trainer = FoldTrainer(
             model,
             recipe,
             data_collator=self.collate,
             train_dataset=train_rows,
             eval_dataset=[],
-            callbacks=[TellEpoch(train_rows), *averages],
+            callbacks=[SetEpochCallback(train_rows), *averages],
             averages=averages,
             letter_ids=self.ids,
             prompts=self.prompts,
@@ -183,7 +184,7 @@ class Ours:
         """The language model's products, recomputed ones counted, over what the GPU does at a large fp16 product."""
         if not ON_GPU or "rows_per_second" not in line:
             return {}
-        weights, rate = linear_parameters(Setup(outline(self.model_args, self.dtype), True, True)), matrix_rate()
+        weights, rate = linear_parameters(Setup(meta_model(self.model_args, self.dtype), True, True)), matrix_rate()
         tokens, passes = float(self.lengths.tokens.mean()), 3 if line["checkpointing"] else 2
         share = 2 * weights * tokens * passes * line["rows_per_second"] / rate
         return {"tokens": round(tokens, 1), "tflops": round(rate / 1e12, 1), "share_of_matrix_rate": round(share, 3)}
@@ -195,7 +196,7 @@ class Ours:
         for size in self.plan["predict_batches"]:
             for how, score, rows in (
                 ("letters", score_rows, chosen),
-                ("letters, four orders", order_shares, rotations),
+                ("letters, four orders", permutation_probs, rotations),
             ):
                 told = f"{how}, batch {size}" + ("" if self.plan["stored"] else ", images encoded")
                 try:
@@ -251,8 +252,8 @@ class UsualCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        chats = [messages(row, {"type": "image"}) for row in rows]
-        texts = [render(self.processor, chat, LETTERS[row["answer"]]) for chat, row in zip(chats, rows)]
+        chats = [build_messages(row, {"type": "image"}) for row in rows]
+        texts = [render_chat(self.processor, chat, LETTERS[row["answer"]]) for chat, row in zip(chats, rows)]
         images = [Image.open(row["image"]).convert("RGB") for row in rows]
         batch = self.processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
         labels = torch.full_like(batch["input_ids"], -100)
@@ -262,7 +263,7 @@ class UsualCollator:
 
 def generated(model: torch.nn.Module, processor, rows: list[dict]) -> float:
     def answer(row: dict) -> str:
-        text = render(processor, messages(row, {"type": "image"}))
+        text = render_chat(processor, build_messages(row, {"type": "image"}))
         inputs = processor(text=[text], images=[Image.open(row["image"]).convert("RGB")], return_tensors="pt")
         inputs = inputs.to(model.device)
         with torch.inference_mode(), torch.autocast(model.device.type, torch.float16, enabled=ON_GPU):

@@ -24,14 +24,15 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vqa.ensembles import ensemble, fit, score_weights  # noqa: E402
-from vqa.errors import UserError, run  # noqa: E402
-from vqa.files import read_json, whole, write_json  # noqa: E402
-from vqa.oof import WEIGHTS, gather  # noqa: E402
-from vqa.predictions import join, validation_scores  # noqa: E402
-from vqa.rows import read_table  # noqa: E402
-from vqa.statistics import WORDS, accuracy, compare, row_losses  # noqa: E402
-from vqa.truth import Truth  # noqa: E402
+from vqa.core.errors import UserError, run  # noqa: E402
+from vqa.core.io import atomic_write, read_json, write_json  # noqa: E402
+from vqa.data.predictions import join, validation_scores  # noqa: E402
+from vqa.data.table import read_table  # noqa: E402
+from vqa.evaluation.ensembling import ensemble, fit, score_weights  # noqa: E402
+from vqa.evaluation.labels import Labels  # noqa: E402
+from vqa.evaluation.metrics import accuracy, row_log_loss  # noqa: E402
+from vqa.evaluation.oof import WEIGHTS, load_oof  # noqa: E402
+from vqa.evaluation.significance import WORDS, compare  # noqa: E402
 
 FOLDS = 3
 LARGER = 154  # px, against the demo's 126
@@ -68,7 +69,7 @@ def main() -> None:
                 bar.update()
 
         list(pool.map(climb, args.seeds))
-    table = compare_rungs([read_rungs(places, seed) for seed in args.seeds], Truth(places.data / "test_answers.csv"))
+    table = compare_rungs([read_rungs(places, seed) for seed in args.seeds], Labels(places.data / "test_answers.csv"))
     write_table(places.outputs, table, args, time.time() - start)
 
 
@@ -174,7 +175,7 @@ def read_rungs(places: Places, seed: int) -> list[tuple[list[str], np.ndarray]]:
         return ids, ensemble(stack, "weighted", score_weights(validation_scores(files, "log_loss"), "log_loss"))
 
     def stacked(models: dict[str, list[Path]]) -> tuple[list[str], np.ndarray]:
-        evidence = gather({name: [str(file) for file in files] for name, files in models.items()})
+        evidence = load_oof({name: [str(file) for file in files] for name, files in models.items()})
         ids, stack = join([file for files in models.values() for file in files])
         members = stack.reshape(len(models), FOLDS, *stack.shape[1:]).mean(1)
         return ids, fit("stack", evidence.stack, evidence.answers)(members)
@@ -191,7 +192,7 @@ def read_rungs(places: Places, seed: int) -> list[tuple[list[str], np.ndarray]]:
     ]
 
 
-def compare_rungs(seeds: list[list[tuple[list[str], np.ndarray]]], truth: Truth) -> list[dict]:
+def compare_rungs(seeds: list[list[tuple[list[str], np.ndarray]]], truth: Labels) -> list[dict]:
     """A line for each of COMPARED, over the rows of all seeds: a rung's scores, and its difference to another.
 
     A test row is one row however many seeds answer it: that clusters the intervals, and no verdict goes without them.
@@ -204,7 +205,7 @@ def compare_rungs(seeds: list[list[tuple[list[str], np.ndarray]]], truth: Truth)
     for name, before in COMPARED:
         right = accuracy(values[name].argmax(1) == answers, clusters)
         line = {"rung": name, "accuracy": right.value, "low": right.low, "high": right.high}
-        line["log_loss"] = None if name == MAJORITY else float(row_losses(values[name], answers).mean())
+        line["log_loss"] = None if name == MAJORITY else float(row_log_loss(values[name], answers).mean())
         line["seeds"] = (values[name].argmax(1) == answers).reshape(len(seeds), -1).mean(1).tolist()
         if before:
             found = compare(values[before], values[name], answers, clusters)
@@ -238,7 +239,7 @@ def write_table(outputs: Path, table: list[dict], args: argparse.Namespace, seco
         f"`{made['command']}`, {made['machine']}: {made['seconds']} s. {seeds}; intervals of 95 %, clustered by row."
     )
     print(f"\n{text}\n\n{notes}")
-    with whole(outputs / "ladder.md") as temporary:
+    with atomic_write(outputs / "ladder.md") as temporary:
         temporary.write_text(f"{text}\n\n{notes}\n", encoding="utf-8")
     write_json(outputs / "ladder.json", made | {"rungs": table})
 

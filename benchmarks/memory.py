@@ -25,27 +25,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 from random_model import write_random_model  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from callbacks import EMACallback, SWACallback  # noqa: E402
-from collator import Collator  # noqa: E402
-from vqa.args_files import ModelArguments  # noqa: E402
-from vqa.arguments import RecipeArguments  # noqa: E402
-from vqa.errors import UserError, run  # noqa: E402
-from vqa.memory import (  # noqa: E402
+from vqa.config.arguments import ModelArguments  # noqa: E402
+from vqa.config.recipe import RecipeArguments  # noqa: E402
+from vqa.core.dtypes import model_dtype  # noqa: E402
+from vqa.core.errors import UserError, run  # noqa: E402
+from vqa.data.collator import Collator  # noqa: E402
+from vqa.data.prompt import letter_ids  # noqa: E402
+from vqa.inference.scoring import score_rows  # noqa: E402
+from vqa.modeling.loading import add_adapter, load_base, load_processor  # noqa: E402
+from vqa.training.callbacks import EMACallback, SWACallback  # noqa: E402
+from vqa.training.dataset import SetEpochCallback, TrainDataset  # noqa: E402
+from vqa.training.memory import (
     GIB,
     Batch,
     Setup,
     base_bytes,
-    outline,
+    meta_model,
     trained_parameters,
     training_peak,
     validation_peak,
 )
-from vqa.model import add_adapter, load_base, load_processor  # noqa: E402
-from vqa.precision import model_dtype  # noqa: E402
-from vqa.prompt import letter_ids  # noqa: E402
-from vqa.scoring import score_rows  # noqa: E402
-from vqa.speed import measured_rate, seconds_a_batch  # noqa: E402
-from vqa.training import FoldTrainer, TellEpoch, TrainRows  # noqa: E402
+from vqa.training.speed import measured_rate, seconds_a_batch  # noqa: E402
+from vqa.training.trainer import FoldTrainer  # noqa: E402
 
 ACCUMULATION = 2  # batches a step, so that gradients are held while the second one is at its peak
 EVAL_BATCH = 16
@@ -103,7 +104,7 @@ def measure_model(name: str, folder: str, args: argparse.Namespace, picture: Pat
     processor = load_processor(folder)
     base = load_base(folder, on_gpu, dtype)
     print(f"{name}: loaded in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
-    shape = outline(model_args, dtype)
+    shape = meta_model(model_args, dtype)
     for size in args.sizes:
         for batch_size in args.batches:
             model = add_adapter(base, model_args.lora_rank, model_args.lora_alpha, model_args.lora_dropout)
@@ -139,7 +140,7 @@ def measure(model, processor, recipe: RecipeArguments, setup: Setup, size: int, 
         {"id": str(i), "image": str(picture), "question": question, "choices": CHOICES, "answer": i % 4}
         for i in range(max(EVAL_BATCH, recipe.per_device_train_batch_size * ACCUMULATION))
     ]
-    train_rows, averages, clock = TrainRows(rows, True, 42), [EMACallback(), SWACallback()], Clock()
+    train_rows, averages, clock = TrainDataset(rows, True, 42), [EMACallback(), SWACallback()], Clock()
     collate, prompts = Collator(processor, size, with_answer=True), Collator(processor, size)
     ids, example = letter_ids(processor), collate(rows[:1])
     trainer = FoldTrainer(
@@ -148,7 +149,7 @@ def measure(model, processor, recipe: RecipeArguments, setup: Setup, size: int, 
         data_collator=collate,
         train_dataset=train_rows,
         eval_dataset=[],
-        callbacks=[TellEpoch(train_rows), *averages, clock],
+        callbacks=[SetEpochCallback(train_rows), *averages, clock],
         averages=averages,
         letter_ids=ids,
         prompts=prompts,

@@ -22,7 +22,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from anywhere, uninstalled
 
-from vqa.files import read_json  # noqa: E402
+from vqa.core.io import read_json  # noqa: E402
 
 
 def main() -> None:

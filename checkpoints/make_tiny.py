@@ -36,13 +36,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
 
-from collator import Collator  # noqa: E402
-from vqa.drawn import COLOURS, CONTEST, CORNERS, HOME, SHAPES, SIZES, Domain, ask, draw_scene, four_choices  # noqa: E402
-from vqa.images import target_size  # noqa: E402
-from vqa.model import load_base, load_processor  # noqa: E402
-from vqa.prompt import LETTERS, letter_ids, messages, render  # noqa: E402
-from vqa.scoring import score_rows  # noqa: E402
-from vqa.windows import group_windows  # noqa: E402
+from vqa.data.collator import Collator  # noqa: E402
+from vqa.data.images import target_size  # noqa: E402
+from vqa.data.prompt import LETTERS, build_messages, letter_ids, render_chat  # noqa: E402
+from vqa.data.synthetic import COLOURS, CONTEST, CORNERS, HOME, SHAPES, SIZES, Domain, ask, draw_scene, four_choices  # noqa: E402
+from vqa.inference.scoring import score_rows  # noqa: E402
+from vqa.modeling.loading import load_base, load_processor  # noqa: E402
+from vqa.modeling.windows import batch_vision_windows  # noqa: E402
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
@@ -83,7 +83,9 @@ def main() -> None:
     set_seed(args.seed)
     if args.start_from:
         processor = Qwen2_5_VLProcessor.from_pretrained(args.start_from)
-        model = group_windows(Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start_from, dtype=torch.float32))
+        model = batch_vision_windows(
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start_from, dtype=torch.float32)
+        )
     else:
         processor = make_processor(args.seed)
         model = make_model(processor)
@@ -154,7 +156,7 @@ def make_processor(seed: int) -> Qwen2_5_VLProcessor:
         choices, answer = four_choices(rng, right, wrong)
         row = {"question": question, "choices": choices, "answer": answer}
         corpus += ["You are a helpful assistant.", "system\n", "user\n", "assistant\n", right]
-        corpus.append(messages(row, {"type": "image"})[0]["content"][1]["text"])
+        corpus.append(build_messages(row, {"type": "image"})[0]["content"][1]["text"])
 
     qwen = Qwen2Tokenizer()._tokenizer  # its normaliser and its splitting into words
     bpe = Tokenizer(models.BPE())
@@ -210,7 +212,7 @@ def make_model(processor) -> Qwen2_5_VLForConditionalGeneration:
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
     )
-    return group_windows(Qwen2_5_VLForConditionalGeneration(config))
+    return batch_vision_windows(Qwen2_5_VLForConditionalGeneration(config))
 
 
 class DrawnBatches(torch.utils.data.Dataset):
@@ -222,7 +224,7 @@ class DrawnBatches(torch.utils.data.Dataset):
 
     def __init__(self, processor, model, args: argparse.Namespace):
         self.tokenizer, self.rope_index, self.args = processor.tokenizer, model.model.get_rope_index, args
-        self.render = functools.partial(render, processor)
+        self.render = functools.partial(render_chat, processor)
         self.pad, self.image, self.newline = self.tokenizer.convert_tokens_to_ids(
             ["<|endoftext|>", "<|image_pad|>", "Ċ"]
         )
@@ -270,7 +272,7 @@ class DrawnBatches(torch.utils.data.Dataset):
         text, answer = question, None
         if rng.random() < 0.7:  # the others are answered in a word, which teaches seeing sooner
             choices, answer = four_choices(rng, right, wrong)
-            text = messages({"question": question, "choices": choices}, {})[0]["content"][1]["text"]
+            text = build_messages({"question": question, "choices": choices}, {})[0]["content"][1]["text"]
             right = LETTERS[answer]
         prompt = self.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}])
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * image_tokens)

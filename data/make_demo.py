@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
 
-from vqa.drawn import CONTEST, ask, draw_scene, four_choices  # noqa: E402
-from vqa.files import whole  # noqa: E402
-from vqa.prompt import LETTERS  # noqa: E402
+from vqa.core.io import atomic_write  # noqa: E402
+from vqa.data.prompt import LETTERS  # noqa: E402
+from vqa.data.synthetic import CONTEST, ask, draw_scene, four_choices  # noqa: E402
 
 HEADER = ["id", "path", "question", "a", "b", "c", "d"]
 
@@ -67,7 +67,7 @@ def draw_row(row_id: str, split: str, folder: Path, seed: int) -> tuple[list[str
 
 
 def write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
-    with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
 
-from vqa.errors import UserError, run  # noqa: E402
-from vqa.files import whole  # noqa: E402
-from vqa.paraphrases import paraphrases  # noqa: E402
-from vqa.rows import numbered_columns, read_table  # noqa: E402
+from vqa.core.errors import UserError, run  # noqa: E402
+from vqa.core.io import atomic_write  # noqa: E402
+from vqa.data.paraphrases import paraphrases  # noqa: E402
+from vqa.data.table import numbered_columns, read_table  # noqa: E402
 
 SHOWN = 5
 
@@ -35,7 +35,7 @@ def main() -> None:
     for number in range(args.most):
         added = [words[number] if number < len(words) else "" for words in wordings]
         table.insert(table.columns.get_loc("question") + 1 + number, f"question_{number + 1}", added)
-    with whole(output) as temporary:
+    with atomic_write(output) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
     tell(dict(zip(table["question"], wordings)))
     reworded = sum(map(bool, wordings))

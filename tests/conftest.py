@@ -19,14 +19,15 @@ os.environ["EXPERIMENTS_LOG"] = f"{tempfile.mkdtemp()}/log.csv"  # and not the l
 import pytest
 import torch
 
-from collator import Collator
-from vqa.arguments import RecipeArguments
-from vqa.drawn import CONTEST, ask, draw_scene, four_choices
-from vqa.errors import run
-from vqa.model import add_adapter, load_base, load_processor
-from vqa.prompt import LETTERS, letter_ids
-from vqa.rows import read_rows
-from vqa.training import FoldTrainer, TrainRows
+from vqa.config.recipe import RecipeArguments
+from vqa.core.errors import run
+from vqa.data.collator import Collator
+from vqa.data.prompt import LETTERS, letter_ids
+from vqa.data.rows import read_rows
+from vqa.data.synthetic import CONTEST, ask, draw_scene, four_choices
+from vqa.modeling.loading import add_adapter, load_base, load_processor
+from vqa.training.dataset import TrainDataset
+from vqa.training.trainer import FoldTrainer
 
 atexit.register(shutil.rmtree, Path(os.environ["EXPERIMENTS_LOG"]).parent)
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +100,7 @@ def make_trainer(processor, ids, rows, tmp_path):
             add_adapter(load_base(TINY, False, torch.float32), 4, 8, 0.0),
             recipe,
             data_collator=Collator(processor, 112, with_answer=True),
-            train_dataset=TrainRows(rows[:8], True, 42),
+            train_dataset=TrainDataset(rows[:8], True, 42),
             eval_dataset=[],
             callbacks=list(callbacks),
             averages=[],

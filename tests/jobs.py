@@ -21,8 +21,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from transformers import Trainer, TrainingArguments
 
 import train_fold
-from callbacks import EMACallback, SWACallback, gathered
-from vqa.errors import run
+from vqa.core.distributed import full_tensor
+from vqa.core.errors import run
+from vqa.training.callbacks import EMACallback, SWACallback
 
 STEPS, DECAY, START = 200, 0.9, 0.25
 
@@ -49,7 +50,7 @@ def train(argv: list[str], record: Path) -> None:
         def train(self, *args, **kwargs):
             result = super().train(*args, **kwargs)
             for callback in self.averages:
-                averages[callback.name] = {name: gathered(tensor) for name, tensor in callback.average.items()}
+                averages[callback.name] = {name: full_tensor(tensor) for name, tensor in callback.average.items()}
             return result
 
     code = 0

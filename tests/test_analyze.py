@@ -12,8 +12,8 @@ from parsed import Parsed, needs_nothing
 from PIL import Image
 from sklearn.metrics import log_loss
 
-from vqa.results import curve, read_fold
-from vqa.truth import Truth
+from vqa.evaluation.labels import Labels
+from vqa.reports.results import curve, read_fold
 
 ROWS, FOLDS = 306, 3
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
@@ -177,7 +177,7 @@ def test_one_fold_without_averages_or_history_is_enough(contest, analyze):
 
 def test_a_learning_curve_is_of_its_own_weights(contest):
     folder = contest.model("A", trio(contest), best="ema")[1]
-    fold, history = read_fold(folder, Truth(contest.csv)), json.loads((folder / "history.json").read_text())
+    fold, history = read_fold(folder, Labels(contest.csv)), json.loads((folder / "history.json").read_text())
     for weights, key in (("raw", "eval_accuracy"), ("ema", "eval_ema_accuracy"), ("swa", "eval_swa_accuracy")):
         assert curve(fold, weights, "accuracy").tolist() == [[logs["step"], logs[key]] for logs in history]
         assert curve(fold, weights, "log_loss")[-1, 1] == pytest.approx(fold.scores[weights]["log_loss"] + 0.1)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from vqa.args_files import read_args_file, section
-from vqa.arguments import CLASSES, check_launch, check_machine, field_names, parse_arguments
-from vqa.errors import UserError
-from vqa.files import folder_under
+from vqa.config.args_file import build_dataclass, read_args_file
+from vqa.config.parser import CLASSES, check_launch, check_machine, field_names, parse_arguments
+from vqa.core.errors import UserError
+from vqa.core.io import swap_root
 
 
 @pytest.fixture
@@ -106,9 +106,9 @@ def test_a_file_that_is_no_object_or_no_json_is_refused(args_file, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "args").rglob("*.json")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_args_file_that_ships_is_valid(path, monkeypatch):
-    monkeypatch.setattr("vqa.arguments.check_machine", lambda values: None)  # fp16 presets are for GPUs
+    monkeypatch.setattr("vqa.config.parser.check_machine", lambda values: None)  # fp16 presets are for GPUs
     values = read_args_file(path, field_names()) | {"fp16": False}
-    model, data, recipe = (section(kind, values | {"output_dir": "x"}) for kind in CLASSES)
+    model, data, recipe = (build_dataclass(kind, values | {"output_dir": "x"}) for kind in CLASSES)
     assert model.model and data.image_size > 0 and recipe.loss in ("token", "letter")
     if path.name.startswith("fold"):
         assert set(json.loads(path.read_text())) == {"extends", "fold"}, (
@@ -118,6 +118,6 @@ def test_every_args_file_that_ships_is_valid(path, monkeypatch):
 
 
 def test_places_of_args_checkpoints_and_outputs_mirror_each_other():
-    assert folder_under("checkpoints", "args/demo/fold0", below="args") == Path("checkpoints/demo/fold0")
-    assert folder_under("outputs", "checkpoints", below="checkpoints") == Path("outputs")
-    assert folder_under("checkpoints", "/x/args/fold0", below="args") == Path("checkpoints/fold0")
+    assert swap_root("checkpoints", "args/demo/fold0", below="args") == Path("checkpoints/demo/fold0")
+    assert swap_root("outputs", "checkpoints", below="checkpoints") == Path("outputs")
+    assert swap_root("checkpoints", "/x/args/fold0", below="args") == Path("checkpoints/fold0")

@@ -7,33 +7,41 @@ import pytest
 import torch
 from conftest import TINY
 
-from collator import Collator
-from vqa.args_files import ModelArguments
-from vqa.arguments import RecipeArguments
-from vqa.batching import Lengths, SortedSteps, count_tokens, fit_batches, quickest, take_batches
-from vqa.images import upright_sizes
-from vqa.memory import Setup, outline, training_peak
-from vqa.training import FoldTrainer, split_batch
+from vqa.config.arguments import ModelArguments
+from vqa.config.recipe import RecipeArguments
+from vqa.data.collator import Collator
+from vqa.data.images import oriented_sizes
+from vqa.training.batching import (
+    Lengths,
+    apply_batch_config,
+    choose_batch_config,
+    choose_micro_batch,
+    count_tokens,
+    split_batch,
+)
+from vqa.training.dataset import LengthSortedSampler
+from vqa.training.memory import Setup, meta_model, training_peak
+from vqa.training.trainer import FoldTrainer
 
 LENGTHS = Lengths(np.full(40, 300), np.full(40, 180), 0)
 
 
 @pytest.fixture(scope="module")
 def setup():
-    return Setup(outline(ModelArguments(model=TINY), torch.float16), False, True)
+    return Setup(meta_model(ModelArguments(model=TINY), torch.float16), False, True)
 
 
 def test_tokens_are_those_of_the_collated_rows(processor, rows):
     collate = Collator(processor, image_size=112, with_answer=True)
     batches = [collate([row]) for row in rows]
-    lengths = count_tokens(rows, collate, upright_sizes(row["image"] for row in rows), show=False)
+    lengths = count_tokens(rows, collate, oriented_sizes(row["image"] for row in rows), show=False)
     assert lengths.tokens.tolist() == [batch["input_ids"].shape[1] for batch in batches]
     assert (lengths.patches * lengths.image_tokens).tolist() == [len(batch["pixel_values"]) for batch in batches]
 
 
 def test_every_row_comes_once_and_a_steps_micro_batches_pad_little():
     lengths = np.random.default_rng(0).integers(100, 400, 1003)
-    sampler = SortedSteps(lengths, 16, 1, torch.tensor(0))
+    sampler = LengthSortedSampler(lengths, 16, 1, torch.tensor(0))
     order = list(sampler)
     assert sorted(order) == list(range(1003)) and len(sampler) == 1003
 
@@ -46,7 +54,7 @@ def test_every_row_comes_once_and_a_steps_micro_batches_pad_little():
 
 def test_steps_are_as_mixed_as_random_ones():
     lengths = np.random.default_rng(0).integers(100, 400, 4000)
-    order = list(SortedSteps(lengths, 16, 1, torch.tensor(0)))
+    order = list(LengthSortedSampler(lengths, 16, 1, torch.tensor(0)))
     means = lengths[order].reshape(250, 16).mean(1)
     assert means.std() == pytest.approx(lengths.std() / 4, rel=0.15)  # of 16 independent draws; 75 if rows were alike
     assert abs(np.corrcoef(range(250), means)[0, 1]) < 0.2  # neither from long to short nor back
@@ -54,7 +62,7 @@ def test_steps_are_as_mixed_as_random_ones():
 
 def test_the_order_goes_by_seed_and_epoch_alone():
     epoch = torch.tensor(0)
-    sampler = SortedSteps(LENGTHS.tokens, 8, 1, epoch)
+    sampler = LengthSortedSampler(LENGTHS.tokens, 8, 1, epoch)
     first = list(sampler)
     torch.rand(3)
     assert list(sampler) == first
@@ -63,7 +71,7 @@ def test_the_order_goes_by_seed_and_epoch_alone():
 
 
 def way(setup, room, rows=32, rate=1e14, checkpointing=None):
-    fields = quickest(setup, LENGTHS, rows, room, rate, checkpointing)
+    fields = choose_micro_batch(setup, LENGTHS, rows, room, rate, checkpointing)
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
     return tuple(fields[name] for name in names)
 
@@ -120,7 +128,7 @@ def test_a_batch_that_does_not_fit_goes_in_parts_to_the_same_gradients(
         output_dir=str(tmp_path),
     )
     trainer = FoldTrainer.__new__(FoldTrainer)
-    trainer.args, trainer.most_rows, trainer.state = args, 4, SimpleNamespace(global_step=6)
+    trainer.args, trainer.micro_batch_size, trainer.state = args, 4, SimpleNamespace(global_step=6)
     taken = []
 
     def step(self, model, inputs, items):
@@ -143,7 +151,7 @@ def test_a_batch_that_does_not_fit_goes_in_parts_to_the_same_gradients(
     assert '"per_device_train_batch_size": 2' in (tmp_path / "batch.json").read_text()
     args.world_size = 2
     with pytest.raises(torch.OutOfMemoryError):
-        trainer.most_rows = 4
+        trainer.micro_batch_size = 4
         trainer.training_step(model, batch, 10.0)
 
 
@@ -153,14 +161,14 @@ def test_what_the_args_leave_open_is_chosen_and_reaches_the_trainer(given, tmp_p
     recipe = RecipeArguments(str(tmp_path), per_device_train_batch_size=32, gradient_checkpointing=given, use_cpu=True)
     recipe.fp16 = True  # a CPU would be refused
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("vqa.batching.memory_room", lambda: 2e8)
-    monkeypatch.setattr("vqa.batching.measured_rate", lambda setup: 1e15)
-    fields = fit_batches(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False)
-    take_batches(recipe, fields)
+    monkeypatch.setattr("vqa.training.batching.memory_room", lambda: 2e8)
+    monkeypatch.setattr("vqa.training.batching.measured_rate", lambda setup: 1e15)
+    fields = choose_batch_config(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False)
+    apply_batch_config(recipe, fields)
     wanted = given is not False
     assert recipe.gradient_checkpointing == recipe.activation_checkpointing == wanted
     assert recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps == 64
     assert recipe.activation_checkpointing_kwargs["use_reentrant"] is False
     recipe.resume_from_checkpoint = "checkpoint-1"
-    monkeypatch.setattr("vqa.batching.memory_room", lambda: 1e12)
-    assert fit_batches(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False) == fields
+    monkeypatch.setattr("vqa.training.batching.memory_room", lambda: 1e12)
+    assert choose_batch_config(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False) == fields

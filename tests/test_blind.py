@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vqa.blind import Blind
-from vqa.statistics import accuracy
+from vqa.evaluation.metrics import accuracy
+from vqa.reports.text_only_baseline import TextOnlyBaseline
 
 WORDS = [a + b for a in "가나다라마바사" for b in "고노도로모보소오조초코토포호"]
 QUESTIONS = ["무슨 색인가요?", "What is on the table?", "몇 개인가요?", "어디에 있나요?"]
@@ -22,7 +22,7 @@ def make_rows(count: int, seed: int = 0) -> list[dict]:
 
 
 def share_right(rows, groups) -> np.ndarray:
-    return Blind(rows).guesses(groups) == np.array([row["answer"] for row in rows])
+    return TextOnlyBaseline(rows).guesses(groups) == np.array([row["answer"] for row in rows])
 
 
 def test_chance_is_not_beaten_where_nothing_is_given_away():
@@ -48,7 +48,7 @@ def test_a_planted_giveaway_is_found_and_named(clue):
     order = np.random.default_rng(1).permutation(500)
     rows = [rows[i] for i in order]
     assert accuracy(share_right(rows, range(500))).low > 0.6
-    assert clue in [name for name, _ in Blind(rows).strongest_clues(5)]
+    assert clue in [name for name, _ in TextOnlyBaseline(rows).strongest_clues(5)]
 
 
 def test_rows_of_one_image_do_not_help_each_other():

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
 
-from vqa.calibration import reliability
+from vqa.reports.diagnostics import reliability
 
 
-@pytest.mark.parametrize("sharpness", [0.3, 1.0, 3.0])
-def test_bins_are_scikit_learns(sharpness):
+@pytest.mark.parametrize("inverse_temperature", [0.3, 1.0, 3.0])
+def test_bins_are_scikit_learns(inverse_temperature):
     random = np.random.default_rng(0)
-    scores = random.normal(size=(500, 4)) * sharpness
+    scores = random.normal(size=(500, 4)) * inverse_temperature
     probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     answers = random.integers(0, 4, 500)
     found = reliability(probabilities, answers)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from callbacks import EMACallback, SWACallback, trainable
+from vqa.training.callbacks import EMACallback, SWACallback, trainable_parameters
 
 STEPS = 200
 
@@ -20,7 +20,7 @@ def small_model() -> torch.nn.Module:
 
 def drift(model: torch.nn.Module) -> None:
     with torch.no_grad():
-        for _, parameter in trainable(model):
+        for _, parameter in trainable_parameters(model):
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
@@ -103,7 +103,7 @@ def test_the_initial_weights_leave_the_average_at_the_first_step():
     model, callback = small_model(), EMACallback(decay=0.9999)
     run(callback, model)
     start = small_model().state_dict()
-    for name, parameter in trainable(model):
+    for name, parameter in trainable_parameters(model):
         moved = (parameter - start[name]).norm()
         assert (callback.average[name] - parameter).norm() < 0.9 * moved, "the average follows the weights"
 
@@ -131,7 +131,7 @@ def test_the_model_holds_the_average_within_the_block_and_its_own_weights_after(
     run(callback, model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     average = {name: tensor.clone() for name, tensor in callback.average.items()}
-    with callback.applied(model):
+    with callback.average_parameters(model):
         held = dict(model.named_parameters())
         assert all(torch.equal(held[name], average[name]) for name in average)
         assert not torch.equal(held["1.weight"], before["1.weight"])

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from collator import IGNORE, Collator
+from vqa.data.collator import IGNORE, Collator
 
 QUESTIONS = [
     "무슨 색인가요?",

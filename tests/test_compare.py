@@ -3,7 +3,7 @@
 import pytest
 from compare import summarise, write_rows
 
-from vqa.rows import read_rows
+from vqa.data.rows import read_rows
 
 
 def line(contestant, effective, micro, rate, **more):

@@ -13,24 +13,24 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from collator import IGNORE, Collator
-from vqa.args_files import ModelArguments
-from vqa.checks import adapter_problems, adapter_targets, check_before_training, missing_weights
-from vqa.errors import UserError
-from vqa.files import read_json
-from vqa.memory import (
+from vqa.config.arguments import ModelArguments
+from vqa.core.errors import UserError
+from vqa.core.io import read_json
+from vqa.data.collator import IGNORE, Collator
+from vqa.modeling.loading import LORA_TARGETS, add_adapter, load_base
+from vqa.training.memory import (
     Batch,
     Setup,
     base_bytes,
     checkpoint_bytes,
     layer_bytes,
-    outline,
+    meta_model,
     trained_parameters,
     training_peak,
     validation_peak,
 )
-from vqa.model import LORA_TARGETS, add_adapter, load_base
-from vqa.speed import operations
+from vqa.training.preflight import adapter_problems, adapter_targets, check_before_training, missing_weights
+from vqa.training.speed import operations
 
 QWEN = Path(__file__).resolve().parent.parent.parent / "shared" / "qwen2-tokenizer"
 
@@ -183,7 +183,7 @@ def test_half_a_download_is_found(tmp_path):
 
 
 def test_the_outline_has_the_names_shapes_and_counts_of_the_model_and_no_weights(adapted):
-    shape = outline(ModelArguments(model=TINY), torch.float32)
+    shape = meta_model(ModelArguments(model=TINY), torch.float32)
     assert {p.device.type for p in shape.parameters()} == {"meta"}
     described = [{name: (p.shape, p.requires_grad) for name, p in m.named_parameters()} for m in (shape, adapted)]
     assert described[0] == described[1]
@@ -198,7 +198,7 @@ def test_the_real_models_are_counted_in_full_without_weights(tmp_path, name, par
     values = read_json(QWEN / f"config_{name}.json")
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     config.save_pretrained(tmp_path)
-    shape = outline(ModelArguments(model=str(tmp_path)), torch.float16)
+    shape = meta_model(ModelArguments(model=str(tmp_path)), torch.float16)
     frozen = sum(p.numel() for p in shape.parameters() if not p.requires_grad)
     assert frozen == parameters
     text, vision = config.text_config, config.vision_config
@@ -247,7 +247,7 @@ def test_peaks_grow_with_what_they_should_grow_with(adapted):
 
 def test_operations_are_those_that_torch_counts(processor, rows):
     """Forward and backward of the layers that are packed in 4 bits: nothing counted for the frozen weights."""
-    shape = outline(ModelArguments(model=TINY), torch.float32)
+    shape = meta_model(ModelArguments(model=TINY), torch.float32)
     linear = [m.base_layer for name, m in shape.named_modules() if hasattr(m, "base_layer")]
     counter = FlopCounterMode(display=False)
     with counter:

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageEnhance
 
-from vqa import duplicates
-from vqa.duplicates import near_pairs, read_picture, read_pictures, same_pictures
+from vqa.data import duplicates as duplicates
+from vqa.data.duplicates import near_pairs, read_picture, read_pictures, same_pictures
 
 COUNT = 60
 
@@ -57,7 +57,7 @@ def test_hashes_are_compared_as_imagehash_compares_them(folder, monkeypatch):
     monkeypatch.setattr(duplicates, "CORRELATION", -2)
     monkeypatch.setattr(duplicates, "HASH_BITS", 26)
     paths = sorted(str(path) for path in folder.glob("0*.jpg"))
-    hashes = [imagehash.phash(duplicates.small_image(path, 8 * duplicates.GRID)) for path in paths]
+    hashes = [imagehash.phash(duplicates.thumbnail_image(path, 8 * duplicates.GRID)) for path in paths]
     wanted = {(i, j) for j in range(len(paths)) for i in range(j) if hashes[i] - hashes[j] <= 26}
     found = [tuple(pair) for pair in near_pairs([read_picture(path) for path in paths]).tolist()]
     assert set(found) == wanted and len(found) == len(wanted) and 20 < len(wanted) < len(paths) ** 2 / 4

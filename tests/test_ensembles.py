@@ -7,8 +7,8 @@ from scipy.stats import gmean
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from vqa.ensembles import METHODS, ensemble, fit, nested
-from vqa.statistics import row_losses
+from vqa.evaluation.ensembling import METHODS, ensemble, fit, nested
+from vqa.evaluation.metrics import row_log_loss
 
 
 def contest(skills, rows=400, letters=4, seed=0, ragged=False):
@@ -102,7 +102,7 @@ def test_temperature_is_the_one_that_scipy_finds():
         return log_loss(answers, scaled / scaled.sum(1, keepdims=True), labels=range(4))
 
     oracle = minimize_scalar(loss, bounds=(0.1, 20), method="bounded", options={"xatol": 1e-9})
-    assert 1 / fit("mean", hot, answers, temperature=True).sharpness[0] == pytest.approx(oracle.x, rel=1e-5)
+    assert 1 / fit("mean", hot, answers, temperature=True).inverse_temperature[0] == pytest.approx(oracle.x, rel=1e-5)
     assert fit("mean", hot, answers, temperature=True)(hot).sum(1) == pytest.approx(np.ones(400), abs=1e-12)
 
 
@@ -129,8 +129,8 @@ def test_nested_scores_owe_nothing_to_the_rows_they_score():
     """Twenty models of noise on 60 rows: fitted and scored on the same rows a stack gains, nested it cannot."""
     generator = np.random.default_rng(0)
     stack, answers = generator.dirichlet(np.ones(4), (20, 60)), generator.integers(0, 4, 60)
-    inside = row_losses(fit("greedy", stack, answers)(stack), answers).mean()
-    outside = row_losses(nested("greedy", stack, answers), answers).mean()
+    inside = row_log_loss(fit("greedy", stack, answers)(stack), answers).mean()
+    outside = row_log_loss(nested("greedy", stack, answers), answers).mean()
     assert inside < np.log(4) < outside
 
 
@@ -144,7 +144,7 @@ def test_rows_of_one_image_are_never_fitted_on_and_scored_at_once(monkeypatch):
         seen.append(set(stack[0, :, 0]))
         return lambda stack: held.append(set(stack[0, :, 0])) or stack.mean(0)
 
-    monkeypatch.setattr("vqa.ensembles.fit", spy)
+    monkeypatch.setattr("vqa.evaluation.ensembling.fit", spy)
     nested("mean", stack, answers, {"image": images})
     assert len(seen) == 5 and all(not a & b for a, b in zip(seen, held)) and len(set.union(*held)) == 40
 

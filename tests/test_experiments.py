@@ -12,8 +12,8 @@ from scipy.stats import binomtest
 from sklearn.metrics import log_loss
 from test_oof import Planted
 
-from vqa.ensembles import fit, nested
-from vqa.experiments import COLUMNS, git_revision, log_path, log_run, read_log
+from vqa.evaluation.ensembling import fit, nested
+from vqa.evaluation.experiment_log import COLUMNS, git_revision, log_path, log_run, read_log
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_log_that_cannot_be_read_is_left_as_it_is_and_stops_nothing(log, capsy
 def test_the_revision_is_gits_and_blank_outside_git(monkeypatch, tmp_path):
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     assert git_revision().removesuffix("-dirty") == git.stdout.strip()
-    monkeypatch.setattr("vqa.experiments.PROJECT", tmp_path)
+    monkeypatch.setattr("vqa.evaluation.experiment_log.PROJECT", tmp_path)
     assert git_revision() == ""
 
 

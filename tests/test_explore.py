@@ -16,9 +16,9 @@ from PIL import Image
 from test_duplicates import picture
 
 import explore
-from collator import Collator
-from vqa.duplicates import read_pictures
-from vqa.pages import Page, Remarks
+from vqa.data.collator import Collator
+from vqa.data.duplicates import read_pictures
+from vqa.reports.page import Highlights, Page
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
 
@@ -145,7 +145,7 @@ def test_tokens_are_those_of_the_models_own_tokenizer(processor, rows):
 def test_image_tokens_are_those_that_the_model_gets(processor, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 1300, 3), dtype=np.uint8)).save(tmp_path / "x.png")
     pictures = read_pictures([str(tmp_path / "x.png")])
-    found = explore.look_at_images(pictures, 14, Page(tmp_path), Remarks())["costs"]
+    found = explore.look_at_images(pictures, 14, Page(tmp_path), Highlights())["costs"]
     for line in found:
         row = {"id": "x", "image": str(tmp_path / "x.png"), "question": "?", "choices": ["a", "b"]}
         grid = Collator(processor, line["size"])([row])["image_grid_thw"]

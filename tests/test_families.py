@@ -18,16 +18,17 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from collator import IGNORE, Collator
-from vqa.args_files import DataArguments
-from vqa.errors import UserError
-from vqa.families import end_of_vision, vision_tower
-from vqa.features import open_features
-from vqa.model import add_adapter, load_base, load_processor
-from vqa.precision import guard_fp16, half_autocast
-from vqa.prompt import LETTERS, letter_ids
-from vqa.scoring import answer_logits, normalised, order_shares, score_rows
-from vqa.vision import encode_images
+from vqa.config.arguments import DataArguments
+from vqa.core.dtypes import half_autocast
+from vqa.core.errors import UserError
+from vqa.data.collator import IGNORE, Collator
+from vqa.data.prompt import LETTERS, letter_ids
+from vqa.inference.scoring import answer_logits, normalize, permutation_probs, score_rows
+from vqa.modeling.families import last_vision_projection, vision_tower
+from vqa.modeling.feature_store import open_feature_store
+from vqa.modeling.loading import add_adapter, load_base, load_processor
+from vqa.modeling.precision import guard_fp16
+from vqa.modeling.vision import encode_images
 
 TEXT = {
     "hidden_size": 48,
@@ -119,7 +120,7 @@ def test_stored_features_give_what_pixels_give(loaded, rows, tmp_path):
     rows = [{**row, "order": [2, 0, 1, 3]} for row in rows[:8]]
     rows[1] = {**rows[1], "question": "Is <|image_pad|> or <|vision_end|> red?", "scale": 1.3}
     data = DataArguments(image_size=140, vision_cache_dir=str(tmp_path))
-    store = open_features(model, processor, data, [rows], show=False)
+    store = open_feature_store(model, processor, data, [rows], show=False)
     pixels, stored = (Collator(processor, 140, with_answer=True, features=f)(rows) for f in (None, store))
     assert len(pixels["image_grid_thw"].unique(dim=0)) > 1
     assert pixels.keys() - stored.keys() == {"pixel_values"} and stored.keys() - pixels.keys() == {"image_features"}
@@ -172,7 +173,7 @@ def overflowing(folder: str, dtype: torch.dtype) -> torch.nn.Module:
     Its other layers are made to cope with such values: the block's input is small beside them.
     """
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    layer, _ = end_of_vision(model)
+    layer, _ = last_vision_projection(model)
     with torch.no_grad():
         layer.weight.mul_(1e6 / layer.weight.abs().sum(1).max())
         layer.bias.fill_(1e5)
@@ -182,7 +183,7 @@ def overflowing(folder: str, dtype: torch.dtype) -> torch.nn.Module:
 def test_the_fp16_guard_keeps_the_last_vision_block_finite_and_right(folder, rows):
     batch = Collator(load_processor(folder), 140)(rows[:2])
     exact, guarded, bare = (overflowing(folder, dtype) for dtype in (torch.float32, torch.float32, torch.float16))
-    projection, _ = end_of_vision(guarded)
+    projection, _ = last_vision_projection(guarded)
     weight, bias = projection.weight.clone(), projection.bias.clone()
     guarded = guard_fp16(guarded.to(torch.float16))
     with torch.no_grad():  # what a checkpoint in bf16 holds: values that fp16 weights could not
@@ -220,7 +221,7 @@ def test_orders_that_share_their_beginning_have_the_probabilities_that_they_have
     model, processor, ids = loaded
     collate = Collator(processor, 140)
     orders = [[0, 1, 2, 3], [1, 2, 3, 0], [3, 2, 1, 0]]
-    shares = order_shares(model, [{**row, "orders": orders} for row in rows[:4]], collate, ids, batch_size=3)
-    for row, values in zip(rows, map(normalised, shares)):
+    shares = permutation_probs(model, [{**row, "orders": orders} for row in rows[:4]], collate, ids, batch_size=3)
+    for row, values in zip(rows, map(normalize, shares)):
         alone = score_rows(model, [{**row, "order": order} for order in orders], collate, ids, batch_size=2)
         assert np.abs(values - alone).max() < 1e-5 and np.ptp(alone, axis=0).max() > 1e-5

@@ -15,13 +15,13 @@ from conftest import ENVIRONMENT, ROOT, TINY
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-import vqa.features
-from collator import Collator
-from vqa.args_files import DataArguments
-from vqa.errors import UserError
-from vqa.features import open_features
-from vqa.model import load_base
-from vqa.vision import encode_images
+import vqa.modeling.feature_store
+from vqa.config.arguments import DataArguments
+from vqa.core.errors import UserError
+from vqa.data.collator import Collator
+from vqa.modeling.feature_store import open_feature_store
+from vqa.modeling.loading import load_base
+from vqa.modeling.vision import encode_images
 
 SIZE = 112
 
@@ -29,14 +29,14 @@ SIZE = 112
 @pytest.fixture
 def encoded(monkeypatch) -> list[str]:
     """The images that go through the tower on their way into a store, four at once at most."""
-    seen, encode = [], vqa.features.image_features
+    seen, encode = [], vqa.modeling.feature_store.image_features
 
     def watched(model, pixel_values, grids, names):
         seen.extend(names)
         return encode(model, pixel_values, grids, names)
 
-    monkeypatch.setattr(vqa.features, "image_features", watched)
-    monkeypatch.setattr(vqa.features, "MOST_IMAGES", 4)
+    monkeypatch.setattr(vqa.modeling.feature_store, "image_features", watched)
+    monkeypatch.setattr(vqa.modeling.feature_store, "MOST_IMAGES", 4)
     return seen
 
 
@@ -44,7 +44,7 @@ def encoded(monkeypatch) -> list[str]:
 def open_store(model, processor, tmp_path):
     def call(*needed, base=model, **fields):
         data = DataArguments(image_size=SIZE, vision_cache_dir=str(tmp_path / "cache"), **fields)
-        return open_features(base, processor, data, needed, show=False)
+        return open_feature_store(base, processor, data, needed, show=False)
 
     return call
 
@@ -105,7 +105,7 @@ def test_other_weights_dtypes_and_preprocessing_never_read_each_others_features(
 
     first = open_store(rows[:2])
     changed = other(torch.float32)
-    next(vqa.features.vision_tower(changed).parameters()).data[0] += 1e-3
+    next(vqa.modeling.feature_store.vision_tower(changed).parameters()).data[0] += 1e-3
     stores = [open_store(rows[:2], base=changed), open_store(rows[:2], base=other(torch.bfloat16))]
     monkeypatch.setattr(processor.image_processor, "image_mean", [0.4, 0.5, 0.5])
     stores.append(open_store(rows[:2]))
@@ -126,7 +126,7 @@ JOB = """
 import sys, time
 from pathlib import Path
 import torch
-import vqa.features as features
+import vqa.modeling.feature_store as features
 from vqa.args_files import DataArguments
 from vqa.model import load_base, load_processor
 from vqa.rows import read_rows
@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_left_out_with_a_line(open_store, processor, encode
 def test_the_store_steps_aside_where_the_tower_is_trained_or_split(open_store, rows, monkeypatch):
     assert open_store(rows[:1], vision_cache=False) is None
     model = load_base(TINY, load_in_4bit=False, dtype=torch.float32)
-    next(vqa.features.vision_tower(model).parameters()).requires_grad_(True)
+    next(vqa.modeling.feature_store.vision_tower(model).parameters()).requires_grad_(True)
     assert open_store(rows[:1], base=model) is None
     adapted = get_peft_model(load_base(TINY, False, torch.float32), LoraConfig(target_modules=r".*visual.*\.qkv"))
     assert open_store(rows[:1], base=adapted.requires_grad_(False)) is None
@@ -256,7 +256,7 @@ def test_training_and_prediction_run_on_stored_features_and_give_what_pixels_giv
     def refused(*args):
         raise AssertionError("the tower was run outside of the store")
 
-    monkeypatch.setattr("vqa.vision.image_features", refused)
+    monkeypatch.setattr("vqa.modeling.vision.image_features", refused)
     code, _, error = script("train_fold", *args, tmp_path / "stored")
     assert code == 0, error
     flags = ["--vision_cache", "true", "--vision_cache_dir", tmp_path / "own", "--output_dir", tmp_path / "by_store"]

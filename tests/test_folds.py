@@ -7,8 +7,8 @@ import pytest
 from conftest import draw_contest
 
 import make_folds
-from vqa.errors import UserError
-from vqa.folds import assign_folds, read_folds, split_fold, write_folds
+from vqa.core.errors import UserError
+from vqa.data.folds import assign_folds, read_folds, split_fold, write_folds
 
 ANSWERS = [i % 4 for i in range(120)]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import TINY
 
-from vqa.fused import AdaptedLinear, fuse_adapters
-from vqa.model import add_adapter, load_base
+from vqa.modeling.fused_lora import FusedLoraLinear, fuse_adapters
+from vqa.modeling.loading import add_adapter, load_base
 
 
 def outcome(model, dtype=torch.float32) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -66,7 +66,7 @@ def test_in_16_bits_the_fused_pass_is_as_near_to_the_truth_as_pefts():
 def test_gradients_are_the_numerical_ones():
     base = torch.nn.Linear(5, 4, dtype=torch.float64).requires_grad_(False)
     x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (2, 5), (4, 2)))
-    assert torch.autograd.gradcheck(lambda *inputs: AdaptedLinear.apply(*inputs, base, 1.7, 0.0), (x, a, b))
+    assert torch.autograd.gradcheck(lambda *inputs: FusedLoraLinear.apply(*inputs, base, 1.7, 0.0), (x, a, b))
 
 
 def test_a_disabled_or_a_second_adapter_is_pefts_own_business():

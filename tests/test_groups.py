@@ -5,15 +5,15 @@ import pandas as pd
 import pytest
 from sklearn.metrics import log_loss
 
-from vqa.groups import group_rows, group_table, in_parts, likeness
-from vqa.results import Model, Results
-from vqa.statistics import accuracy_interval
+from vqa.evaluation.metrics import wilson_interval
+from vqa.reports.groups import distractor_similarity, group_rows, group_table, quartile_groups
+from vqa.reports.results import Model, Results
 
 
 @pytest.mark.parametrize("values", [range(100), [5] * 7 + [9], [3] * 10, [1, 2], [0] * 50 + list(range(50))])
 def test_parts_hold_every_value_and_are_named_by_their_ends(values):
     values = list(values)
-    parts = in_parts(values, [f"r{i}" for i in range(len(values))])
+    parts = quartile_groups(values, [f"r{i}" for i in range(len(values))])
     assert parts.notna().all()
     for name, own in pd.Series(values).groupby(parts.to_numpy()):
         assert name.replace(",", "").split(" to ") == [str(end) for end in sorted({own.min(), own.max()})]
@@ -23,8 +23,11 @@ def test_parts_hold_every_value_and_are_named_by_their_ends(values):
 
 def test_likeness_is_of_the_right_choice_to_its_nearest():
     row = {"choices": ["빨강", "top left", "top right", "xyz"], "answer": 1}
-    assert likeness(row) == round(100 * 2 * 5 / 17), "`top ` and `t` of eight and nine letters"
-    assert likeness(row | {"answer": 0}) == 0 and likeness({"choices": ["a", "a"], "answer": 0}) == 100
+    assert distractor_similarity(row) == round(100 * 2 * 5 / 17), "`top ` and `t` of eight and nine letters"
+    assert (
+        distractor_similarity(row | {"answer": 0}) == 0
+        and distractor_similarity({"choices": ["a", "a"], "answer": 0}) == 100
+    )
 
 
 class NoClusters:
@@ -46,7 +49,7 @@ def test_scores_of_groups_are_those_of_the_libraries(rows):
             at = (group == line["group"]).to_numpy()
             for scores, probabilities in zip(line["models"], values.values()):
                 right = (probabilities.argmax(1) == answers)[at]
-                assert scores["accuracy"][:3] == (right.mean(), *accuracy_interval(right.sum(), len(right)))
+                assert scores["accuracy"][:3] == (right.mean(), *wilson_interval(right.sum(), len(right)))
                 assert scores["log_loss"].value == pytest.approx(
                     log_loss(answers[at], probabilities[at], labels=range(4))
                 )

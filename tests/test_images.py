@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqa.errors import UserError
-from vqa.images import check_images, open_image, target_size, upright_size
+from vqa.core.errors import UserError
+from vqa.data.images import check_images, open_image, oriented_size, target_size
 
 
 def test_exif_orientation_is_applied_and_known_from_the_header(tmp_path):
@@ -15,7 +15,7 @@ def test_exif_orientation_is_applied_and_known_from_the_header(tmp_path):
     exif[0x0112] = 6  # to be seen turned a quarter clockwise: red on top
     image.save(tmp_path / "x.png", exif=exif)
     seen = open_image(tmp_path / "x.png")
-    assert seen.size == upright_size(tmp_path / "x.png") == (30, 60)
+    assert seen.size == oriented_size(tmp_path / "x.png") == (30, 60)
     assert seen.convert("RGB").getpixel((15, 2)) == (255, 0, 0)
 
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import write_csv
 from scipy.stats import binomtest
 
-from vqa.errors import UserError
-from vqa.truth import Truth
+from vqa.core.errors import UserError
+from vqa.evaluation.labels import Labels
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def planted(tmp_path):
         same = values(1.0)
         others = {"base model, untrained": values(0.2), ladder.MAJORITY: values(2.5)}
         seeds.append([(ids, others.get(name, same)) for name in ladder.RUNGS])
-    return seeds, Truth(tmp_path / "answers.csv"), answers
+    return seeds, Labels(tmp_path / "answers.csv"), answers
 
 
 def test_a_rung_is_compared_with_the_one_it_is_built_on(planted):

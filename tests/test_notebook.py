@@ -13,7 +13,7 @@ import pytest
 from conftest import ENVIRONMENT, ROOT, command
 from nbclient import NotebookClient
 
-from vqa.experiments import COLUMNS
+from vqa.evaluation.experiment_log import COLUMNS
 
 NOTEBOOK = ROOT / "notebooks" / "kaggle.ipynb"
 

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from conftest import HEADER, write_csv
 
-from vqa.ensembles import METHODS, fit
-from vqa.statistics import row_losses
+from vqa.evaluation.ensembling import METHODS, fit
+from vqa.evaluation.metrics import row_log_loss
 
 TRAIN, TEST, FOLDS = 600, 300, 3
 
@@ -53,7 +53,7 @@ class Planted:
             files.append(self.folder / "outputs" / name / f"fold{fold}.csv")
             write(files[-1], self.ids[TRAIN:], values[TRAIN:])
             scores = {
-                "log_loss": row_losses(values[own], self.answers[own]).mean(),
+                "log_loss": row_log_loss(values[own], self.answers[own]).mean(),
                 "accuracy": (values[own].argmax(1) == self.answers[own]).mean(),
             }
             card = {"adapter": str(run), "validation": scores, "test_csv": str(self.folder / "test.csv")}
@@ -134,9 +134,9 @@ def test_out_of_fold_files_in_the_same_views_are_taken_and_checked(planted, scri
         card = json.loads(file.with_suffix(".json").read_text())
         card |= {"model": f"m{fold}", "views": ["plain", "rotation 1"], "gate": None}
         file.with_suffix(".json").write_text(json.dumps(card))
-        scores = {"log_loss": row_losses(with_tta[own], planted.answers[own]).mean()}
+        scores = {"log_loss": row_log_loss(with_tta[own], planted.answers[own]).mean()}
         same.with_suffix(".json").write_text(json.dumps(card | {"scores": scores}))
-    losses = [row_losses(v[:TRAIN], planted.answers[:TRAIN]).mean() for v in (with_tta, values)]
+    losses = [row_log_loss(v[:TRAIN], planted.answers[:TRAIN]).mean() for v in (with_tta, values)]
     code, said, error = script("ensemble", *files)
     assert code == 0 and f"log-loss {losses[0]:.4f}, 600 rows" in said and "without" not in said, error
     swapped = files[1].parent / "oof" / files[1].name

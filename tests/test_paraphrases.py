@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 from conftest import HEADER, ROOT, write_csv
 
-from collator import Collator
-from vqa.batching import count_tokens
-from vqa.errors import UserError
-from vqa.fingerprint import rows_fingerprint
-from vqa.images import upright_sizes
-from vqa.paraphrases import RULES, paraphrases
-from vqa.rows import read_rows
-from vqa.training import TrainRows
+from vqa.core.errors import UserError
+from vqa.core.hashing import rows_fingerprint
+from vqa.data.collator import Collator
+from vqa.data.images import oriented_sizes
+from vqa.data.paraphrases import RULES, paraphrases
+from vqa.data.rows import read_rows
+from vqa.training.batching import count_tokens
+from vqa.training.dataset import TrainDataset
 
 EXPECTED = {  # written by hand; the first wording of each
     "자동차는 무슨 색인가요?": "자동차의 색깔은 무엇인가요?",
@@ -91,7 +91,10 @@ def reworded() -> list[dict]:
 
 
 def test_one_wording_is_drawn_an_epoch_by_seed_row_and_epoch_alone(reworded):
-    drawn, alone = TrainRows(reworded, True, 42), TrainRows([{**row, "paraphrases": []} for row in reworded], True, 42)
+    drawn, alone = (
+        TrainDataset(reworded, True, 42),
+        TrainDataset([{**row, "paraphrases": []} for row in reworded], True, 42),
+    )
     epochs = []
     for epoch in (0, 1, 0):
         drawn.epoch.fill_(epoch)
@@ -101,8 +104,8 @@ def test_one_wording_is_drawn_an_epoch_by_seed_row_and_epoch_alone(reworded):
     assert epochs[0] == epochs[2] != epochs[1]
     assert set(Counter(epochs[0]).keys()) == {"q", "q1", "q2"}
     assert all(70 < times < 130 for times in Counter(epochs[0]).values())  # 100 each, within four standard deviations
-    assert {TrainRows(reworded, False, 42)[i]["question"] for i in range(300)} == {"q", "q1", "q2"}
-    assert epochs[0] != [TrainRows(reworded, True, 43)[i]["question"] for i in range(300)]
+    assert {TrainDataset(reworded, False, 42)[i]["question"] for i in range(300)} == {"q", "q1", "q2"}
+    assert epochs[0] != [TrainDataset(reworded, True, 43)[i]["question"] for i in range(300)]
 
 
 def test_columns_of_wordings_are_read_and_tell_a_run_from_another(tmp_path):
@@ -117,7 +120,7 @@ def test_the_longest_wording_counts_for_the_length_of_a_row(rows, processor):
     collate, long = Collator(processor, 112, with_answer=True), "In this picture, what is the colour of the box?"
     several = [{**rows[0], "question": "q?", "paraphrases": [long, "other?"]}, {**rows[1], "paraphrases": []}]
     alone = [{**rows[0], "question": long}, rows[1]]
-    sizes = upright_sizes(row["image"] for row in several)
+    sizes = oriented_sizes(row["image"] for row in several)
     got = count_tokens(several, collate, sizes, show=False).tokens.tolist()
     assert got == [int(collate([row])["attention_mask"].sum()) for row in alone]
 

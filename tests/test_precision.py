@@ -5,11 +5,13 @@ import torch
 from conftest import TINY
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
-from collator import Collator
-from vqa.arguments import RecipeArguments, check_machine
-from vqa.errors import UserError
-from vqa.precision import attention_for_device, model_dtype
-from vqa.vision import encode_images
+from vqa.config.parser import check_machine
+from vqa.config.recipe import RecipeArguments
+from vqa.core.dtypes import model_dtype
+from vqa.core.errors import UserError
+from vqa.data.collator import Collator
+from vqa.modeling.precision import attention_for_device
+from vqa.modeling.vision import encode_images
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import predict
-from collator import Collator
-from vqa.errors import UserError
-from vqa.generation import generated
-from vqa.model import load_adapter, load_base
-from vqa.predictions import read_predictions
-from vqa.rows import read_rows
-from vqa.runs import trained_run
+from vqa.core.errors import UserError
+from vqa.data.collator import Collator
+from vqa.data.predictions import read_predictions
+from vqa.data.rows import read_rows
+from vqa.inference.checkpoints import fold_checkpoint
+from vqa.inference.scoring import generate_letters
+from vqa.modeling.loading import load_adapter, load_base
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "args/accelerate/cpu.yaml"]
 VIEWS = ["--orders", "2", "--scales", "1.0", "1.4"]
@@ -126,7 +126,7 @@ def counted(monkeypatch):
 
         return call
 
-    for name in ("letter_shares", "order_shares"):
+    for name in ("choice_probs", "permutation_probs"):
         monkeypatch.setattr(predict, name, watched(getattr(predict, name)))
     return asked
 
@@ -213,7 +213,7 @@ def test_generate_is_greedy_search_from_the_pixels(model, processor, rows, reque
         output.logits[..., end] = -1e9
 
     request.addfinalizer(model.register_forward_hook(go_on).remove)
-    for row, text in zip(rows[:3], generated(model, rows[:3], collate, 2)):
+    for row, text in zip(rows[:3], generate_letters(model, rows[:3], collate, 2)):
         batch = collate([row])
         image = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
         tokens, kinds = batch["input_ids"], batch["mm_token_type_ids"]
@@ -275,11 +275,11 @@ def test_a_fold_trained_elsewhere_is_asked_with_its_own_base_and_no_other(ask, f
 
 
 def test_the_dtype_is_that_of_training_unless_another_is_given(folds, monkeypatch):
-    assert trained_run(folds[0]).dtype == torch.float32
+    assert fold_checkpoint(folds[0]).dtype == torch.float32
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *args: (8, 0))
-    assert trained_run(folds[0], dtype="float16").dtype == torch.float16
-    assert trained_run(folds[0], dtype="bfloat16").dtype == torch.bfloat16
+    assert fold_checkpoint(folds[0], dtype="float16").dtype == torch.float16
+    assert fold_checkpoint(folds[0], dtype="bfloat16").dtype == torch.bfloat16
 
 
 def adapter(folder, change):

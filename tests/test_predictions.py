@@ -7,16 +7,9 @@ import pandas as pd
 import pytest
 from conftest import command, write_csv
 
-from vqa.errors import UserError
-from vqa.predictions import (
-    _read_fast,
-    _read_slowly,
-    is_submission,
-    join,
-    read_predictions,
-    write_predictions,
-    write_submission,
-)
+from vqa.core.errors import UserError
+from vqa.data.predictions import _read_fast, _read_slowly, join, read_predictions, write_predictions
+from vqa.data.submission import is_submission, write_submission
 
 
 def write(path, ids, values):

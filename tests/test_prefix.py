@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from collator import Collator
-from vqa.prefix import OrdersCollator, common_length
-from vqa.scoring import normalised, order_shares, score_rows
+from vqa.data.collator import Collator
+from vqa.inference.scoring import normalize, permutation_probs, score_rows
+from vqa.modeling.shared_prefix import PermutationCollator, common_length
 
 
 def with_orders(rows):
@@ -24,7 +24,7 @@ def with_orders(rows):
 
 def test_every_order_has_the_probabilities_that_it_has_alone(model, processor, ids, rows):
     rows, collate = with_orders(rows[:12]), Collator(processor, 140)
-    together = [normalised(shares) for shares in order_shares(model, rows, collate, ids, batch_size=5)]
+    together = [normalize(shares) for shares in permutation_probs(model, rows, collate, ids, batch_size=5)]
     assert [len(values) for values in together] == [len(row["orders"]) for row in rows]
     for row, values in zip(rows, together):
         alone = score_rows(model, [{**row, "order": order} for order in row["orders"]], collate, ids, batch_size=3)
@@ -34,16 +34,16 @@ def test_every_order_has_the_probabilities_that_it_has_alone(model, processor, i
 
 def test_beginning_and_ending_are_the_tokens_of_each_order(processor, rows):
     rows, collate = with_orders(rows[:7]), Collator(processor, 140)
-    batch = OrdersCollator(collate)(rows)
-    endings = iter(zip(batch["ending_ids"], batch["ending_mask"].bool(), batch["row_of"]))
+    batch = PermutationCollator(collate)(rows)
+    endings = iter(zip(batch["suffix_ids"], batch["suffix_mask"].bool(), batch["row_index"]))
     for i, row in enumerate(rows):
         beginning = batch["input_ids"][i][batch["attention_mask"][i].bool()]
         for order in row["orders"]:
-            ending, real, row_of = next(endings)
+            ending, real, row_index = next(endings)
             whole = collate([{**row, "order": order}])["input_ids"][0]
-            assert torch.equal(torch.cat([beginning, ending[real]]), whole) and row_of == i
-    longest = max(int(mask.sum()) for mask in batch["ending_mask"])
-    assert batch["ending_ids"].shape[1] == longest < batch["input_ids"].shape[1]
+            assert torch.equal(torch.cat([beginning, ending[real]]), whole) and row_index == i
+    longest = max(int(mask.sum()) for mask in batch["suffix_mask"])
+    assert batch["suffix_ids"].shape[1] == longest < batch["input_ids"].shape[1]
 
 
 def test_all_but_the_last_token_can_be_common():

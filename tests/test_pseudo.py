@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from conftest import HEADER, write_csv
 
-from vqa.args_files import DataArguments
-from vqa.errors import UserError
-from vqa.pseudo import pseudo_rows
-from vqa.rows import read_rows
+from vqa.config.arguments import DataArguments
+from vqa.core.errors import UserError
+from vqa.data.rows import read_rows
+from vqa.data.splits import pseudo_rows
 
 PREDICTIONS = ["id", "answer", "p_a", "p_b", "p_c", "p_d"]
 

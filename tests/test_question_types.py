@@ -2,8 +2,8 @@
 
 import pytest
 
-from vqa.drawn import CONTEST, HOME
-from vqa.question_types import question_type
+from vqa.data.synthetic import CONTEST, HOME
+from vqa.reports.question_types import question_type
 
 KNOWN = {
     "reading": ["What does the sign say?", "What is the phone number on the truck?", "간판에 적힌 글자는 무엇인가요?",

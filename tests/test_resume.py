@@ -9,8 +9,8 @@ import pytest
 from transformers import TrainerControl
 from transformers.trainer_callback import DefaultFlowCallback
 
-from vqa.errors import UserError
-from vqa.resume import COMPLETE, StopInTime, WholeCheckpoints, checkpoint_to_resume
+from vqa.core.errors import UserError
+from vqa.training.checkpointing import COMPLETE, CheckpointMarkerCallback, TimeLimitCallback, checkpoint_to_resume
 
 AGAIN = "run the same command in a new session"
 
@@ -55,7 +55,7 @@ def recipe(evaluate: str, save: str) -> SimpleNamespace:
 
 
 def test_an_epochs_last_step_is_saved_after_the_epochs_evaluation():
-    args, callbacks = recipe("epoch", "steps"), [WholeCheckpoints()]
+    args, callbacks = recipe("epoch", "steps"), [CheckpointMarkerCallback()]
     assert flow(callbacks, "on_step_end", args, state(4, 0.5)).should_save
     assert not flow(callbacks, "on_step_end", args, state(8, 1.0)).should_save
     end = flow(callbacks, "on_epoch_end", args, state(8, 1.0))
@@ -63,14 +63,14 @@ def test_an_epochs_last_step_is_saved_after_the_epochs_evaluation():
     assert not flow(callbacks, "on_epoch_end", args, state(18, 2.0)).should_save, "no step was to be saved there"
 
 
-def late() -> StopInTime:
-    stop = StopInTime(max_hours=1.0)
+def late() -> TimeLimitCallback:
+    stop = TimeLimitCallback(max_hours=1.0)
     stop.deadline = time.time() - 1
     return stop
 
 
 def test_a_stop_is_saved_and_adds_no_evaluation():
-    args, callbacks = recipe("epoch", "epoch"), [late(), WholeCheckpoints()]
+    args, callbacks = recipe("epoch", "epoch"), [late(), CheckpointMarkerCallback()]
     control = flow(callbacks, "on_step_end", args, state(3, 0.375))
     assert control.should_save and control.should_training_stop and callbacks[0].stopped
     end = flow(callbacks, "on_epoch_end", args, state(3, 0.375))
@@ -78,7 +78,7 @@ def test_a_stop_is_saved_and_adds_no_evaluation():
 
 
 def test_a_stop_at_an_epochs_end_comes_after_its_evaluation():
-    args, callbacks = recipe("epoch", "steps"), [late(), WholeCheckpoints()]
+    args, callbacks = recipe("epoch", "steps"), [late(), CheckpointMarkerCallback()]
     assert not flow(callbacks, "on_step_end", args, state(8, 1.0)).should_save
     end = flow(callbacks, "on_epoch_end", args, state(8, 1.0))
     assert end.should_evaluate and end.should_save
@@ -91,7 +91,7 @@ def test_a_step_that_is_evaluated_is_not_stopped_before_its_evaluation():
 
 
 def test_what_an_evaluation_takes_has_to_fit_before_the_deadline():
-    args, stop = recipe("steps", "no"), StopInTime(max_hours=1.0)
+    args, stop = recipe("steps", "no"), TimeLimitCallback(max_hours=1.0)
     stop.deadline = time.time() + 60
     assert not flow([stop], "on_step_end", args, state(1, 0.1)).should_training_stop
     stop.longest_evaluation = 120.0
@@ -100,8 +100,8 @@ def test_what_an_evaluation_takes_has_to_fit_before_the_deadline():
 
 def test_hours_count_from_the_start_of_the_loop(monkeypatch):
     monkeypatch.setenv("RUN_STARTED", str(time.time() - 7200))
-    assert StopInTime(max_hours=1.9).deadline < time.time() < StopInTime(max_hours=2.1).deadline
-    assert StopInTime(None).deadline == float("inf")
+    assert TimeLimitCallback(max_hours=1.9).deadline < time.time() < TimeLimitCallback(max_hours=2.1).deadline
+    assert TimeLimitCallback(None).deadline == float("inf")
 
 
 def test_a_stopped_fold_goes_on_to_the_bytes_of_one_that_was_not(trained, script, monkeypatch, tmp_path):
@@ -114,7 +114,7 @@ def test_a_stopped_fold_goes_on_to_the_bytes_of_one_that_was_not(trained, script
     )
     assert not part.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(StopInTime, "is_late", lambda self: self.longest_step > 0)
+        patch.setattr(TimeLimitCallback, "is_late", lambda self: self.longest_step > 0)
         code, output, error = script("train_fold", *args, "--max_hours", "11.5")
     assert code == 3 and "stopped in time at step 1 of 4" in output, error
     assert not (part / "metrics.json").exists() and (part / "checkpoint-1" / COMPLETE).is_file()
@@ -135,10 +135,10 @@ def test_a_run_is_not_gone_on_with_by_another_number_of_processes(tmp_path):
 
 
 def test_before_the_first_evaluation_its_length_is_assumed():
-    args, stop = recipe("epoch", "no"), StopInTime(max_hours=1.0, evaluation_steps=50)
+    args, stop = recipe("epoch", "no"), TimeLimitCallback(max_hours=1.0, evaluation_steps=50)
     stop.deadline, stop.last = time.time() + 60, time.time() - 2.0  # two seconds a step
     assert flow([stop], "on_step_end", args, state(1, 0.1)).should_training_stop
-    stop = StopInTime(max_hours=1.0, evaluation_steps=5)
+    stop = TimeLimitCallback(max_hours=1.0, evaluation_steps=5)
     stop.deadline, stop.last = time.time() + 60, time.time() - 2.0
     assert not flow([stop], "on_step_end", args, state(1, 0.1)).should_training_stop
 

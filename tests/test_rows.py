@@ -3,8 +3,8 @@
 import pytest
 from conftest import HEADER, write_csv
 
-from vqa.errors import UserError
-from vqa.rows import read_rows
+from vqa.core.errors import UserError
+from vqa.data.rows import read_rows
 
 ROW = ["r1", "x.jpg", "q?", "one", "two", "three", "four", "c"]
 

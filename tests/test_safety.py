@@ -12,9 +12,9 @@ import torch
 from conftest import TINY
 from peft import PeftModel
 
-from vqa.args_files import ModelArguments
-from vqa.errors import UserError
-from vqa.model import is_adapter, load_base, load_processor
+from vqa.config.arguments import ModelArguments
+from vqa.core.errors import UserError
+from vqa.modeling.loading import is_adapter, load_base, load_processor
 
 
 def test_base_weights_in_pickles_are_not_loaded(tmp_path, model):

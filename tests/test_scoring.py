@@ -5,9 +5,10 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 
-from collator import Collator
-from vqa.errors import UserError
-from vqa.scoring import letter_metrics, score_rows
+from vqa.core.errors import UserError
+from vqa.data.collator import Collator
+from vqa.inference.scoring import score_rows
+from vqa.training.validation import letter_metrics
 
 
 def blind(processor):

@@ -13,12 +13,12 @@ from conftest import HEADER, TINY, command, write_csv
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from collator import Collator
-from vqa.fingerprint import fingerprint
-from vqa.model import LORA_TARGETS, load_base
-from vqa.prompt import LETTERS
-from vqa.rows import read_rows
-from vqa.scoring import score_rows
+from vqa.core.hashing import fingerprint
+from vqa.data.collator import Collator
+from vqa.data.prompt import LETTERS
+from vqa.data.rows import read_rows
+from vqa.inference.scoring import score_rows
+from vqa.modeling.loading import LORA_TARGETS, load_base
 
 
 def test_a_folds_folder_holds_what_the_design_says(trained):

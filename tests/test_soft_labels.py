@@ -10,10 +10,10 @@ from conftest import HEADER, write_csv
 from scipy.stats import entropy
 from torch.nn.functional import cross_entropy
 
-from vqa.errors import UserError
-from vqa.prompt import LETTERS
-from vqa.rows import read_rows
-from vqa.truth import Truth
+from vqa.core.errors import UserError
+from vqa.data.prompt import LETTERS
+from vqa.data.rows import read_rows
+from vqa.evaluation.labels import Labels
 
 CHOICES = ["r1", "x.jpg", "q?", "one", "two", "three", ""]
 ANNOTATED = [*HEADER[:-1], "answer1", "answer2", "answer3"]
@@ -35,7 +35,7 @@ def read_one(tmp_path, *cells, header=ANNOTATED):
 def test_the_answer_is_the_majoritys_and_of_a_tie_the_one_chosen_first(tmp_path, cells, answer, shares):
     row = read_one(tmp_path, *cells)
     assert row["answer"] == answer and row["annotators"] == pytest.approx(shares)
-    truth = Truth(tmp_path / "t.csv")
+    truth = Labels(tmp_path / "t.csv")
     assert list(truth.answers(["r1"])) == [answer] and truth.shares(["r1"])[0, :3] == pytest.approx(shares)
 
 

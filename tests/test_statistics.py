@@ -5,15 +5,8 @@ import pytest
 from scipy.stats import binom, binomtest, norm
 from sklearn.metrics import accuracy_score, log_loss
 
-from vqa.statistics import (
-    accuracy,
-    accuracy_interval,
-    compare,
-    letter_scores,
-    mean_loss,
-    paired_difference,
-    row_losses,
-)
+from vqa.evaluation.metrics import accuracy, accuracy_and_log_loss, row_log_loss, wilson_interval
+from vqa.evaluation.significance import compare, mean_loss, paired_difference
 
 
 def make(rows=400, seed=0, letters=4):
@@ -27,18 +20,18 @@ def make(rows=400, seed=0, letters=4):
 
 def test_scores_are_scikit_learns_to_twelve_digits():
     probabilities, _, answers = make()
-    got = letter_scores(np.pad(probabilities, ((0, 0), (0, 6))), answers)
+    got = accuracy_and_log_loss(np.pad(probabilities, ((0, 0), (0, 6))), answers)
     assert got["accuracy"] == accuracy_score(answers, probabilities.argmax(1))
     assert got["log_loss"] == pytest.approx(log_loss(answers, probabilities, labels=range(4)), abs=1e-12)
-    assert row_losses(probabilities[:, :2], np.array([3] * 400)) == pytest.approx(-np.log(np.finfo(float).eps))
+    assert row_log_loss(probabilities[:, :2], np.array([3] * 400)) == pytest.approx(-np.log(np.finfo(float).eps))
 
 
 @pytest.mark.parametrize(("right", "rows"), [(80, 100), (0, 30), (30, 30), (1, 7), (123_456, 200_000)])
 def test_the_interval_is_wilsons_by_scipy(right, rows):
     interval = binomtest(right, rows).proportion_ci(0.95, method="wilson")
-    assert accuracy_interval(right, rows) == pytest.approx((interval.low, interval.high), abs=1e-12)
+    assert wilson_interval(right, rows) == pytest.approx((interval.low, interval.high), abs=1e-12)
     found = accuracy(np.arange(rows) < right)
-    assert (found.low, found.high, found.by) == (*accuracy_interval(right, rows), None)
+    assert (found.low, found.high, found.by) == (*wilson_interval(right, rows), None)
 
 
 def test_rows_of_one_image_that_are_right_together_count_once():
@@ -77,7 +70,7 @@ def test_mcnemar_counts_only_the_rows_on_which_two_models_differ():
 
 def test_the_paired_bootstrap_is_seeded_and_near_the_normal_interval():
     first, second, answers = make(2000)
-    losses = row_losses(first, answers), row_losses(second, answers)
+    losses = row_log_loss(first, answers), row_log_loss(second, answers)
     found = paired_difference(*losses)
     assert found == paired_difference(*losses)
     gaps = losses[1] - losses[0]
@@ -120,7 +113,7 @@ def test_chance_alone_is_called_a_difference_no_oftener_than_it_says():
 
 
 def test_the_interval_of_a_mean_loss_is_the_normal_one_where_rows_are_many():
-    losses = row_losses(make(2000)[0], make(2000)[2])
+    losses = row_log_loss(make(2000)[0], make(2000)[2])
     found, error = mean_loss(losses), norm.ppf(0.975) * losses.std(ddof=1) / np.sqrt(2000)
     assert found.value == losses.mean()
     assert found.low == pytest.approx(losses.mean() - error, rel=0.02)

@@ -9,9 +9,10 @@ from accelerate.utils import GradScalerKwargs
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
-from vqa.errors import UserError, run
-from vqa.resume import COMPLETE, WholeCheckpoints
-from vqa.training import MAX_NON_FINITE, SCALER_START, TellEpoch, TrainRows
+from vqa.core.errors import UserError, run
+from vqa.training.checkpointing import COMPLETE, CheckpointMarkerCallback
+from vqa.training.dataset import SetEpochCallback, TrainDataset
+from vqa.training.trainer import MAX_NON_FINITE, SCALER_START
 
 
 def optimizer(rate: float) -> torch.optim.Optimizer:
@@ -39,7 +40,7 @@ def test_losses_that_are_not_finite_stop_the_run_with_the_remedy(make_trainer, m
         seen.append(batch["ids"])
         return torch.full((4, keep, 2000), float("nan"), requires_grad=True)
 
-    monkeypatch.setattr("vqa.training.answer_logits", broken)
+    monkeypatch.setattr("vqa.training.trainer.answer_logits", broken)
     with pytest.raises(UserError, match=f"{MAX_NON_FINITE} times in a row, the last time for row_00") as error:
         trainer.train()
     assert len(seen) == MAX_NON_FINITE and "lower the learning rate" in str(error.value)
@@ -77,11 +78,11 @@ def test_skipped_steps_are_those_at_which_the_schedule_stood_still(make_trainer)
 
 
 def test_choices_are_shuffled_anew_each_epoch_in_workers_that_outlive_it(rows):
-    dataset = TrainRows(rows[:6], True, 42)
+    dataset = TrainDataset(rows[:6], True, 42)
     loader = DataLoader(dataset, None, num_workers=1, persistent_workers=True)
     orders = []
     for epoch in (0.0, 1.0, 0.0):
-        TellEpoch(dataset).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+        SetEpochCallback(dataset).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
         orders.append([row["order"] for row in loader])
     assert orders[0] == orders[2] != orders[1]
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders[0])
@@ -113,7 +114,7 @@ def test_gpu_memory_that_runs_out_is_one_line(capsys):
 
 
 def test_a_checkpoint_is_not_whole_while_it_is_written_anew(make_trainer, tmp_path, monkeypatch):
-    trainer = make_trainer([WholeCheckpoints()], max_steps=2, save_strategy="steps", save_steps=2)
+    trainer = make_trainer([CheckpointMarkerCallback()], max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
     folder = tmp_path / "checkpoint-2"
     assert (folder / COMPLETE).is_file() and json.loads((folder / "trainer_state.json").read_text())

@@ -5,9 +5,9 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, log_loss
 
-from vqa.statistics import row_losses
-from vqa.tta import Trial, flags, pooled
-from vqa.views import Answers
+from vqa.evaluation.metrics import row_log_loss
+from vqa.inference.tta import ViewPredictions
+from vqa.inference.tta_report import Trial, flags, pooled
 
 ROWS = 800
 
@@ -23,7 +23,9 @@ def opinion(random, answers, skill, bias=0.0):
 def trial_of(answers, **views):
     shown = np.ones((len(views), len(answers)), dtype=bool)
     names = [name.replace("_", " ").replace("0 9", "0.9") for name in views]
-    return Trial(Answers(names, np.stack(list(views.values())), shown), answers, {}, np.arange(1.0, len(views) + 1))
+    return Trial(
+        ViewPredictions(names, np.stack(list(views.values())), shown), answers, {}, np.arange(1.0, len(views) + 1)
+    )
 
 
 @pytest.fixture
@@ -121,7 +123,7 @@ def test_the_gate_is_found_where_the_views_stop_helping(for_unsure_rows):
     gate = trial.gate([0, 1])
     assert trial.seen.margins()[~sure].max() < 0.2 and trial.seen.margins()[sure].min() > 0.6
     assert trial.seen.unsure(gate).mean() == pytest.approx((~sure).mean(), abs=0.1)
-    gated, all_of_it = (row_losses(trial.seen.mean([0, 1], g), trial.answers).mean() for g in (gate, None))
+    gated, all_of_it = (row_log_loss(trial.seen.mean([0, 1], g), trial.answers).mean() for g in (gate, None))
     assert gated < all_of_it
 
 
@@ -145,7 +147,9 @@ def test_position_bias_before_and_after(planted):
 def test_folds_are_pooled_by_the_names_of_their_views(random):
     parts = [random.dirichlet(np.ones(10), (2, 3)), random.dirichlet(np.ones(10), (2, 5))]
     shown = [np.ones((2, 3), dtype=bool), np.ones((2, 5), dtype=bool)]
-    both = pooled([Answers(["plain", "x"], parts[0], shown[0]), Answers(["plain", "y"], parts[1], shown[1])])
+    both = pooled(
+        [ViewPredictions(["plain", "x"], parts[0], shown[0]), ViewPredictions(["plain", "y"], parts[1], shown[1])]
+    )
     assert both.names == ["plain", "x", "y"] and both.shown.sum(1).tolist() == [8, 3, 5]
     assert both.mean()[:3] == pytest.approx(parts[0].mean(0)) and both.mean()[3:] == pytest.approx(parts[1].mean(0))
 

@@ -19,11 +19,11 @@ import pytest
 from conftest import ROOT
 from optuna.trial import TrialState
 
-from vqa.args_files import read_args_file
-from vqa.arguments import parse_arguments
-from vqa.errors import UserError
-from vqa.experiments import log_path, read_log
-from vqa.search import as_flags, claim_trial, default_space, open_study, read_space
+from vqa.config.args_file import read_args_file
+from vqa.config.parser import parse_arguments
+from vqa.core.errors import UserError
+from vqa.evaluation.experiment_log import log_path, read_log
+from vqa.training.search import as_flags, claim_trial, default_space, open_study, read_space
 
 STAND_IN = """
 import json, math, os, sys, time
@@ -59,8 +59,8 @@ def loss_at(rate: float) -> float:
 def search(tmp_path, contest, script, monkeypatch):
     """Runs tune.py with the stand-in on args of its own; (exit code, stdout, stderr)."""
     (tmp_path / "train.py").write_text(STAND_IN)
-    monkeypatch.setattr("vqa.search.TRAIN", tmp_path / "train.py")
-    monkeypatch.setattr("vqa.search.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("vqa.training.search.TRAIN", tmp_path / "train.py")
+    monkeypatch.setattr("vqa.training.search.POLL_SECONDS", 0.02)
     folds = pd.DataFrame({"id": [f"row_{i:03d}" for i in range(24)], "fold": [i % 3 for i in range(24)]})
     folds.to_csv(tmp_path / "folds.csv", index=False)
     base = {"model": "tiny", "train_csv": str(contest / "train.csv"), "folds_csv": str(tmp_path / "folds.csv")}

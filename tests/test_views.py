@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from collator import Collator
-from vqa.args_files import DataArguments
-from vqa.features import open_features
-from vqa.scoring import letter_shares, normalised
-from vqa.views import Answers, by_image, choice_orders, collected, make_views
+from vqa.config.arguments import DataArguments
+from vqa.data.collator import Collator
+from vqa.inference.scoring import choice_probs, normalize
+from vqa.inference.tta import ViewPredictions, choice_permutations, group_by_image, make_views, stack_views
+from vqa.modeling.feature_store import open_feature_store
 
 
 def test_scales_change_the_grid_that_the_model_sees(processor, rows, capsys):
@@ -40,7 +40,7 @@ def test_scales_that_give_the_same_grid_are_one_view(processor, rows):
 @pytest.mark.parametrize("order_set", ["cyclic", "latin"])
 @pytest.mark.parametrize("count", range(2, 11))
 def test_every_choice_stands_once_at_every_letter(order_set, count):
-    orders = choice_orders(count, order_set)
+    orders = choice_permutations(count, order_set)
     assert orders[0] == list(range(count)), "the CSV's own order comes first"
     assert all(sorted(order) == list(range(count)) for order in orders)
     assert all(len({order[letter] for order in orders}) == count == len(orders) for letter in range(count))
@@ -48,7 +48,7 @@ def test_every_choice_stands_once_at_every_letter(order_set, count):
 
 @pytest.mark.parametrize("count", [2, 4, 6, 8, 10])
 def test_in_a_latin_set_of_an_even_count_every_choice_follows_every_other_once(count):
-    pairs = [(a, b) for order in choice_orders(count, "latin") for a, b in zip(order, order[1:])]
+    pairs = [(a, b) for order in choice_permutations(count, "latin") for a, b in zip(order, order[1:])]
     assert sorted(pairs) == [(a, b) for a in range(count) for b in range(count) if a != b]
 
 
@@ -67,7 +67,9 @@ def test_wordings_ask_the_same_in_other_words_of_the_rows_that_have_them(process
         ["이건 뭔가요?", "what?"],
         ["뭐죠?"],
     ]
-    assert [len(together) for together in by_image(views)] == [2, 1, 1], "only orders share what stands before them"
+    assert [len(together) for together in group_by_image(views)] == [2, 1, 1], (
+        "only orders share what stands before them"
+    )
     texts = processor.tokenizer.batch_decode(Collator(processor, 140)(views[2].changed_rows())["input_ids"])
     assert "이건 뭔가요?" in texts[0] and rows[1]["question"] not in texts[0]
     assert "wording 3: another one for 0 of 3 questions" in capsys.readouterr().out
@@ -75,14 +77,14 @@ def test_wordings_ask_the_same_in_other_words_of_the_rows_that_have_them(process
 
 def test_orders_of_one_image_stand_together(processor, rows):
     views = make_views(rows, Collator(processor, 140), [0.8, 1.0, 1.4], 3, "latin", flip=True)
-    assert [[view.name for view in views] for views in by_image(views)] == [
+    assert [[view.name for view in views] for views in group_by_image(views)] == [
         ["plain", "latin 1", "latin 2"],
         ["scale 0.8"],
         ["scale 1.4"],
         ["flip"],
     ]
     views = make_views(rows, Collator(processor, 140), orders=2, flip=True)
-    assert [len(together) for together in by_image(views)] == [2, 1]
+    assert [len(together) for together in group_by_image(views)] == [2, 1]
 
 
 class Letters(torch.nn.Module):
@@ -108,8 +110,8 @@ def answers_of(processor, ids, views, liking):
     def blind(rows):
         return {key: value for key, value in collate(rows).items() if key != "pixel_values"}
 
-    shares = [letter_shares(model, view.changed_rows(), blind, ids, 8) for view in views]
-    return collected(views, [normalised(own) for own in shares])
+    shares = [choice_probs(model, view.changed_rows(), blind, ids, 8) for view in views]
+    return stack_views(views, [normalize(own) for own in shares])
 
 
 @pytest.mark.parametrize("order_set", ["cyclic", "latin"])
@@ -137,10 +139,10 @@ def test_a_flipped_image_is_mirrored_and_never_taken_for_the_other(model, proces
     seen, wanted, before = (Collator(processor, 112)([row])["pixel_values"] for row in (flipped, mirrored, rows[0]))
     assert torch.equal(seen, wanted) and not torch.equal(seen, before)
     data = DataArguments(image_size=112, vision_cache_dir=str(tmp_path / "cache"))
-    store = open_features(model, processor, data, [[rows[0]], [flipped], [mirrored]], show=False)
+    store = open_feature_store(model, processor, data, [[rows[0]], [flipped], [mirrored]], show=False)
     plain, turned, wanted = (store.read([row])[0] for row in (rows[0], flipped, mirrored))
     assert torch.allclose(turned, wanted, atol=1e-5) and (turned - plain).abs().max() > 1e-2
-    again = open_features(model, processor, data, [[rows[0]]], show=False)
+    again = open_feature_store(model, processor, data, [[rows[0]]], show=False)
     assert again.holds([rows[0]]) and not again.holds([flipped]) or torch.equal(again.read([flipped])[0], turned)
 
 
@@ -160,7 +162,7 @@ def answers():
     first = [[0.5, 0.4, 0.1], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]]
     second = [[0.9, 0.1, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
     shown = np.array([[True, True], [True, True], [True, False]])
-    return Answers(["plain", "x", "y"], np.stack([first, second], axis=1), shown)
+    return ViewPredictions(["plain", "x", "y"], np.stack([first, second], axis=1), shown)
 
 
 def test_a_view_that_does_not_show_a_row_does_not_count_for_it(answers):

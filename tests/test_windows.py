@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoModelForImageTextToText
 
-from collator import Collator
-from vqa.windows import _grouped_forward
+from vqa.data.collator import Collator
+from vqa.modeling.windows import _grouped_forward
 
 
 def test_the_vision_tower_gives_the_same_features_on_ragged_grids(model, processor, rows):

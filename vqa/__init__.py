@@ -1,1 +1,4 @@
-"""What the scripts share: one flat module a role. Modules never import a script."""
+"""The library behind the scripts. Packages import in one direction only, from left to right:
+
+core -> config -> data -> evaluation, modeling -> inference -> training, reports
+"""

@@ -1,0 +1,133 @@
+"""The experiment log: one row for every finished training, prediction and ensemble, in experiments/log.csv.
+
+Rows are only ever added; what a leaderboard said of an ensemble is a row too, whose parent is that ensemble. The
+environment variable EXPERIMENTS_LOG names another file. Beside the log lies, for each run that was scored,
+`<id>.csv`: the out-of-fold probabilities behind its score, so that two runs can be compared whatever became of them.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock
+
+from vqa.core.errors import UserError
+from vqa.core.io import atomic_write
+from vqa.data.predictions import write_probabilities
+from vqa.data.table import read_table
+
+SCORES = ("rows", "accuracy", "low", "high", "log_loss")
+
+
+COLUMNS = (
+    *("id", "time", "kind", "revision", "output", "args", "data"),
+    *SCORES,
+    *("truth", "seconds", "peak_gib", "parents", "public_score"),
+)
+
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+
+
+def log_path() -> Path:
+    return Path(os.environ.get("EXPERIMENTS_LOG") or "experiments/log.csv")
+
+
+def log_run(
+    kind: str,
+    output: str | Path,
+    args: Mapping,
+    seconds: float | None = None,
+    data: str = "",
+    scores: Mapping | None = None,
+    truth: str | Path = "",
+    out_of_fold: tuple[Sequence[str], np.ndarray] | None = None,
+    parents: Sequence[str] = (),
+    public_score: float | None = None,
+) -> str:
+    """Add a row for a finished run; its new id, or "" where the log cannot be written, which is said.
+
+    `args` are those that differ from the defaults. `scores` hold those of SCORES that are known, by the answers in
+    the CSV `truth`; `out_of_fold` the ids and probabilities (rows, letters) that they were computed from. `parents`
+    are the ids of the runs that this one was made from.
+    """
+    row = {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "kind": kind,
+        "revision": git_revision(),
+        "output": output,
+        "args": json.dumps(args, ensure_ascii=False, sort_keys=True, default=str),
+        "data": data,
+        "truth": truth,
+        "peak_gib": f"{peak_gib():.2f}",
+        "parents": " ".join(filter(None, parents)),
+    }
+    numbers = {name: (scores or {}).get(name) for name in SCORES} | {"public_score": public_score}
+    numbers["seconds"] = seconds and round(seconds, 1)
+    row |= {name: number for name, number in numbers.items() if number is not None}
+    try:
+        return _append({name: str(value) for name, value in row.items()}, out_of_fold)
+    except (UserError, OSError) as error:  # the run itself ended well, and what comes after it can go on
+        print(f"not in the experiment log: {error}", file=sys.stderr)
+        return ""
+
+
+def _append(row: dict[str, str], out_of_fold: tuple[Sequence[str], np.ndarray] | None) -> str:
+    """Under a lock, since folds train side by side; written whole, and with all columns where the log is older."""
+    path = log_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        table = read_log(path) if path.exists() else pd.DataFrame(columns=COLUMNS, dtype=str)
+        row["id"] = _new_id(set(table["id"]))
+        if out_of_fold:
+            write_probabilities(path.with_name(f"{row['id']}.csv"), *out_of_fold)
+        with atomic_write(path) as temporary:
+            grown = pd.concat([table, pd.DataFrame([row])]).fillna("")
+            grown.to_csv(temporary, index=False, lineterminator="\n")
+    return row["id"]
+
+
+def read_log(path: str | Path) -> pd.DataFrame:
+    """The log as text cells, oldest first; columns that an older log lacks are blank."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file; train something first, or name another log by EXPERIMENTS_LOG")
+    table = read_table(path, ("id", "kind"))
+    return table.reindex(columns=[*COLUMNS, *(name for name in table.columns if name not in COLUMNS)], fill_value="")
+
+
+def _new_id(taken: set[str]) -> str:
+    """The milliseconds since 1970 in base 36: eight characters that sort by time."""
+    moment = time.time_ns() // 1_000_000
+    while (name := np.base_repr(moment, 36).lower()) in taken:
+        moment += 1
+    return name
+
+
+def git_revision() -> str:
+    """The commit that the project's files are of, `-dirty` where they were changed since; blank outside git."""
+    try:
+        command = ("git", "describe", "--always", "--dirty", "--exclude=*")
+        return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def peak_gib() -> float:
+    """The most memory that this process took, in GiB: of the GPU where it used one, else main memory."""
+    torch = sys.modules.get("torch")  # importing it for this would slow light scripts
+    if torch and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def changed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
+    """The args of a script that differ from its defaults."""
+    return {name: value for name, value in vars(args).items() if value != parser.get_default(name)}

@@ -1,0 +1,106 @@
+"""Going on with a run that was cut off: whole checkpoints only, and a stop before the notebook dies."""
+
+import os
+import time
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
+from vqa.core.errors import UserError
+
+COMPLETE = "complete"  # written last into a checkpoint folder; one without it was cut off while being written
+
+
+STARTED = time.time()
+
+
+class CheckpointMarkerCallback(TrainerCallback):
+    """Marks a checkpoint as whole. Has to come after the callbacks that write into it, such as the averages.
+
+    And where epochs are evaluated but steps saved, the checkpoint of an epoch's last step is written after that
+    evaluation, as everywhere else: a run that goes on from a checkpoint has been evaluated at its step.
+    """
+
+    deferred = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.eval_strategy == "epoch" and (is_epoch_end(state) or state.global_step >= state.max_steps):
+            self.deferred, control.should_save = control.should_save, False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save |= self.deferred
+        self.deferred = False
+
+    def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()  # each process writes its random state
+        if state.is_world_process_zero:
+            Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).write_text(str(args.world_size))
+
+
+def checkpoint_to_resume(wanted: str | None, folder: str | Path) -> str | None:
+    """The checkpoint that the args name; with `auto` the newest whole one in the fold's folder, if there is one."""
+    if wanted == "auto":
+        whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
+        newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+        wanted = newest and str(newest)
+    if not wanted:
+        return None
+    if not Path(wanted, COMPLETE).is_file():
+        raise UserError(f"resume_from_checkpoint: {wanted} is not a checkpoint folder, or not a whole one; try `auto`")
+    wrote, here = Path(wanted, COMPLETE).read_text(), PartialState().num_processes
+    if wrote and int(wrote) != here:  # the Trainer would count steps and rows otherwise, without a word
+        raise UserError(
+            f"{wanted} was written by {wrote} processes and this run has {here}; go on with `accelerate launch "
+            f"--num_processes {wrote}`, or remove the folder {Path(wanted).parent} to begin anew"
+        )
+    return wanted
+
+
+def is_epoch_end(state) -> bool:
+    return state.epoch == int(state.epoch)
+
+
+class TimeLimitCallback(TrainerCallback):
+    """Stops the run, with a checkpoint, before `max_hours` have passed; `stopped` then says so. None: never.
+
+    Hours count from the start of run.sh (`RUN_STARTED`, seconds since 1970), otherwise of this process. What the next
+    step and an evaluation may take, judged by the longest so far, has to fit in; before the first evaluation it is
+    taken to be as long as `evaluation_steps` steps. A stop adds no evaluation, so that the run goes on as if it had
+    never been stopped.
+    """
+
+    def __init__(self, max_hours: float | None, evaluation_steps: float = 0.0):
+        hours = float("inf") if max_hours is None else max_hours
+        self.deadline = float(os.environ.get("RUN_STARTED", STARTED)) + 3600 * hours
+        self.evaluation_steps = evaluation_steps
+        self.stopped = False
+        self.last = time.time()  # the end of whatever came last
+        self.longest_step = self.longest_evaluation = 0.0
+
+    def is_late(self) -> bool:
+        """Whether the next step and an evaluation may not end in time."""
+        evaluation = self.longest_evaluation or self.evaluation_steps * self.longest_step
+        return time.time() + 2 * self.longest_step + evaluation > self.deadline
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last = time.time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.deadline == float("inf"):
+            return
+        self.longest_step, self.last = max(self.longest_step, time.time() - self.last), time.time()
+        late = broadcast_object_list([self.is_late()])[0]  # the clocks of the processes differ
+        if late and not control.should_evaluate and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.longest_evaluation, self.last = max(self.longest_evaluation, time.time() - self.last), time.time()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.last = time.time()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped and not is_epoch_end(state):  # the Trainer takes any stop for the end of an epoch
+            control.should_evaluate = control.should_save = False

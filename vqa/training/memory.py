@@ -1,0 +1,202 @@
+"""Peak GPU memory of a training run, estimated from the model's config before any weight is loaded.
+
+The estimate counts what torch allocates (`torch.cuda.max_memory_allocated`); `benchmarks/memory.py` measures the same
+on a GPU, to compare. It follows this project's training: frozen base, float32 adapter, the vision tower under
+`no_grad`, logits at the answer alone, SDPA attention.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from vqa.config.arguments import ModelArguments
+from vqa.modeling.families import vision_tower
+from vqa.modeling.loading import add_adapter, check_model_path
+
+GIB = 2**30
+
+
+T4_BYTES = 14.5 * GIB  # what a T4's 16 GB are in practice
+
+
+CUDA_BYTES = 0.6 * GIB  # beside what torch allocates: the CUDA context, and blocks that do not fit together
+
+
+# nf4: half a byte; one byte of scale for 64 parameters; one float32 for 256 of those scales.
+BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+# Bytes of optimiser state for a trained parameter, where it is not AdamW's two float32 moments.
+OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
+
+
+WORKSPACE_BYTES = 32 * 2**20  # cuBLAS's own, at its largest
+
+
+# Bytes that live at once within a vision block, for each of its widest layer's outputs: queries and keys are rotated
+# in float32, and the MLP has three such outputs and, at the layer that is guarded against overflow, a float32 copy.
+VISION_BYTES = 12
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides the memory beside the batch. `model`: the adapted model, on whatever device, as `outline` makes."""
+
+    model: PeftModel
+    load_in_4bit: bool
+    checkpointing: bool
+    optimizer: str = "adamw_torch_fused"
+    averages: int = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows in a batch, tokens of each with its padding, and patches of each image (four to an image token)."""
+
+    rows: int
+    tokens: int
+    patches: int
+
+
+def meta_model(args: ModelArguments, dtype: torch.dtype) -> PeftModel:
+    """The base model with its adapter on the `meta` device: names and shapes without weights, in a second or two."""
+    check_model_path(args.model)
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    with torch.device("meta"):
+        base = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    return add_adapter(base, args.lora_rank, args.lora_alpha, args.lora_dropout)
+
+
+def training_peak(setup: Setup, batch: Batch) -> int:
+    """Bytes at the worst moment of an optimiser step.
+
+    That is either while the vision tower runs, or once the language model has run forward: then the checkpoints of
+    all layers are held, and either the logits or one layer in its backward pass on top of them.
+    """
+    kept = checkpoint_bytes(setup, batch) if setup.checkpointing else layers(setup) * layer_bytes(setup, batch)
+    one_layer = layer_bytes(setup, batch) if setup.checkpointing else 0
+    in_layer = one_layer + backward_bytes(setup, batch)
+    return resident_bytes(setup) + max(vision_bytes(setup, batch), kept + max(logit_bytes(setup, batch), in_layer))
+
+
+def validation_peak(setup: Setup, batch: Batch) -> int:
+    """Bytes at the worst moment of a validation, when there are no gradients and nothing is kept for them."""
+    text, count = text_config(setup), batch.rows * batch.tokens
+    in_layer = count * (3 * text.hidden_size + 4 * text.intermediate_size) * element(setup) + weight_bytes(setup)
+    resident = resident_bytes(setup) - gradient_bytes(setup)
+    return resident + max(vision_bytes(setup, batch), in_layer, logit_bytes(setup, batch, positions=1))
+
+
+def resident_bytes(setup: Setup) -> int:
+    """Bytes that are held throughout."""
+    return sum(resident_terms(setup).values())
+
+
+def resident_terms(setup: Setup) -> dict[str, int]:
+    """What is held throughout, by name, in bytes."""
+    trained = trained_parameters(setup)
+    return {
+        "base model": base_bytes(setup),
+        "adapter": 4 * trained + element(setup) % 4 * trained,  # float32, and autocast's 16-bit copy
+        "gradients": gradient_bytes(setup),
+        "optimiser": OPTIMIZER_BYTES.get(setup.optimizer, 8) * trained,
+        "averages": setup.averages * 4 * trained,
+        "workspace": WORKSPACE_BYTES,
+    }
+
+
+def base_bytes(setup: Setup) -> int:
+    """The frozen weights: the language model's linear layers in 4 bits, if asked for, everything else in 16 or 32."""
+    total = sum(p.numel() for p in setup.model.parameters() if not p.requires_grad)
+    quantised = linear_parameters(setup) if setup.load_in_4bit else 0
+    return int(quantised * BYTES_IN_4BIT) + (total - quantised) * element(setup)
+
+
+def gradient_bytes(setup: Setup) -> int:
+    """A float32 gradient for each trained parameter."""
+    return 4 * trained_parameters(setup)
+
+
+def checkpoint_bytes(setup: Setup, batch: Batch) -> int:
+    """With gradient checkpointing: the hidden state that enters each layer."""
+    return layers(setup) * batch.rows * batch.tokens * text_config(setup).hidden_size * element(setup)
+
+
+def layer_bytes(setup: Setup, batch: Batch) -> int:
+    """What one decoder layer keeps for its backward pass. Frozen weights need no gradient, so their inputs go."""
+    text, size = text_config(setup), element(setup)
+    hidden, inner = text.hidden_size, text.intermediate_size
+    heads = text.num_attention_heads * head_size(setup)
+    norms = 2 * size * hidden  # their inputs
+    attention = 4 * size * heads  # queries, keys and values for every query head, and the output
+    mlp = 3 * size * inner  # gate, activated gate, up
+    adapter = size * (2 * hidden + inner)  # its branches share inputs; that of the output projection is counted above
+    if setup.model.peft_config["default"].lora_dropout > 0:  # a byte for each number that was dropped or not
+        adapter += sum(m.in_features for m in targets(setup)) // layers(setup)
+    return batch.rows * batch.tokens * (norms + attention + mlp + adapter)
+
+
+def backward_bytes(setup: Setup, batch: Batch) -> int:
+    """Beside the above, in a layer's backward pass: three gradients as wide as the MLP, and one weight in 16 bits."""
+    return 3 * batch.rows * batch.tokens * text_config(setup).intermediate_size * element(setup) + weight_bytes(setup)
+
+
+def weight_bytes(setup: Setup) -> int:
+    """The largest weight as bitsandbytes unpacks it for one product."""
+    text = text_config(setup)
+    return text.hidden_size * text.intermediate_size * element(setup) if setup.load_in_4bit else 0
+
+
+def logit_bytes(setup: Setup, batch: Batch, positions: int = 4) -> int:
+    """Logits of the last `positions` (answer, end of turn, line break and the one before), and the loss of them.
+
+    In the model's dtype and in float32; for training also contiguous, as log-probabilities, and their gradient.
+    """
+    copies = element(setup) + 4 + (3 * 4 if positions > 1 else 0)
+    return batch.rows * positions * text_config(setup).vocab_size * copies
+
+
+def vision_bytes(setup: Setup, batch: Batch) -> int:
+    """The vision tower's forward pass without gradients: the patches as they come, and one block at work on them."""
+    tower = vision_tower(setup.model.get_base_model())
+    pixels = tower.patch_embed.proj.weight[0].numel()
+    widest = max(m.out_features for m in tower.blocks.modules() if isinstance(m, nn.Linear))
+    return batch.rows * batch.patches * (pixels * (4 + element(setup)) + widest * VISION_BYTES * element(setup) // 2)
+
+
+def linear_parameters(setup: Setup) -> int:
+    """Weights of the linear layers that bitsandbytes packs: neither the vision tower's nor the output layer."""
+    base = setup.model.get_base_model()
+    spared = {*vision_tower(base).modules(), base.get_output_embeddings()}
+    linear = (m for m in base.modules() if isinstance(m, nn.Linear) and m not in spared)
+    return sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
+
+
+def trained_parameters(setup: Setup) -> int:
+    return sum(p.numel() for p in setup.model.parameters() if p.requires_grad)
+
+
+def targets(setup: Setup) -> list[nn.Module]:
+    """The layers that carry an adapter."""
+    return [setup.model.get_base_model().get_submodule(name) for name in setup.model.base_model.targeted_module_names]
+
+
+def text_config(setup: Setup):
+    return setup.model.get_base_model().config.get_text_config()
+
+
+def layers(setup: Setup) -> int:
+    return text_config(setup).num_hidden_layers
+
+
+def head_size(setup: Setup) -> int:
+    text = text_config(setup)
+    return text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+
+
+def element(setup: Setup) -> int:
+    """Bytes of a number in the dtype that the base model computes in: 2 or 4."""
+    return setup.model.get_base_model().dtype.itemsize

@@ -1,0 +1,72 @@
+"""What has to hold before a GPU hour is spent. Training itself makes the cheap checks; doctor.py makes all of them."""
+
+from collections import Counter
+from pathlib import Path
+
+from peft import PeftModel
+
+from vqa.core.errors import UserError, preview
+from vqa.core.io import read_json
+from vqa.data.collator import IGNORE, Collator
+from vqa.data.prompt import LETTERS, build_messages, letter_ids, render_chat, shown_answer
+from vqa.data.splits import split_problems
+from vqa.modeling.families import vision_tower
+from vqa.modeling.vision import unwrap_base_model
+
+
+def check_before_training(model: PeftModel, collate: Collator, train_rows: list[dict], valid_rows: list[dict]) -> None:
+    """Stop with a UserError that lists what is wrong with the prompt, the labels, the adapter or the split.
+
+    `collate` is the collator of training rows (`with_answer=True`).
+    """
+    letter_ids(collate.processor)
+    problems = label_problems(collate, train_rows[:1]) + adapter_problems(model)
+    if problems := problems + split_problems(train_rows, valid_rows):
+        raise UserError("; ".join(problems))
+
+
+def supervised_texts(collate: Collator, rows: list[dict]) -> list[str]:
+    """What the labels of each row cover, decoded: `b<|im_end|>`."""
+    labels = collate(rows)["labels"]
+    return [collate.processor.tokenizer.decode(row[row != IGNORE]) for row in labels]
+
+
+def label_problems(collate: Collator, rows: list[dict]) -> list[str]:
+    """One line for each row whose labels are not exactly its right letter and the end of the turn."""
+    problems = []
+    for row, text in zip(rows, supervised_texts(collate, rows)):
+        conversation, letter = build_messages(row, {"type": "image"}), LETTERS[shown_answer(row)]
+        prompt = render_chat(collate.processor, conversation)
+        wanted = render_chat(collate.processor, conversation, letter)[len(prompt) :].rstrip()
+        if text != wanted:
+            problems.append(
+                f"the labels of {row['id']} cover {text!r} and not {wanted!r}; use the chat template and the "
+                "tokenizer that came with the model"
+            )
+    return problems
+
+
+def adapter_targets(model: PeftModel) -> dict[str, int]:
+    """The layers that carry an adapter: their own name -> how many there are."""
+    return dict(Counter(name.rpartition(".")[2] for name in model.base_model.targeted_module_names))
+
+
+def adapter_problems(model: PeftModel) -> list[str]:
+    """Whether the adapter, or anything else that is trained, lies in the vision tower, or there is none at all."""
+    if not any(p.requires_grad for p in model.parameters()):
+        return ["nothing of the model is trained: no layer's name fits LORA_TARGETS in vqa/model.py"]
+    trained = [name for name, p in vision_tower(unwrap_base_model(model)).named_parameters() if p.requires_grad]
+    if not trained:
+        return []
+    remedy = "let LORA_TARGETS in vqa/model.py name the language model's layers only"
+    return [f"{len(trained)} parameters of the vision tower are trained ({preview(trained)}); {remedy}"]
+
+
+def missing_weights(model: str) -> list[str]:
+    """Files of weights that a model folder lacks, as half a download does. Empty for a name on the model hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return []
+    index = folder / "model.safetensors.index.json"
+    wanted = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    return [name for name in wanted if not (folder / name).is_file()]
