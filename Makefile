@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(ready)
 	rm -rf data/demo checkpoints/demo outputs/demo
 	python data/make_demo.py
-	EXPERIMENTS_LOG=experiments/demo.csv TRUTH=data/demo/test_answers.csv JOBS=3 bash run.sh args/demo
+	EXPERIMENTS_LOG=experiments/demo.csv LABELS=data/demo/test_answers.csv JOBS=3 bash run.sh args/demo
 
 test: $(ready)
 	python -m pytest -q

@@ -3,8 +3,8 @@
     python ensemble.py outputs/*.csv                                  # outputs/submission.csv, by --method auto
     python ensemble.py outputs/fold*.csv outputs/7b/fold*.csv         # two models, tuned against each other
     python ensemble.py outputs/*.csv --method majority
-    python ensemble.py a.csv b.csv --oof oof_a.csv oof_b.csv --truth data/train.csv
-    python ensemble.py --compare a.csv b.csv --truth data/train.csv   # better, worse, or within noise?
+    python ensemble.py a.csv b.csv --oof oof_a.csv oof_b.csv --labels data/train.csv
+    python ensemble.py --compare a.csv b.csv --labels data/train.csv   # better, worse, or within noise?
 
 Files are joined by id. Those in one folder whose names differ only in a number after "fold" are the folds of one
 model: they are averaged, and models are tuned against each other on their out-of-fold rows, which lie beside each
@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from vqa.core.cli import non_default_args
 from vqa.core.errors import UserError, run
 from vqa.data.predictions import join, letters, read_card, validation_scores, write_probabilities
 from vqa.data.prompt import LETTERS
 from vqa.data.submission import check_offered, is_submission, previous_answers, write_submission
 from vqa.evaluation.ensembling import METHODS, Ensemble, fit, nested, score_weights
-from vqa.evaluation.experiment_log import changed, log_run
+from vqa.evaluation.experiment_log import log_run
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import accuracy, row_log_loss, score_with_interval
 from vqa.evaluation.oof import MissingOOFError, OOFPredictions, check_agreement, group_models, load_oof
@@ -39,7 +40,7 @@ def main() -> None:
     start, args = time.time(), parse_args()
     if args.compare:
         ids, stack = join(args.compare)
-        return print_comparison(*args.compare, ids, stack, Labels(args.truth))
+        return print_comparison(*args.compare, ids, stack, Labels(args.labels))
     files, oof = prediction_files(args.predictions, args.oof)
     output = Path(args.output or Path(files[0]).parent / "submission.csv")
     check_place(args.probabilities, files)
@@ -94,12 +95,14 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="out-of-fold files, one a prediction and in the same order (default: found beside the adapters)",
     )
-    parser.add_argument("--truth", help="CSV with the answers (default: the train.csv that the folds were trained on)")
+    parser.add_argument(
+        "--labels", help="CSV with the answers (default: the train.csv that the folds were trained on)"
+    )
     parser.add_argument(
         "--compare",
         nargs=2,
         metavar=("A", "B"),
-        help="instead: is B better than A? Files of rows that --truth answers",
+        help="instead: is B better than A? Files of rows that --labels answers",
     )
     parser.add_argument("--sample", help="sample submission (default: sample_submission.csv beside the test CSV)")
     parser.add_argument("--output", help="(default: submission.csv beside the first file)")
@@ -107,11 +110,11 @@ def parse_args() -> argparse.Namespace:
         "--probabilities", metavar="FILE", help="write the ensemble's probabilities too, as a pseudo_csv for training"
     )
     args = parser.parse_args()
-    if args.compare and (args.predictions or not args.truth):
-        raise UserError("--compare takes two files and the --truth to judge them by, and nothing else")
+    if args.compare and (args.predictions or not args.labels):
+        raise UserError("--compare takes two files and the --labels to judge them by, and nothing else")
     if not args.compare and not args.predictions:
         raise UserError("no predictions given; name the files that predict.py wrote, such as outputs/*.csv")
-    args.differing = changed(parser, args)
+    args.differing = non_default_args(parser, args)
     return args
 
 
@@ -159,7 +162,7 @@ def average_folds(stack: np.ndarray, files: list[str], models: Mapping[str, Sequ
 def find_evidence(models: dict, oof: dict | None, args: argparse.Namespace) -> OOFPredictions | None:
     """The out-of-fold rows; where they are not needed and not there, the reason is printed."""
     try:
-        evidence = load_oof(models, oof, args.truth)
+        evidence = load_oof(models, oof, args.labels)
     except MissingOOFError as reason:
         if oof or args.temperature or args.method in ("greedy", "stack"):
             raise

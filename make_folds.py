@@ -1,7 +1,7 @@
 """Check the contest's data and write the folds file that training reads.
 
     python make_folds.py args/fold0.json                         # three folds of that file's train_csv
-    python make_folds.py args/fold0.json --folds 5 --again       # others in their place
+    python make_folds.py args/fold0.json --folds 5 --overwrite       # others in their place
 
 `id,fold`, stratified by answer, byte-identical images in one fold. A folds file that is there and fits is kept: models
 trained on it have to go on with it.
@@ -29,7 +29,7 @@ def main() -> None:
     if Path(data.test_csv).is_file():  # better now than after the training
         warn_of_images(read_rows(data.test_csv, data.image_root).to_list(), data.test_csv)
     path, ids, answers = folds_file(data), list(rows["id"]), list(rows["answer"])
-    if kept := path.is_file() and not args.again:
+    if kept := path.is_file() and not args.overwrite:
         folds = read_folds(path, ids, data.train_csv)
     else:
         folds = assign_folds(answers, list(rows["image"]), args.folds, args.seed)
@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("args_file", help="an args file: its train_csv, test_csv, image_root and folds_csv are used")
     parser.add_argument("--folds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the shuffle (default: 42)")
-    parser.add_argument("--again", action="store_true", help="make them anew where the file is there already")
+    parser.add_argument("--overwrite", action="store_true", help="make them anew where the file is there already")
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
 """Adapters + a CSV -> one CSV of letter probabilities per fold, in outputs/.
 
     python predict.py checkpoints/fold0 checkpoints/fold1 checkpoints/fold2
-    python predict.py checkpoints/fold? --scales 0.9 1.0 1.1 --orders 4
-    python predict.py checkpoints/fold? --scales 0.9 1.0 1.1 --orders 4 --oof    # which of these views pay?
+    python predict.py checkpoints/fold? --scales 0.9 1.0 1.1 --num_permutations 4
+    python predict.py checkpoints/fold? --scales 0.9 1.0 1.1 --num_permutations 4 --oof    # which of these views pay?
     python predict.py --base args/fold0.json             # the untrained base model, to compare with
     accelerate launch predict.py checkpoints/fold?       # the rows shared out among several GPUs
 
@@ -31,6 +31,7 @@ import torch
 from accelerate import PartialState
 from transformers.hf_argparser import string_to_bool
 
+from vqa.core.cli import non_default_args
 from vqa.core.distributed import distributed_map, run_on_main_and_broadcast
 from vqa.core.errors import UserError, preview, run
 from vqa.core.hashing import hash_files
@@ -40,7 +41,7 @@ from vqa.data.images import check_images, find_bad_images
 from vqa.data.predictions import letters, read_card, read_predictions, write_predictions
 from vqa.data.prompt import LETTERS, letter_ids
 from vqa.data.rows import read_rows
-from vqa.evaluation.experiment_log import changed, log_run
+from vqa.evaluation.experiment_log import log_run
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import accuracy_and_log_loss, score_with_interval
 from vqa.evaluation.oof import WEIGHTS
@@ -96,15 +97,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="folder of the base model, where it lies elsewhere than in training")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default: as in training)")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="image scales (default: 1.0)")
-    parser.add_argument("--orders", type=int, default=1, help="orders of the choices (default: 1)")
+    parser.add_argument("--num_permutations", type=int, default=1, help="orders of the choices (default: 1)")
     parser.add_argument(
-        "--order_set",
+        "--permutation_set",
         choices=PERMUTATION_SETS,
         default="cyclic",
         help="cyclic: rotations; latin: Williams' design, in which neighbours change too (default: cyclic)",
     )
     parser.add_argument(
-        "--wordings",
+        "--num_paraphrases",
         type=int,
         default=1,
         help="wordings of the question, where the CSV has columns question_1, ...; data/paraphrase.py makes some "
@@ -148,9 +149,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.folds and not args.base:
         raise UserError("no folds given; name the folders that train_fold.py wrote, such as checkpoints/fold0")
-    if min(args.scales) <= 0 or min(args.orders, args.wordings) < 1:
-        raise UserError("--scales have to be above 0, --orders and --wordings at least 1")
-    args.differing = changed(parser, args)
+    if min(args.scales) <= 0 or min(args.num_permutations, args.num_paraphrases) < 1:
+        raise UserError("--scales have to be above 0, --num_permutations and --num_paraphrases at least 1")
+    args.differing = non_default_args(parser, args)
     if args.oof and args.base:
         raise UserError("--oof is for folds: the base model was validated on nothing; leave --base out")
     return args
@@ -211,7 +212,7 @@ def with_images(rows: list[dict], csv: str, skip_bad: bool) -> list[dict]:
         )
     paths = [row["image"] for row in rows if row["image"]]
     hashes = dict(zip(paths, hash_files(paths)))
-    return [{**row, "hash": hashes.get(row["image"])} for row in rows]
+    return [{**row, "image_hash": hashes.get(row["image"])} for row in rows]
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def make_jobs(
     for item, own in zip(runs, rows):
         if id(own) not in made:
             made[id(own)] = make_views(
-                own, collate, args.scales, args.orders, args.order_set, args.wordings, args.flip
+                own, collate, args.scales, args.num_permutations, args.permutation_set, args.num_paraphrases, args.flip
             )
         views = made[id(own)] if item.adapter else made[id(own)][:1]  # the base is there to compare with
         folder = Path(args.output_dir or item.output_dir, *(["oof"] if args.oof else []))

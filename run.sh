@@ -2,12 +2,13 @@
 # The whole job for a folder of args files: folds, training of each fold, prediction, ensemble, scores.
 #   bash run.sh args                                  # the 3B in three folds
 #   bash run.sh args/7b --num_train_epochs 5          # fields of the training, given here, override the args files
-#   TRUTH=data/demo/test_answers.csv bash run.sh args/demo      # where the test answers are known: a table of scores
+#   LABELS=data/demo/test_answers.csv bash run.sh args/demo      # where the test answers are known: a table of scores
 #   bash run.sh args --max_hours 11                   # training stops with a checkpoint before a notebook of 12 hours dies
 #   JOBS=2 bash run.sh args                           # two folds at once, where there is room for two
 # Run again, it does not train a finished fold anew, and goes on with one that was cut off from its last checkpoint.
 set -euo pipefail
 export RUN_STARTED=${RUN_STARTED:-$(date +%s)} # max_hours counts from here, over all folds
+LABELS=${LABELS:-${TRUTH:-}} # TRUTH: the name of the release before
 args=${1:-}
 args=${args%/}
 case "$args" in args | args/*) ;; *) echo "error: usage: bash run.sh args, or a folder below it such as args/7b" >&2; exit 2 ;; esac
@@ -48,7 +49,7 @@ train() { # every fold, JOBS at a time, the cores shared out among them
 stage "train ${#files[@]} folds" train "${@:2}"
 unset OMP_NUM_THREADS
 # The untrained base is asked only where there is something to compare with.
-stage predict env OMP_NUM_THREADS="$(nproc)" accelerate launch --quiet predict.py "${folds[@]}" ${TRUTH:+--base "${folds[0]}/args.json"} \
-  --orders 4 --output_dir "$outputs"
+stage predict env OMP_NUM_THREADS="$(nproc)" accelerate launch --quiet predict.py "${folds[@]}" ${LABELS:+--base "${folds[0]}/args.json"} \
+  --num_permutations 4 --output_dir "$outputs"
 stage ensemble python ensemble.py "${predictions[@]}"
-python scores.py "$outputs" ${TRUTH:+--truth "$TRUTH"}
+python scores.py "$outputs" ${LABELS:+--labels "$LABELS"}

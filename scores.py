@@ -1,7 +1,7 @@
 """The table at the end of run.sh: what each step of the way scored, with its interval, and what it cost.
 
     python scores.py outputs/demo                                            # out-of-fold scores of the folds
-    python scores.py outputs/demo --truth data/demo/test_answers.csv         # test rows whose answers are known
+    python scores.py outputs/demo --labels data/demo/test_answers.csv         # test rows whose answers are known
 
 Nothing is trained or predicted here: the numbers are computed from the prediction files in the folder and in its
 plain/. The same numbers go to scores.json in that folder.
@@ -32,7 +32,7 @@ def main() -> None:
     folds = sorted(folder.glob("fold*.csv"))
     if not folds:
         raise UserError(f"{folder}: no fold*.csv in it; predict with predict.py first")
-    table = test_scores(folder, folds, args.truth) if args.truth else validation_scores(folds)
+    table = test_scores(folder, folds, args.labels) if args.labels else validation_scores(folds)
     seconds = read_seconds(folder / "seconds.txt")
     print(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
     if seconds:
@@ -43,7 +43,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="where predict.py wrote, such as outputs/demo")
-    parser.add_argument("--truth", help="CSV of `id,answer` for the test rows, where they are known")
+    parser.add_argument("--labels", help="CSV of `id,answer` for the test rows, where they are known")
     return parser.parse_args()
 
 

@@ -192,7 +192,7 @@ class Ours:
     def answered(self) -> Iterator[dict]:
         model, count, workers = self.adapted(0.0), self.plan["predict_rows"], self.plan["workers"]
         chosen = (self.rows * (count // len(self.rows) + 1))[:count]
-        rotations = [{**row, "orders": [[(i + k) % 4 for i in range(4)] for k in range(4)]} for row in chosen]
+        rotations = [{**row, "permutations": [[(i + k) % 4 for i in range(4)] for k in range(4)]} for row in chosen]
         for size in self.plan["predict_batches"]:
             for how, score, rows in (
                 ("letters", score_rows, chosen),

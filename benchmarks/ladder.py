@@ -36,7 +36,7 @@ from vqa.evaluation.significance import WORDS, compare  # noqa: E402
 
 FOLDS = 3
 LARGER = 154  # px, against the demo's 126
-ORDERS, SCALES = ["--orders", "4"], ["--scales", "0.9", "1.0", "1.1"]
+ORDERS, SCALES = ["--num_permutations", "4"], ["--scales", "0.9", "1.0", "1.1"]
 MAJORITY = "3 folds, majority"  # shares of votes are no probabilities: it has no log-loss
 # Each rung, and the one that it is built on.
 RUNGS = {

@@ -61,7 +61,7 @@ def test_rows_are_not_changed(processor, batch_rows):
 
 
 def test_a_shuffled_row_is_labelled_with_the_letter_that_shows_its_answer(processor, rows):
-    row = {**rows[0], "order": [3, 2, 1, 0]}
+    row = {**rows[0], "permutation": [3, 2, 1, 0]}
     batch = Collator(processor, 140, with_answer=True)([row])
     text = processor.tokenizer.decode(batch["input_ids"][0])
     letter = processor.tokenizer.decode(batch["labels"][batch["labels"] != IGNORE][:1])

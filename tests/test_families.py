@@ -117,7 +117,7 @@ def test_ready_features_give_the_logits_of_pixels(loaded, rows):
 def test_stored_features_give_what_pixels_give(loaded, rows, tmp_path):
     """Every tensor of the batch, the loss to 1e-5 and the probabilities to 1e-6; also for text that spells tokens."""
     model, processor, ids = loaded
-    rows = [{**row, "order": [2, 0, 1, 3]} for row in rows[:8]]
+    rows = [{**row, "permutation": [2, 0, 1, 3]} for row in rows[:8]]
     rows[1] = {**rows[1], "question": "Is <|image_pad|> or <|vision_end|> red?", "scale": 1.3}
     data = DataArguments(image_size=140, vision_cache_dir=str(tmp_path))
     store = open_feature_store(model, processor, data, [rows], show=False)
@@ -221,7 +221,9 @@ def test_orders_that_share_their_beginning_have_the_probabilities_that_they_have
     model, processor, ids = loaded
     collate = Collator(processor, 140)
     orders = [[0, 1, 2, 3], [1, 2, 3, 0], [3, 2, 1, 0]]
-    shares = permutation_probs(model, [{**row, "orders": orders} for row in rows[:4]], collate, ids, batch_size=3)
+    shares = permutation_probs(
+        model, [{**row, "permutations": orders} for row in rows[:4]], collate, ids, batch_size=3
+    )
     for row, values in zip(rows, map(normalize, shares)):
-        alone = score_rows(model, [{**row, "order": order} for order in orders], collate, ids, batch_size=2)
+        alone = score_rows(model, [{**row, "permutation": order} for order in orders], collate, ids, batch_size=2)
         assert np.abs(values - alone).max() < 1e-5 and np.ptp(alone, axis=0).max() > 1e-5

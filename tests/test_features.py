@@ -58,7 +58,7 @@ def test_a_second_run_encodes_nothing_and_reads_the_same(open_store, processor, 
     assert sorted(encoded) == sorted(row["image"] for row in rows)
     encoded.clear()
     again = open_store(rows)
-    shown = [{**row, "order": [1, 2, 3, 0]} for row in rows]  # orders share an image
+    shown = [{**row, "permutation": [1, 2, 3, 0]} for row in rows]  # orders share an image
     assert not encoded and again.holds(shown)
     for store in (again, pickle.loads(pickle.dumps(again))):  # as a worker that is spawned gets it
         assert torch.equal(store.read(shown)[0], first.read(rows)[0])
@@ -247,7 +247,7 @@ def test_training_and_prediction_run_on_stored_features_and_give_what_pixels_giv
     trained, script, tmp_path, monkeypatch
 ):
     args = [trained / "args" / "fold0.json", "--output_dir"]
-    predict = ["--csv", trained / "data" / "test.csv", "--scales", "1.0", "1.4", "--orders", "2"]
+    predict = ["--csv", trained / "data" / "test.csv", "--scales", "1.0", "1.4", "--num_permutations", "2"]
     code, _, error = script("train_fold", *args, tmp_path / "pixels", "--vision_cache", "false")
     assert code == 0, error
     code, _, error = script("predict", tmp_path / "pixels", *predict, "--output_dir", tmp_path / "by_pixels")

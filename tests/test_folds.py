@@ -84,7 +84,7 @@ def test_a_broken_test_image_is_told_and_the_folds_are_made_all_the_same(tmp_pat
     broken.write_bytes(b"no picture")
     args = {"train_csv": str(tmp_path / "train/train.csv"), "test_csv": str(tmp_path / "test/test.csv")}
     (tmp_path / "args.json").write_text(json.dumps(args))
-    monkeypatch.setattr("sys.argv", ["make_folds.py", str(tmp_path / "args.json"), "--again"])
+    monkeypatch.setattr("sys.argv", ["make_folds.py", str(tmp_path / "args.json"), "--overwrite"])
     make_folds.main()
     said = capsys.readouterr().out
     assert f"1 image cannot be used: {broken}" in said and "--skip_bad_images" in said

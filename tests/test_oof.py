@@ -113,7 +113,7 @@ def test_exchanged_ids_are_refused_without_cards_by_agreement(planted, script):
     files = planted.model("good", planted.probabilities(1.5)) + planted.model("swapped", planted.probabilities(1.5))
     for file in files:
         file.with_suffix(".json").unlink()
-    given = ["--oof", *(planted.oof(file) for file in files), "--truth", planted.folder / "train.csv"]
+    given = ["--oof", *(planted.oof(file) for file in files), "--labels", planted.folder / "train.csv"]
     assert script("ensemble", *files, *given)[0] == 0
     (planted.folder / "outputs" / "good" / "submission.csv").unlink()
     for file in files[3:]:
@@ -256,15 +256,15 @@ def test_what_the_submission_changes_and_what_it_may_not_write_over(planted, scr
 def test_comparison_ends_in_one_sentence(planted, script):
     files = planted.model("good", planted.probabilities(2.0)) + planted.model("bad", planted.probabilities(0.5))
     good, bad = (planted.oof(file) for file in (files[0], files[3]))
-    code, said, error = script("ensemble", "--compare", bad, good, "--truth", planted.folder / "train.csv")
+    code, said, error = script("ensemble", "--compare", bad, good, "--labels", planted.folder / "train.csv")
     assert code == 0, error
     last = said.splitlines()[-1]
     assert last == f"{good} is better than {bad}, in accuracy and in log-loss, at 200 rows."
     assert said.count("95 % interval") == 4 and "McNemar's exact test p = " in said
     code, _, error = script("ensemble", "--compare", bad, good)
-    assert (code, error.count("\n")) == (2, 1) and "--truth" in error
+    assert (code, error.count("\n")) == (2, 1) and "--labels" in error
     code, _, error = script(
-        "ensemble", "--compare", bad, planted.oof(files[1]), "--truth", planted.folder / "train.csv"
+        "ensemble", "--compare", bad, planted.oof(files[1]), "--labels", planted.folder / "train.csv"
     )
     assert (code, error.count("\n")) == (2, 1) and "are missing" in error
 

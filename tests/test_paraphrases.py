@@ -100,7 +100,7 @@ def test_one_wording_is_drawn_an_epoch_by_seed_row_and_epoch_alone(reworded):
         drawn.epoch.fill_(epoch)
         alone.epoch.fill_(epoch)
         epochs.append([drawn[i]["question"] for i in reversed(range(300))][::-1])
-        assert [drawn[i]["order"] for i in range(300)] == [alone[i]["order"] for i in range(300)]
+        assert [drawn[i]["permutation"] for i in range(300)] == [alone[i]["permutation"] for i in range(300)]
     assert epochs[0] == epochs[2] != epochs[1]
     assert set(Counter(epochs[0]).keys()) == {"q", "q1", "q2"}
     assert all(70 < times < 130 for times in Counter(epochs[0]).values())  # 100 each, within four standard deviations

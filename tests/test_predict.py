@@ -27,7 +27,7 @@ from vqa.inference.scoring import generate_letters
 from vqa.modeling.loading import load_adapter, load_base
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "args/accelerate/cpu.yaml"]
-VIEWS = ["--orders", "2", "--scales", "1.0", "1.4"]
+VIEWS = ["--num_permutations", "2", "--scales", "1.0", "1.4"]
 BAD = "row_007"
 
 
@@ -391,7 +391,7 @@ def test_each_fold_answers_its_own_validation_rows_in_the_same_views(
     assert list(written["log_loss"]) == pytest.approx([line["log_loss"] for line in report["views"]])
 
     monkeypatch.setattr(predict, "load_base", lambda *args: pytest.fail("views that are kept were asked for again"))
-    code, output, error = ask("--oof", "--orders", "2", "--gate", "0.5", "--weights", "ema", of=folds)
+    code, output, error = ask("--oof", "--num_permutations", "2", "--gate", "0.5", "--weights", "ema", of=folds)
     assert code == 0, error
     ids, mean = read_predictions(outputs / "oof" / "fold1.csv")
     assert json.loads((outputs / "oof" / "fold1.json").read_text())["gate"] == 0.5
@@ -405,13 +405,13 @@ def test_each_fold_answers_its_own_validation_rows_in_the_same_views(
 def test_an_ensemble_is_tuned_on_out_of_fold_rows_of_the_same_views(ask, folds, script, tmp_path):
     outputs = tmp_path / "outputs"
     for flags in ([], ["--oof"]):
-        assert ask("--orders", "2", *flags, of=folds)[0] == 0
+        assert ask("--num_permutations", "2", *flags, of=folds)[0] == 0
     files = [outputs / "fold0.csv", outputs / "fold1.csv"]
     code, output, error = script("ensemble", *files)
     assert code == 0 and "out of fold without" not in output, error
     scores = [json.loads((outputs / "oof" / f"fold{i}.json").read_text())["scores"]["log_loss"] for i in (0, 1)]
     assert f"log-loss {np.mean(scores):.4f}, 24 rows" in output
-    assert ask("--orders", "3", "--oof", of=folds)[0] == 0
+    assert ask("--num_permutations", "3", "--oof", of=folds)[0] == 0
     code, output, error = script("ensemble", *files)
     assert code == 0 and "made with TTA, out of fold without" in output, error
 

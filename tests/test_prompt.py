@@ -78,7 +78,7 @@ def test_plain_text_is_left_alone():
 
 
 def test_an_order_shows_its_choices_at_the_letters_and_moves_the_answer():
-    row = {**ROW, "order": [2, 3, 1, 0]}
+    row = {**ROW, "permutation": [2, 3, 1, 0]}
     text = build_messages(row, {"type": "image"})[0]["content"][1]["text"]
     assert "a. 초록\nb. 노랑\nc. blue\nd. 빨강" in text
     assert shown_answer(row) == 2

@@ -55,7 +55,7 @@ def test_a_permuted_view_is_mapped_back_to_the_choices(processor, ids, rows):
 
     row = {**rows[0], "choices": ["one", "two", "three", "four"]}
     orders = [[0, 1, 2, 3], [1, 2, 3, 0], [3, 1, 0, 2]]
-    got = score_rows(LikesText("three"), [{**row, "order": order} for order in orders], blind(processor), ids, 3)
+    got = score_rows(LikesText("three"), [{**row, "permutation": order} for order in orders], blind(processor), ids, 3)
     assert got.argmax(1).tolist() == [2, 2, 2]
     assert got[0] == pytest.approx(got[1]) and got[0] == pytest.approx(got[2])
 

@@ -113,7 +113,7 @@ def test_training_changes_the_language_model_and_nothing_of_the_vision_tower(tra
 def test_predict_and_ensemble_by_their_command_lines(trained):
     outputs = trained / "outputs"
     folds = [trained / "checkpoints" / "fold0", trained / "checkpoints" / "fold1"]
-    extra = ["--scales", "0.8", "1.0", "--orders", "2", "--output_dir", outputs]
+    extra = ["--scales", "0.8", "1.0", "--num_permutations", "2", "--output_dir", outputs]
     done = command(sys.executable, "predict.py", *folds, "--base", trained / "args" / "fold0.json", *extra)
     assert done.returncode == 0, done.stderr
     test_ids = list(pd.read_csv(trained / "data" / "test.csv")["id"])
@@ -127,7 +127,7 @@ def test_predict_and_ensemble_by_their_command_lines(trained):
 
     (outputs / "seconds.txt").write_text("stage,seconds\ntrain,7\n")
     truth = trained / "data" / "train.csv"
-    done = command(sys.executable, "scores.py", outputs, "--truth", truth)
+    done = command(sys.executable, "scores.py", outputs, "--labels", truth)
     assert done.returncode == 0 and "fold1 + TTA" in done.stdout, done.stderr
     scores = {line["step"]: line for line in json.loads((outputs / "scores.json").read_text())["scores"]}
     right = pd.read_csv(outputs / "fold0.csv").merge(pd.read_csv(truth), on="id", suffixes=("", "_true"))

@@ -69,7 +69,7 @@ def soft(rows):
     """Three rows with soft labels; the second offers three choices, and the third is shown in another order."""
     soft = [{**row, "target": list(target)} for row, target in zip(rows, targets(3))]
     soft[1] |= {"choices": soft[1]["choices"][:3], "answer": 1, "target": [0.5, 0.2, 0.3]}
-    soft[2]["order"] = [2, 0, 3, 1]
+    soft[2]["permutation"] = [2, 0, 3, 1]
     return soft
 
 
@@ -96,7 +96,7 @@ def losses(make_trainer):
 
 def as_shown(row: dict) -> torch.Tensor:
     """By hand: what stands at each letter is as likely as that choice."""
-    return torch.tensor([row["target"][choice] for choice in row.get("order", range(len(row["choices"])))])
+    return torch.tensor([row["target"][choice] for choice in row.get("permutation", range(len(row["choices"])))])
 
 
 def test_the_letter_loss_is_torchs_with_probabilities_over_the_letters_offered(losses, soft, ids):
@@ -165,7 +165,7 @@ def test_training_takes_the_annotators_and_validation_scores_against_them(traine
     assert noted["accuracy"] == pytest.approx(np.mean([majority[i] == a for i, a in zip(oof.index, oof["answer"])]))
 
     files = [tmp_path / name / "oof.csv" for name in ("false", "true")]
-    code, said, error = script("ensemble", "--compare", *files, "--truth", csv)
+    code, said, error = script("ensemble", "--compare", *files, "--labels", csv)
     assert code == 0 and f"{files[1]}: cross-entropy to the annotators {crossed.mean():.4f}" in said, error
 
 

@@ -83,7 +83,7 @@ def test_choices_are_shuffled_anew_each_epoch_in_workers_that_outlive_it(rows):
     orders = []
     for epoch in (0.0, 1.0, 0.0):
         SetEpochCallback(dataset).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
-        orders.append([row["order"] for row in loader])
+        orders.append([row["permutation"] for row in loader])
     assert orders[0] == orders[2] != orders[1]
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders[0])
 

@@ -89,7 +89,7 @@ def test_a_gated_line_is_what_the_gate_gives(for_unsure_rows):
 def test_what_pays_is_recommended_and_nothing_else(planted):
     assert planted.worth_it() == [0, 1]
     said = planted.recommendation()
-    assert said.startswith("recommended: --orders 2") and "--scales" not in said and "at 800 rows" in said
+    assert said.startswith("recommended: --num_permutations 2") and "--scales" not in said and "at 800 rows" in said
     assert f"{planted.forwards([0, 1], planted.gate([0, 1])):.2f} forwards a row" in said
 
 
@@ -107,7 +107,7 @@ def test_orders_that_pay_together_are_taken_from_the_first_on(random):
     answers = random.integers(0, 4, ROWS)
     plain = opinion(random, answers, 1.0)
     trial = trial_of(answers, plain=plain, latin_1=plain, latin_2=opinion(random, answers, 1.5))
-    assert trial.worth_it() == [0, 1, 2] and "--orders 3 --order_set latin" in trial.recommendation()
+    assert trial.worth_it() == [0, 1, 2] and "--num_permutations 3 --permutation_set latin" in trial.recommendation()
 
 
 def test_orders_that_do_not_pay_are_not_counted_with_wordings_that_do(random):
@@ -115,7 +115,7 @@ def test_orders_that_do_not_pay_are_not_counted_with_wordings_that_do(random):
     plain = opinion(random, answers, 1.0)
     other, better = opinion(random, answers, 1.5), {"rotation_1": plain, "wording_1": plain}
     trial = trial_of(answers, plain=plain, **better, wording_2=other)
-    assert trial.worth_it() == [0, 2, 3] and "recommended: --wordings 3" in trial.recommendation()
+    assert trial.worth_it() == [0, 2, 3] and "recommended: --num_paraphrases 3" in trial.recommendation()
 
 
 def test_the_gate_is_found_where_the_views_stop_helping(for_unsure_rows):
@@ -156,9 +156,9 @@ def test_folds_are_pooled_by_the_names_of_their_views(random):
 
 def test_flags_ask_for_the_views_that_they_name():
     names = ["plain", "latin 1", "latin 2", "wording 1", "scale 0.9", "scale 1.1", "flip"]
-    told = "--orders 3 --order_set latin --wordings 2 --scales 1.0 0.9 1.1 --flip --gate 0.25"
+    told = "--num_permutations 3 --permutation_set latin --num_paraphrases 2 --scales 1.0 0.9 1.1 --flip --gate 0.25"
     assert flags(names, 0.25) == told
     assert (
-        flags(["plain", "rotation 1"], None) == "--orders 2"
+        flags(["plain", "rotation 1"], None) == "--num_permutations 2"
         and flags(["plain", "scale 0.9"], None) == "--scales 1.0 0.9"
     )

@@ -37,10 +37,10 @@ def test_scales_that_give_the_same_grid_are_one_view(processor, rows):
     assert names == ["plain", "scale 0.9", "scale 1.4"]
 
 
-@pytest.mark.parametrize("order_set", ["cyclic", "latin"])
+@pytest.mark.parametrize("permutation_set", ["cyclic", "latin"])
 @pytest.mark.parametrize("count", range(2, 11))
-def test_every_choice_stands_once_at_every_letter(order_set, count):
-    orders = choice_permutations(count, order_set)
+def test_every_choice_stands_once_at_every_letter(permutation_set, count):
+    orders = choice_permutations(count, permutation_set)
     assert orders[0] == list(range(count)), "the CSV's own order comes first"
     assert all(sorted(order) == list(range(count)) for order in orders)
     assert all(len({order[letter] for order in orders}) == count == len(orders) for letter in range(count))
@@ -54,14 +54,14 @@ def test_in_a_latin_set_of_an_even_count_every_choice_follows_every_other_once(c
 
 def test_a_row_of_two_choices_has_two_orders(processor, rows):
     short = [{**rows[0], "choices": ["x", "y"]}, rows[1]]
-    views = make_views(short, Collator(processor, 140), orders=4)
+    views = make_views(short, Collator(processor, 140), num_permutations=4)
     assert [view.changed for view in views] == [[0, 1], [0, 1], [1], [1]]
-    assert [view.rows[0]["order"] for view in views[1:]] == [[1, 0], [0, 1], [1, 0]]
+    assert [view.rows[0]["permutation"] for view in views[1:]] == [[1, 0], [0, 1], [1, 0]]
 
 
 def test_wordings_ask_the_same_in_other_words_of_the_rows_that_have_them(processor, rows, capsys):
     asked = [rows[0], {**rows[1], "paraphrases": ["이건 뭔가요?", "뭐죠?"]}, {**rows[2], "paraphrases": ["what?"]}]
-    views = make_views(asked, Collator(processor, 140), orders=2, wordings=4)
+    views = make_views(asked, Collator(processor, 140), num_permutations=2, num_paraphrases=4)
     assert [(view.name, view.changed) for view in views[2:]] == [("wording 1", [1, 2]), ("wording 2", [1])]
     assert [[row["question"] for row in view.changed_rows()] for view in views[2:]] == [
         ["이건 뭔가요?", "what?"],
@@ -83,7 +83,7 @@ def test_orders_of_one_image_stand_together(processor, rows):
         ["scale 1.4"],
         ["flip"],
     ]
-    views = make_views(rows, Collator(processor, 140), orders=2, flip=True)
+    views = make_views(rows, Collator(processor, 140), num_permutations=2, flip=True)
     assert [len(together) for together in group_by_image(views)] == [2, 1]
 
 
@@ -114,19 +114,19 @@ def answers_of(processor, ids, views, liking):
     return stack_views(views, [normalize(own) for own in shares])
 
 
-@pytest.mark.parametrize("order_set", ["cyclic", "latin"])
-def test_orders_change_nothing_for_a_model_without_position_bias(processor, ids, rows, order_set):
-    views = make_views(rows[:6], Collator(processor, 140), orders=4, order_set=order_set)
+@pytest.mark.parametrize("permutation_set", ["cyclic", "latin"])
+def test_orders_change_nothing_for_a_model_without_position_bias(processor, ids, rows, permutation_set):
+    views = make_views(rows[:6], Collator(processor, 140), num_permutations=4, permutation_set=permutation_set)
     answers = answers_of(processor, ids, views, lambda shown: [len(text) % 5 + text.count("e") for text in shown])
     assert np.ptp(answers.probabilities[0, :, :4]) > 0.1
     assert np.abs(answers.probabilities - answers.probabilities[0]).max() < 1e-12
     assert np.abs(answers.mean() - answers.probabilities[0]).max() < 1e-12
 
 
-@pytest.mark.parametrize("order_set", ["cyclic", "latin"])
-def test_all_orders_leave_nothing_of_a_position_bias(processor, ids, rows, order_set):
+@pytest.mark.parametrize("permutation_set", ["cyclic", "latin"])
+def test_all_orders_leave_nothing_of_a_position_bias(processor, ids, rows, permutation_set):
     rows = [rows[0], {**rows[1], "choices": rows[1]["choices"][:3]}]
-    views = make_views(rows, Collator(processor, 140), orders=4, order_set=order_set)
+    views = make_views(rows, Collator(processor, 140), num_permutations=4, permutation_set=permutation_set)
     answers = answers_of(processor, ids, views, lambda shown: [2.0, 0.0, 1.0, -1.0][: len(shown)])
     assert answers.probabilities[0].argmax(1).tolist() == [0, 0]
     assert answers.mean()[0, :4] == pytest.approx(np.full(4, 1 / 4)) and answers.mean()[1, :3] == pytest.approx(1 / 3)

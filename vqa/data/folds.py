@@ -40,7 +40,7 @@ def write_folds(path: str | Path, ids: Sequence[str], folds: np.ndarray) -> None
 
 def read_folds(path: str | Path, ids: Sequence[str], csv_path: str | Path) -> np.ndarray:
     """Fold of each of `ids`, int (rows,). Raises UserError where the file does not hold exactly these ids."""
-    remake = f"make it anew for {csv_path}: `python make_folds.py ARGS.json --again`"
+    remake = f"make it anew for {csv_path}: `python make_folds.py ARGS.json --overwrite`"
     if not Path(path).is_file():
         raise UserError(f"{path}: no folds file; {remake}")
     table = read_table(path, ("id", "fold"))
@@ -62,6 +62,6 @@ def split_fold(folds: np.ndarray, fold: int, path: str | Path) -> tuple[np.ndarr
     if fold not in set(folds):
         raise UserError(
             f"fold {fold} is not in {path}, which has folds 0 to {folds.max()}; change `fold`, or make more: "
-            "`python make_folds.py ARGS.json --folds N --again`"
+            "`python make_folds.py ARGS.json --folds N --overwrite`"
         )
     return np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)

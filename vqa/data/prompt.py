@@ -21,11 +21,11 @@ def build_messages(
     """Chat messages of a row, without the answer.
 
     `image` is the image item of the user turn (`{"type": "image", ...}`), or None for a row that is asked by its text
-    alone. `row["order"]`, where given, lists which
+    alone. `row["permutation"]`, where given, lists which
     choice stands at each letter: `[2, 0, 1]` shows the third choice at letter a. `special` are the tokenizer's added
     tokens: wherever a question or choice spells one, it is broken up so that it stays text.
     """
-    order = row.get("order") or range(len(row["choices"]))
+    order = row.get("permutation") or range(len(row["choices"]))
     lines = [row["question"]]
     lines += [f"{letter}. {row['choices'][choice]}" for letter, choice in zip(LETTERS, order)]
     text = escape_special_tokens("\n".join(lines), special) + f"\n{instruction}"
@@ -51,13 +51,13 @@ def added_tokens(processor) -> tuple[str, ...]:
 
 def shown_answer(row: dict) -> int:
     """Position at which the right choice is shown: its own, unless the row has an `order`."""
-    return list(row["order"]).index(row["answer"]) if row.get("order") else row["answer"]
+    return list(row["permutation"]).index(row["answer"]) if row.get("permutation") else row["answer"]
 
 
 def shown_target(row: dict) -> list[float]:
     """Probability of each of the ten letters, as the row shows its choices: its `target`, or 1 for its answer."""
     target = row.get("target") or [float(i == row["answer"]) for i in range(len(row["choices"]))]
-    shown = [target[choice] for choice in row.get("order") or range(len(target))]
+    shown = [target[choice] for choice in row.get("permutation") or range(len(target))]
     return shown + [0.0] * (len(LETTERS) - len(shown))
 
 

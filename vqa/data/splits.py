@@ -81,7 +81,7 @@ def labelled(row: dict, probabilities: list[float]) -> dict:
 
 def split_problems(train_rows: list[dict], valid_rows: list[dict]) -> list[str]:
     """Whether a row, or the very bytes of an image, stand on both sides."""
-    remedy = "make the folds anew: `python make_folds.py ARGS.json --again`"
+    remedy = "make the folds anew: `python make_folds.py ARGS.json --overwrite`"
     problems = []
     if both := sorted({row["id"] for row in train_rows} & {row["id"] for row in valid_rows}):
         problems.append(f"{len(both)} validation rows are training rows too ({preview(both)}); {remedy}")

@@ -5,7 +5,6 @@ environment variable EXPERIMENTS_LOG names another file. Beside the log lies, fo
 `<id>.csv`: the out-of-fold probabilities behind its score, so that two runs can be compared whatever became of them.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -126,8 +125,3 @@ def peak_gib() -> float:
     if torch and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def changed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
-    """The args of a script that differ from its defaults."""
-    return {name: value for name, value in vars(args).items() if value != parser.get_default(name)}

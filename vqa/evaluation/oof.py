@@ -139,12 +139,12 @@ def _out_of_fold_file(file: str, given: Mapping[str, str] | None) -> Path:
         return Path(given[file])
     card, same = read_card(file), Path(file).parent / "oof" / Path(file).name
     if not card.get("adapter"):
-        raise MissingOOFError(f"{file}: no card beside it names its adapter; give --oof FILES and --truth train.csv")
+        raise MissingOOFError(f"{file}: no card beside it names its adapter; give --oof FILES and --labels train.csv")
     if same.is_file() and all(read_card(same).get(key) == card.get(key) for key in ASKED):
         return same
     path = Path(card["adapter"], "oof.csv")
     if not path.is_file():
-        raise MissingOOFError(f"{path}: not there; give the out-of-fold files with --oof, and --truth train.csv")
+        raise MissingOOFError(f"{path}: not there; give the out-of-fold files with --oof, and --labels train.csv")
     return path
 
 
@@ -158,7 +158,7 @@ def _run_args(oof: Path) -> dict:
 def _training_csv(oof: Path) -> str:
     csv = _run_args(oof).get("train_csv")
     if not csv or not Path(csv).is_file():
-        raise MissingOOFError(f"{oof}: the training CSV with its answers is {csv or 'unknown'}; give it as --truth")
+        raise MissingOOFError(f"{oof}: the training CSV with its answers is {csv or 'unknown'}; give it as --labels")
     return csv
 
 

@@ -69,7 +69,7 @@ def choice_probs(
     whatever their order. `label` names the progress bar; without one there is none.
     """
     shown = _letter_probs(model, rows, collate, _plain_logits, letter_ids, batch_size, label, workers)
-    return np.array([unpermute(v[0], row.get("order")) for v, row in zip(shown, rows)]).reshape(-1, len(LETTERS))
+    return np.array([unpermute(v[0], row.get("permutation")) for v, row in zip(shown, rows)]).reshape(-1, len(LETTERS))
 
 
 def permutation_probs(
@@ -85,7 +85,9 @@ def permutation_probs(
     shown = _letter_probs(
         model, rows, PermutationCollator(collate), permutation_logits, letter_ids, batch_size, label, workers
     )
-    return [np.stack([unpermute(*pair) for pair in zip(values, row["orders"])]) for values, row in zip(shown, rows)]
+    return [
+        np.stack([unpermute(*pair) for pair in zip(values, row["permutations"])]) for values, row in zip(shown, rows)
+    ]
 
 
 def _plain_logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:

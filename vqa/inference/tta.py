@@ -82,9 +82,9 @@ def make_views(
     rows: list[dict],
     collate: Collator,
     scales: Iterable[float] = (1.0,),
-    orders: int = 1,
-    order_set: str = "cyclic",
-    wordings: int = 1,
+    num_permutations: int = 1,
+    permutation_set: str = "cyclic",
+    num_paraphrases: int = 1,
     flip: bool = False,
 ) -> list[View]:
     """The plain view, one per further order of the choices, wording of the question, and scale, and one mirrored.
@@ -94,8 +94,8 @@ def make_views(
     it gives no new view of that row; how many it does change is printed, and where it is none, the view is left out.
     """
     views = [View("plain", rows, list(range(len(rows))))]
-    views += [_ordered(rows, number, order_set) for number in range(1, orders)]
-    views += [_reworded(rows, number) for number in range(1, wordings)]
+    views += [_ordered(rows, number, permutation_set) for number in range(1, num_permutations)]
+    views += [_reworded(rows, number) for number in range(1, num_paraphrases)]
     views += _scaled(rows, scales, collate)
     views += [_flipped(rows)] if flip else []
     return [view for view in views if view.changed]
@@ -103,7 +103,7 @@ def make_views(
 
 def group_by_image(views: Sequence[View]) -> list[list[View]]:
     """The views in their order, those together that differ in the choices' order alone."""
-    shown = groupby(views, lambda view: [view.rows[0].get(key) for key in ("wording", "scale", "flip")])
+    shown = groupby(views, lambda view: [view.rows[0].get(key) for key in ("paraphrase", "scale", "flip")])
     return [list(same) for _, same in shown]
 
 
@@ -113,29 +113,29 @@ def rows_with_permutations(views: Sequence[View], changed: Sequence[int]) -> lis
     for i in changed:
         own, row = [v for v, of in enumerate(sets) if i in of], views[0].rows[i]
         plain = list(range(len(row["choices"])))
-        rows.append({**row, "orders": [views[v].rows[i].get("order", plain) for v in own], "views": own})
+        rows.append({**row, "permutations": [views[v].rows[i].get("permutation", plain) for v in own], "views": own})
     return rows
 
 
-def choice_permutations(count: int, order_set: str) -> list[list[int]]:
+def choice_permutations(count: int, permutation_set: str) -> list[list[int]]:
     """`count` orders of `count` choices, the CSV's own first; each lists the choice that stands at each letter.
 
     In both sets every choice stands once at every letter. "cyclic" are the rotations. "latin" is Williams' design
     (1949): with an even count every choice also follows every other one once, so that no neighbour is favoured.
     """
     first = list(range(count))
-    if order_set == "latin":  # 0, 1, -1, 2, -2, ...: every difference between neighbours occurs once
+    if permutation_set == "latin":  # 0, 1, -1, 2, -2, ...: every difference between neighbours occurs once
         first = [(k + 1) // 2 if k % 2 else -(k // 2) % count for k in range(count)]
     name = {choice: i for i, choice in enumerate(first)}
     return [[name[(choice + shift) % count] for choice in first] for shift in range(count)]
 
 
-def _ordered(rows: list[dict], number: int, order_set: str) -> View:
+def _ordered(rows: list[dict], number: int, permutation_set: str) -> View:
     """The choices in the order of that number. A row with no more choices than `number` has had all its orders."""
     changed = [i for i, row in enumerate(rows) if number < len(row["choices"])]
-    orders = {count: choice_permutations(count, order_set) for count in {len(row["choices"]) for row in rows}}
-    viewed = [{**row, "order": orders[n][number % n]} for row in rows for n in [len(row["choices"])]]
-    return View(f"{PERMUTATION_SETS[order_set]} {number}", viewed, changed)
+    orders = {count: choice_permutations(count, permutation_set) for count in {len(row["choices"]) for row in rows}}
+    viewed = [{**row, "permutation": orders[n][number % n]} for row in rows for n in [len(row["choices"])]]
+    return View(f"{PERMUTATION_SETS[permutation_set]} {number}", viewed, changed)
 
 
 def _reworded(rows: list[dict], number: int) -> View:
@@ -144,7 +144,7 @@ def _reworded(rows: list[dict], number: int) -> View:
     changed = [i for i, own in enumerate(others) if number <= len(own)]
     PartialState().print(f"wording {number}: another one for {len(changed)} of {len(rows)} questions")
     viewed = [
-        {**row, "question": [row["question"], *own][min(number, len(own))], "wording": number}
+        {**row, "question": [row["question"], *own][min(number, len(own))], "paraphrase": number}
         for row, own in zip(rows, others)
     ]
     return View(f"wording {number}", viewed, changed)

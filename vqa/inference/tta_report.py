@@ -137,11 +137,14 @@ def flags(names: Sequence[str], gate: float | None) -> str:
     """predict.py's flags for views of these names."""
     kinds = [name.split() for name in names]
     said = []
-    for order_set, called in PERMUTATION_SETS.items():
+    for permutation_set, called in PERMUTATION_SETS.items():
         if count := sum(kind[0] == called for kind in kinds):
-            said.append(f"--orders {count + 1}" + (f" --order_set {order_set}" if order_set != "cyclic" else ""))
+            said.append(
+                f"--num_permutations {count + 1}"
+                + (f" --permutation_set {permutation_set}" if permutation_set != "cyclic" else "")
+            )
     if count := sum(kind[0] == "wording" for kind in kinds):
-        said.append(f"--wordings {count + 1}")
+        said.append(f"--num_paraphrases {count + 1}")
     if scales := [kind[1] for kind in kinds if kind[0] == "scale"]:
         said.append(f"--scales 1.0 {' '.join(scales)}")
     said += ["--flip"] if ["flip"] in kinds else []

@@ -30,10 +30,10 @@ class PermutationCollator:
 
     def __call__(self, rows: list[dict]) -> dict:
         tokenizer = self.collate.processor.tokenizer
-        batch = self.collate([{**row, "order": row["orders"][0]} for row in rows])
+        batch = self.collate([{**row, "permutation": row["permutations"][0]} for row in rows])
         kept, suffixes = [], []
         for row, mask in zip(rows, batch["attention_mask"]):
-            texts = [self.text({**row, "order": order}) for order in row["orders"]]
+            texts = [self.text({**row, "permutation": order}) for order in row["permutations"]]
             tokens = tokenizer(texts).input_ids
             shared = common_length(tokens)
             suffixes += [torch.tensor(ids[shared:]) for ids in tokens]
@@ -45,7 +45,7 @@ class PermutationCollator:
         return batch | {
             "suffix_ids": left_padded(suffixes, tokenizer.pad_token_id),
             "suffix_mask": left_padded([torch.ones_like(suffix) for suffix in suffixes], 0),
-            "row_index": torch.tensor([i for i, row in enumerate(rows) for _ in row["orders"]]),
+            "row_index": torch.tensor([i for i, row in enumerate(rows) for _ in row["permutations"]]),
         }
 
     def text(self, row: dict) -> str:

@@ -24,8 +24,8 @@ class TrainDataset(torch.utils.data.Dataset):
         row = dict(self.rows[index])
         draw = random.Random(f"{self.seed} {row['id']} {int(self.epoch)}")
         if self.shuffle:
-            row["order"] = list(range(len(row["choices"])))
-            draw.shuffle(row["order"])
+            row["permutation"] = list(range(len(row["choices"])))
+            draw.shuffle(row["permutation"])
         if row.get("paraphrases"):
             row["question"] = draw.choice([row["question"], *row["paraphrases"]])
         return row
