@@ -1,34 +1,49 @@
-# make demo: the whole job on the embedded default.  make test: the tests.  make lint: ruff.  make soak: kill and resume.
-# make ladder: what each step of the way is worth.
-# Each makes .venv itself, and leaves it alone while requirements.lock has not changed.
+# `make help` lists the targets. Each sets up .venv itself, and again only when requirements.lock has changed.
 ready := .venv/.ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
-# Where it is set, every script compiles torch and transformers anew, which takes longer than to import them.
+# If it is set, every script compiles torch and transformers again, which takes longer than importing them.
 unexport PYTHONDONTWRITEBYTECODE
+# Processes that share the tests, one thread each. All tests of a file run in one process and share its fixtures.
+WORKERS := 2
+pytest := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test lint soak ladder lock
+.PHONY: help demo test test-fast test-gpu lint soak ladder pictures lock
+.DEFAULT_GOAL := help
 
-demo: $(ready)
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+
+demo: $(ready) ## run a whole contest on the embedded model: CPU only, offline
 	rm -rf data/demo checkpoints/demo outputs/demo
 	python data/make_demo.py
 	EXPERIMENTS_LOG=experiments/demo.csv LABELS=data/demo/test_answers.csv JOBS=3 bash run.sh args/demo
 
-test: $(ready)
-	python -m pytest -q
+test: $(ready) ## run all tests that need no GPU
+	$(pytest) -m "not gpu"
 
-soak: $(ready) # kill a fold of the demo ten times and compare; SOAK="--kills 3 --seed 7" for others
+test-fast: $(ready) ## run the tests that take no training, in under a minute
+	$(pytest) -m "not gpu and not slow"
+
+test-gpu: $(ready) ## run the tests that need one or two CUDA GPUs
+	python -m pytest -q tests/gpu
+
+lint: $(ready) ## check style, format and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+soak: $(ready) ## kill and resume a fold of the demo ten times; SOAK="--kills 3 --seed 7" changes that
 	test -f data/demo/train.csv || python data/make_demo.py
 	python make_folds.py args/demo/fold0.json
 	python tests/soak.py $(SOAK)
 
-ladder: $(ready) # what each step of the way is worth; some fifteen minutes, and it goes on where it stopped
+ladder: $(ready) ## measure what each technique adds, over three seeds: 16 minutes; continues where it stopped
 	python benchmarks/ladder.py $(LADDER)
 
-lint: $(ready)
-	ruff check .
-	ruff format --check .
+pictures: $(ready) ## draw the pictures of the README and docs/ again; needs chromium and a finished demo
+	python docs/make_pictures.py
 
 $(ready): requirements.lock
 	python3 -m venv .venv
@@ -36,5 +51,5 @@ $(ready): requirements.lock
 	uv pip install -q --python .venv/bin/python -r requirements.lock
 	touch $(ready)
 
-lock: # pin anew what requirements.txt asks for
+lock: ## pin the newest versions that requirements-dev.txt allows
 	uv pip compile -q --universal --python-version 3.11 requirements-dev.txt -o requirements.lock
