@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chi2_contingency
 
-from vqa.core.errors import count, preview, run
+from vqa.core.errors import pluralize, preview, run_main
 from vqa.core.io import atomic_write, swap_root
 from vqa.data.prompt import LETTERS
 from vqa.data.rows import read_rows
@@ -78,7 +78,7 @@ def main() -> None:
         glance=glance,
     )
     glance.print()
-    print(f"{path}: {count(len(results.ids), 'row')}, {count(len(folders), 'fold')}")
+    print(f"{path}: {pluralize(len(results.ids), 'row')}, {pluralize(len(folders), 'fold')}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -105,7 +105,7 @@ class Glance(Highlights):
 
 def read_rows_of(results: Results, image_root: str | None) -> list[dict]:
     """The rows of the results, in their order."""
-    by_id = {row["id"]: row for row in read_rows(results.truth.path, image_root, with_answer=True).to_list()}
+    by_id = {row["id"]: row for row in read_rows(results.truth.path, image_root, with_answer=True)}
     return [by_id[row_id] for row_id in results.ids]
 
 
@@ -120,7 +120,7 @@ def look_at_scores(results: Results, glance: Glance) -> list[dict]:
         loss = mean_loss(row_log_loss(results.best[name], results.answers), results.clusters())
         found.append({"name": name, "model": model.name, "accuracy": right, "log_loss": loss})
         told = f"{model.name}: accuracy {right}, log-loss {loss.value:.4f}"
-        glance.add("groups", f"{told}, {count(len(results.ids), 'row')} out of fold", name)
+        glance.add("groups", f"{told}, {pluralize(len(results.ids), 'row')} out of fold", name)
     return found
 
 
@@ -136,7 +136,7 @@ def look_at_groups(results: Results, groups: dict[str, pd.Series], glance: Glanc
                 overall = results.right(model).mean()
                 sure = "beyond" if scores["accuracy"].high < overall else "within"
                 told = f"Worst question type: {worst['group']}, accuracy {scores['accuracy']} at "
-                told += f"{count(worst['rows'], 'row')}, {sure} noise of the {overall:.4f} of all rows"
+                told += f"{pluralize(worst['rows'], 'row')}, {sure} noise of the {overall:.4f} of all rows"
                 glance.add("groups", told, model)
     return tables
 
@@ -197,7 +197,7 @@ def look_at_suspects(results: Results, rows: list[dict], page: Page, glance: Gla
     with atomic_write(page.folder / "mislabelled.csv") as temporary:
         table = pd.DataFrame(lines, columns=[*columns, "image", "fold"])
         table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.4f")
-    told = f"{count(len(found), 'row')} whose label looks wrong, in mislabelled.csv"
+    told = f"{pluralize(len(found), 'row')} whose label looks wrong, in mislabelled.csv"
     glance.add("suspects", told + (f": {preview([line['id'] for line in lines])}" if lines else ""))
     return {"rows": len(found), "members": len(stack), "cards": cards(results, rows, found[:SHOWN_SUSPECTS])}
 
@@ -264,4 +264,4 @@ def cards(results: Results, rows: list[dict], at: Sequence[int]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -23,7 +23,7 @@ from vqa.config.arguments import DataArguments, ModelArguments, folds_file
 from vqa.config.parser import parse_arguments
 from vqa.config.recipe import RecipeArguments
 from vqa.core.dtypes import model_dtype
-from vqa.core.errors import UserError, count, preview, run
+from vqa.core.errors import UserError, pluralize, preview, run_main
 from vqa.data.collator import Collator
 from vqa.data.folds import read_folds
 from vqa.data.images import check_images, oriented_size, target_size
@@ -107,8 +107,8 @@ class Contest:
 
 def read_contest(data: DataArguments, seed: int) -> Contest:
     """Read and check the CSVs, the folds file and every image, as training does."""
-    rows = read_rows(data.train_csv, data.image_root, with_answer=True).to_list()
-    test = read_rows(data.test_csv, data.image_root).to_list() if Path(data.test_csv).is_file() else []
+    rows = read_rows(data.train_csv, data.image_root, with_answer=True)
+    test = read_rows(data.test_csv, data.image_root) if Path(data.test_csv).is_file() else []
     for these, label in ((rows, data.train_csv), (test, data.test_csv)):
         check_images(these, label)
     train, valid = split_rows(rows, data, seed)
@@ -175,10 +175,10 @@ def look_at_rows(findings: Findings, contest: Contest, data: DataArguments) -> N
     print("choices a row: " + ", ".join(f"{counts[n]} rows offer {n}" for n in sorted(counts)))
     for rows, label in ((contest.rows, data.train_csv), (contest.test, data.test_csv)):
         if equal := rows_with_equal_choices(rows):
-            findings.warnings.append(f"{label}: {count(len(equal), 'row')} with two equal choices: {preview(equal)}")
+            findings.warnings.append(f"{label}: {pluralize(len(equal), 'row')} with two equal choices: {preview(equal)}")
     if pairs := shared_images(contest.test, contest.rows):
         named = preview([f"{a} and {b}" for a, b in pairs])
-        findings.warnings.append(f"{count(len(pairs), 'test row')} with the very image of a training row: {named}")
+        findings.warnings.append(f"{pluralize(len(pairs), 'test row')} with the very image of a training row: {named}")
     elif not contest.test:
         findings.warnings.append(f"{data.test_csv}: no such file, so the test rows have not been looked at")
     if contest.folds is None:
@@ -187,7 +187,7 @@ def look_at_rows(findings: Findings, contest: Contest, data: DataArguments) -> N
     if across := images_across_folds(contest.rows, contest.folds):
         named = preview([" and ".join(ids[:2]) for ids in across])
         findings.warnings.append(
-            f"{count(len(across), 'image')} in more than one fold: {named}; the folds' scores flatter"
+            f"{pluralize(len(across), 'image')} in more than one fold: {named}; the folds' scores flatter"
         )
 
 
@@ -250,4 +250,4 @@ def heading(text: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

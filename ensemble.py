@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from vqa.core.cli import non_default_args
-from vqa.core.errors import UserError, run
+from vqa.core.errors import UserError, run_main
 from vqa.data.predictions import join, letters, read_card, validation_scores, write_probabilities
 from vqa.data.prompt import LETTERS
 from vqa.data.submission import check_offered, is_submission, previous_answers, write_submission
@@ -303,4 +303,4 @@ def log_ensemble(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vqa.core.errors import UserError, preview, run
+from vqa.core.errors import UserError, preview, run_main
 from vqa.core.io import atomic_write
 from vqa.data.predictions import read_predictions
 from vqa.evaluation.experiment_log import log_path, log_run, read_log
@@ -158,4 +158,4 @@ def plot_leaderboard(log: pd.DataFrame, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

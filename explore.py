@@ -18,7 +18,7 @@ import pandas as pd
 from tokenizers import Tokenizer
 
 from vqa.config.arguments import folds_path
-from vqa.core.errors import UserError, count, preview, run
+from vqa.core.errors import UserError, pluralize, preview, run_main
 from vqa.core.io import atomic_write, read_json, swap_root
 from vqa.data.duplicates import Picture, read_pictures, same_pictures
 from vqa.data.folds import read_folds
@@ -113,7 +113,7 @@ def read_data(files: list[str], image_root: str | None, warnings: Highlights) ->
     parts = []
     for file in files:
         answered = "answer" in read_table(file, ("id",)).columns
-        rows = pd.DataFrame(read_rows(file, image_root, with_answer=answered).to_list())
+        rows = pd.DataFrame(read_rows(file, image_root, with_answer=answered))
         rows["csv"], rows["split"] = file, Path(file).stem if stems[Path(file).stem] == 1 else file
         rows["type"] = rows["question"].map(question_type)
         rows["fold"] = read_fold_column(file, rows, warnings) if answered else None
@@ -287,7 +287,7 @@ def look_at_duplicates(rows: pd.DataFrame, pictures: dict[str, Picture], page: P
             for kind, words in (("identical", "byte for byte"), ("near", "nearly")) if first != second else ():
                 if numbers[kind]:
                     warnings.add(
-                        "duplicates", f"{second} shares {count(numbers[kind], 'image')} with {first}, {words}"
+                        "duplicates", f"{second} shares {pluralize(numbers[kind], 'image')} with {first}, {words}"
                     )
     across = pairs[(pairs["first_split"] == pairs["second_split"]) & pairs["first_fold"].notna()]
     across = across[across["first_fold"] != across["second_fold"]]
@@ -295,7 +295,7 @@ def look_at_duplicates(rows: pd.DataFrame, pictures: dict[str, Picture], page: P
         named = preview([f"{a} and {b}" for a, b in zip(across["first_id"], across["second_id"])])
         warnings.add(
             "duplicates",
-            f"{count(len(across), 'pair')} of like images in different folds: {named}; scores flatter",
+            f"{pluralize(len(across), 'pair')} of like images in different folds: {named}; scores flatter",
         )
     leading = pairs.assign(within=pairs["first_split"] == pairs["second_split"]).sort_values("within", kind="stable")
     return {"counts": counts, "pairs": [show_pair(pair) for pair in leading.head(SHOWN_PAIRS).to_dict("records")]}
@@ -315,9 +315,9 @@ def look_at_choices(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: 
     lines, shown = [], []
     for name, own in by_split(rows):
         counts = Counter(own["choices"].map(len))
-        lines.append(f"{name}: " + ", ".join(f"{count(counts[n], 'row')} of {n}" for n in sorted(counts)))
+        lines.append(f"{name}: " + ", ".join(f"{pluralize(counts[n], 'row')} of {n}" for n in sorted(counts)))
         if equal := rows_with_equal_choices(own.to_dict("records")):
-            warnings.add("choices", f"{name}: {count(len(equal), 'row')} with two equal choices: {preview(equal)}")
+            warnings.add("choices", f"{name}: {pluralize(len(equal), 'row')} with two equal choices: {preview(equal)}")
             shown += own[own["id"].isin(equal)].to_dict("records")
     asked = rows.assign(
         about=[pictures[path].sha or path for path in rows["image"]],
@@ -329,18 +329,18 @@ def look_at_choices(rows: pd.DataFrame, pictures: dict[str, Picture], warnings: 
     if len(odd := answers[answers > 1]):
         own = known.set_index(["about", "asked"]).loc[odd.index]
         warnings.add(
-            "choices", f"{count(len(odd), 'question')} with two answers about one image: {preview(list(own['id']))}"
+            "choices", f"{pluralize(len(odd), 'question')} with two answers about one image: {preview(list(own['id']))}"
         )
         shown += own.to_dict("records")
     if len(open_rows):
         solved = open_rows.merge(
             known.drop_duplicates(["about", "asked"]), on=["about", "asked"], suffixes=("", "_known")
         )
-        lines.append(f"{count(len(solved), 'row')} to predict whose question and image stand in a training row")
+        lines.append(f"{pluralize(len(solved), 'row')} to predict whose question and image stand in a training row")
         if len(solved):
             ids = [f"{a} by {b}" for a, b in zip(solved["id"], solved["id_known"])]
             warnings.add(
-                "choices", f"{count(len(solved), 'row')} to predict answered by a training row: {preview(ids)}"
+                "choices", f"{pluralize(len(solved), 'row')} to predict answered by a training row: {preview(ids)}"
             )
     return {"lines": lines, "cards": [row_card(row) for row in shown[:SHOWN_ODD]]}
 
@@ -357,4 +357,4 @@ def row_card(row: dict) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from vqa.config.args_file import build_dataclass, read_args_file
 from vqa.config.arguments import DataArguments, folds_file
-from vqa.core.errors import count, run
+from vqa.core.errors import pluralize, run_main
 from vqa.data.folds import assign_folds, read_folds, write_folds
 from vqa.data.images import check_images, find_bad_images, preview_bad_images
 from vqa.data.prompt import LETTERS
@@ -25,9 +25,9 @@ def main() -> None:
     args = parse_args()
     data = build_dataclass(DataArguments, read_args_file(args.args_file))
     rows = read_rows(data.train_csv, data.image_root, with_answer=True)
-    check_images(rows.to_list(), data.train_csv)
+    check_images(rows, data.train_csv)
     if Path(data.test_csv).is_file():  # better now than after the training
-        warn_of_images(read_rows(data.test_csv, data.image_root).to_list(), data.test_csv)
+        warn_of_images(read_rows(data.test_csv, data.image_root), data.test_csv)
     path, ids, answers = folds_file(data), list(rows["id"]), list(rows["answer"])
     if kept := path.is_file() and not args.overwrite:
         folds = read_folds(path, ids, data.train_csv)
@@ -43,7 +43,7 @@ def warn_of_images(rows: list[dict], csv: str) -> None:
     """Say which test images cannot be read: there is time to mend them while the folds are trained."""
     if broken := find_bad_images(rows, csv):
         print(
-            f"warning: {csv}: {count(len(broken), 'image')} cannot be used: {preview_bad_images(broken)}; fix them "
+            f"warning: {csv}: {pluralize(len(broken), 'image')} cannot be used: {preview_bad_images(broken)}; fix them "
             "or answer their rows from the text alone by predict.py --skip_bad_images"
         )
 
@@ -58,4 +58,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -29,11 +29,11 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from transformers.hf_argparser import string_to_bool
 
 from vqa.core.cli import non_default_args
+from vqa.core.compat import string_to_bool
 from vqa.core.distributed import distributed_map, run_on_main_and_broadcast
-from vqa.core.errors import UserError, preview, run
+from vqa.core.errors import UserError, preview, run_main
 from vqa.core.hashing import hash_files
 from vqa.core.io import atomic_write, write_json
 from vqa.data.collator import Collator
@@ -180,13 +180,13 @@ def read_runs(args: argparse.Namespace) -> tuple[list[Checkpoint], str]:
 def read_test_rows(args: argparse.Namespace, first: Checkpoint) -> list[dict]:
     """The rows to predict, each with the `hash` of its image's bytes."""
     csv = args.csv or first.data.test_csv
-    return with_images(read_rows(csv, args.image_root or first.data.image_root).to_list(), csv, args.skip_bad_images)
+    return with_images(read_rows(csv, args.image_root or first.data.image_root), csv, args.skip_bad_images)
 
 
 def read_oof_rows(args: argparse.Namespace, runs: Sequence[Checkpoint]) -> list[list[dict]]:
     """For each run the rows that its training validated on, with their answers: those of its out-of-fold file."""
     csv, found = args.csv or runs[0].data.train_csv, []
-    rows = read_rows(csv, args.image_root or runs[0].data.image_root, with_answer=True).to_list()
+    rows = read_rows(csv, args.image_root or runs[0].data.image_root, with_answer=True)
     place = {row["id"]: row for row in with_images(rows, csv, args.skip_bad_images)}
     for item in runs:
         if not (item.adapter / "oof.csv").is_file():
@@ -449,5 +449,5 @@ def write_report(jobs: list[Job], seen: list[tuple[list[CachedView], ViewPredict
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
     PartialState().destroy_process_group()  # left open, it may abort a process that has ended well

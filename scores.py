@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vqa.core.errors import UserError, run
+from vqa.core.errors import UserError, run_main
 from vqa.core.io import write_json
 from vqa.data.predictions import join, read_card, read_predictions
 from vqa.data.predictions import validation_scores as scores_in_training
@@ -85,4 +85,4 @@ def read_seconds(path: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -16,9 +16,10 @@ from transformers import enable_full_determinism, set_seed
 from vqa.config.arguments import DataArguments
 from vqa.config.parser import non_default_fields, parse_arguments
 from vqa.config.recipe import RecipeArguments
+from vqa.core.compat import initial_global_step
 from vqa.core.distributed import run_on_main_and_broadcast
 from vqa.core.dtypes import model_dtype
-from vqa.core.errors import UserError, preview, run
+from vqa.core.errors import UserError, preview, run_main
 from vqa.core.hashing import checkpoint_fingerprint, frozen_fingerprint, rows_fingerprint, trainable_fingerprint
 from vqa.core.io import read_json, write_json
 from vqa.data.collator import Collator
@@ -147,7 +148,7 @@ def is_finished(recipe: RecipeArguments, resolved: dict, rows_used: str) -> bool
 
 def read_split(data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
     """(training rows, validation rows), read from train_csv."""
-    return split_rows(read_rows(data.train_csv, data.image_root, with_answer=True).to_list(), data, seed)
+    return split_rows(read_rows(data.train_csv, data.image_root, with_answer=True), data, seed)
 
 
 def steps_worth(recipe: RecipeArguments, rows: int) -> float:
@@ -198,7 +199,7 @@ def finish(trainer: FoldTrainer, weights_before: dict[str, str], seconds: float,
         trainer.evaluate()
     if not trainer.is_world_process_zero():
         return
-    rows = (step - trainer._initial_global_step) * rows_per_step(recipe)
+    rows = (step - initial_global_step(trainer)) * rows_per_step(recipe)
     metrics = {
         "train_rows": len(trainer.train_dataset),
         "valid_rows": len(trainer.eval_dataset),
@@ -242,5 +243,5 @@ def log_training(folder: str, metrics: dict, resolved: dict) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
     PartialState().destroy_process_group()  # left open, it may abort a process that has ended well

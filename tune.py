@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from vqa.config.arguments import DataArguments, folds_file
 from vqa.config.parser import field_names, non_default_fields, parse_arguments
-from vqa.core.errors import UserError, run
+from vqa.core.errors import UserError, run_main
 from vqa.core.io import atomic_write, read_json, swap_root, write_json
 from vqa.data.predictions import join
 from vqa.data.table import read_table
@@ -167,4 +167,4 @@ def plot_importances(study: optuna.Study, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

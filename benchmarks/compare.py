@@ -33,7 +33,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
 from random_model import write_random_model  # noqa: E402
 
-from vqa.core.errors import run  # noqa: E402
+from vqa.core.errors import run_main  # noqa: E402
 from vqa.core.io import write_json  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -260,4 +260,4 @@ def plot(summary: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -53,7 +53,7 @@ def main() -> None:
     if ON_GPU and plan["cap_gib"]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(plan["cap_gib"] * GIB / total)
-    rows = read_rows(plan["csv"], with_answer=True).to_list()
+    rows = read_rows(plan["csv"], with_answer=True)
     for line in CONTESTANTS[sys.argv[1]](plan, rows):
         tell(plan, {"contestant": sys.argv[1]} | line)
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vqa.core.errors import UserError, run  # noqa: E402
+from vqa.core.errors import UserError, run_main  # noqa: E402
 from vqa.core.io import atomic_write, read_json, write_json  # noqa: E402
 from vqa.data.predictions import join, validation_scores  # noqa: E402
 from vqa.data.table import read_table  # noqa: E402
@@ -48,12 +48,12 @@ RUNGS = {
     MAJORITY: "one fold",
     "3 folds, weighted": "one fold",
     "3 folds, raw + EMA + SWA stacked": "3 folds, weighted",
-    "3 folds, + choice orders": "3 folds, weighted",
-    "3 folds, + choice orders + scales": "3 folds, + choice orders",
-    "3 folds, + choice orders + larger images": "3 folds, + choice orders",
+    "3 folds, + permutations": "3 folds, weighted",
+    "3 folds, + permutations + scales": "3 folds, + permutations",
+    "3 folds, + permutations + larger images": "3 folds, + permutations",
 }
 # Every rung beside the one it is built on, and in the end the whole way beside a single fold.
-COMPARED = [*RUNGS.items(), ("3 folds, + choice orders", "one fold")]
+COMPARED = [*RUNGS.items(), ("3 folds, + permutations", "one fold")]
 
 
 def main() -> None:
@@ -245,4 +245,4 @@ def write_table(outputs: Path, table: list[dict], args: argparse.Namespace, seco
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -28,7 +28,7 @@ from transformers import TrainerCallback  # noqa: E402
 from vqa.config.arguments import ModelArguments  # noqa: E402
 from vqa.config.recipe import RecipeArguments  # noqa: E402
 from vqa.core.dtypes import model_dtype  # noqa: E402
-from vqa.core.errors import UserError, run  # noqa: E402
+from vqa.core.errors import UserError, run_main  # noqa: E402
 from vqa.data.collator import Collator  # noqa: E402
 from vqa.data.prompt import letter_ids  # noqa: E402
 from vqa.inference.scoring import score_rows  # noqa: E402
@@ -231,4 +231,4 @@ def tell(line: dict, output: str | None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

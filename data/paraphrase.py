@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
 
-from vqa.core.errors import UserError, run  # noqa: E402
+from vqa.core.errors import UserError, run_main  # noqa: E402
 from vqa.core.io import atomic_write  # noqa: E402
 from vqa.data.paraphrases import paraphrases  # noqa: E402
 from vqa.data.table import numbered_columns, read_table  # noqa: E402
@@ -57,4 +57,4 @@ def tell(wordings: dict[str, list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

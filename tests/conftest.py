@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from vqa.config.recipe import RecipeArguments
-from vqa.core.errors import run
+from vqa.core.errors import run_main
 from vqa.data.collator import Collator
 from vqa.data.prompt import LETTERS, letter_ids
 from vqa.data.rows import read_rows
@@ -86,7 +86,7 @@ def contest(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def rows(contest) -> list[dict]:
-    return read_rows(contest / "train.csv", with_answer=True).to_list()
+    return read_rows(contest / "train.csv", with_answer=True)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def script(monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            run(importlib.import_module(name).main)
+            run_main(importlib.import_module(name).main)
         except SystemExit as stop:
             code = stop.code or 0
         return code, *capsys.readouterr()

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 import train_fold
 from vqa.core.distributed import full_tensor
-from vqa.core.errors import run
+from vqa.core.errors import run_main
 from vqa.training.callbacks import EMACallback, SWACallback
 
 STEPS, DECAY, START = 200, 0.9, 0.25
@@ -56,7 +56,7 @@ def train(argv: list[str], record: Path) -> None:
     code = 0
     with swapped(train_fold, "FoldTrainer", Watched), swapped(sys, "argv", ["train_fold.py", *map(str, argv)]):
         try:
-            run(train_fold.main)
+            run_main(train_fold.main)
         except SystemExit as stop:
             code = stop.code
     Path(f"{record}.json").write_text(json.dumps({"code": code, "rows": seen}))

@@ -65,5 +65,5 @@ def test_the_whole_job_is_reckoned_at_the_rates_of_equal_steps():
 
 
 def test_its_rows_are_a_contest(tmp_path):
-    rows = read_rows(write_rows(tmp_path / "rows", 4, enlarged=2), with_answer=True).to_list()
+    rows = read_rows(write_rows(tmp_path / "rows", 4, enlarged=2), with_answer=True)
     assert len(rows) == 4 and all(len(set(row["choices"])) == 4 for row in rows)

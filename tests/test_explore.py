@@ -132,7 +132,7 @@ def test_pairs_in_different_folds_are_warned_of(planted, script, tmp_path):
     assert "- 1 pair of like images in different folds: train_6 and train_61; scores flatter" in said
     write_csv(tmp_path / "folds.csv", [["other", 0]], ["id", "fold"])
     said = script("explore", tmp_path / "학습.csv", "--model", TINY, "--output_dir", tmp_path / "page")[1]
-    assert "ids of" in said and "are not in it" in said, "a folds file that does not fit"
+    assert "ids of" in said and "are missing" in said, "a folds file that does not fit"
 
 
 def test_tokens_are_those_of_the_models_own_tokenizer(processor, rows):

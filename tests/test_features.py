@@ -149,7 +149,7 @@ features.image_features = watched
 if kind == "killed":
     features.save_file = killed
 model, processor = load_base(tiny, False, torch.float32).eval(), load_processor(tiny)
-rows = read_rows(csv, with_answer=True).to_list()
+rows = read_rows(csv, with_answer=True)
 Path(record).touch()
 while kind == "beside" and len(list(Path(record).parent.glob("ready*"))) < 2:
     time.sleep(0.01)

@@ -46,8 +46,8 @@ def test_what_is_written_is_read_back_whatever_the_order_of_the_ids(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("id,fold\nx,0\n", "1 ids of train.csv are not in it .y."),
-        ("id,fold\nx,0\ny,1\nz,1\n", "1 of its ids are not in train.csv .z."),
+        ("id,fold\nx,0\n", "1 ids of train.csv are missing: y"),
+        ("id,fold\nx,0\ny,1\nz,1\n", "1 ids are not in train.csv: z"),
         ("id,fold\nx,0\ny,one\n", "whole number"),
         ("id,fold\nx,0\nx,1\n", "twice"),
         ("id,part\nx,0\n", "column fold is missing"),

@@ -250,7 +250,7 @@ def test_what_the_submission_changes_and_what_it_may_not_write_over(planted, scr
     output.write_text("\n".join(lines) + "\n")
     assert "2 of 300 answers differ from the submission that was there" in script("ensemble", *files)[1]
     code, _, error = script("ensemble", *files, "--output", files[0])
-    assert code == 2 and "exists and is no submission" in error
+    assert code == 2 and "exists and is not a submission" in error
 
 
 def test_comparison_ends_in_one_sentence(planted, script):

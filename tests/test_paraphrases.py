@@ -111,7 +111,7 @@ def test_one_wording_is_drawn_an_epoch_by_seed_row_and_epoch_alone(reworded):
 def test_columns_of_wordings_are_read_and_tell_a_run_from_another(tmp_path):
     cells = [["r1", "x.jpg", "q?", "other?", " ", "one", "two", "three", "", "c"]]
     header = [*HEADER[:3], "question_1", "question_2", *HEADER[3:]]
-    (row,) = read_rows(write_csv(tmp_path / "t.csv", cells, header), with_answer=True).to_list()
+    (row,) = read_rows(write_csv(tmp_path / "t.csv", cells, header), with_answer=True)
     assert row["paraphrases"] == ["other?"] and row["choices"] == ["one", "two", "three"]
     assert rows_fingerprint([row], []) != rows_fingerprint([{**row, "paraphrases": ["another?"]}], [])
 
@@ -144,7 +144,7 @@ def test_the_tool_writes_a_csv_that_training_reads(tmp_path, tool, capsys):
     tool(path, "--most", "2")
     assert "2 of 3 questions have other wordings, 3 in all" in capsys.readouterr().out
     written = tmp_path / "train_paraphrased.csv"
-    rows = read_rows(written, with_answer=True).to_list()
+    rows = read_rows(written, with_answer=True)
     assert [row["question"] for row in rows] == questions
     assert [row["paraphrases"] for row in rows] == [paraphrases(question)[:2] for question in questions]
     before, after = (pd.read_csv(file, dtype=str) for file in (path, written))

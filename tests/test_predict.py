@@ -193,7 +193,7 @@ def test_the_card_tells_the_mass_on_the_letters_and_what_generate_writes(
     code, output, error = ask(*flags)
     assert code == 0, error
     card = json.loads((tmp_path / "outputs" / "fold0.json").read_text())
-    rows = read_rows(contest / "test.csv").to_list()
+    rows = read_rows(contest / "test.csv")
     model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32), folds[0])
     batch = Collator(processor, 112)(rows)
     offered, _ = batch.pop("offered"), batch.pop("ids")
@@ -237,7 +237,7 @@ def test_an_unreadable_image_is_refused_or_answered_from_the_text_and_marked(
     assert json.loads((tmp_path / "outputs" / "fold0.json").read_text())["without_image"] == [BAD]
     got = pd.read_csv(tmp_path / "outputs" / "plain" / "fold0.csv", dtype={"note": str}).set_index("id")
     assert list(got.index[got["note"].notna()]) == [BAD] and "text alone" in got["note"][BAD]
-    (row,) = [row for row in read_rows(bad_csv).to_list() if row["id"] == BAD]
+    (row,) = [row for row in read_rows(bad_csv) if row["id"] == BAD]
     said = [row["question"], *(f"{letter}. {choice}" for letter, choice in zip("abcd", row["choices"]))]
     content = [{"type": "text", "text": "\n".join([*said, "Answer with the letter only."])}]
     prompt = processor.apply_chat_template(

@@ -93,7 +93,7 @@ def test_a_gap_among_the_choice_columns_is_refused(tmp_path):
 
 
 def test_duplicate_ids_are_named(tmp_path):
-    with pytest.raises(UserError, match="1 ids stand there twice: r1"):
+    with pytest.raises(UserError, match="1 ids occur twice: r1"):
         read_rows(write_csv(tmp_path / "t.csv", [ROW, ROW]))
 
 

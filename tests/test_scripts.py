@@ -41,7 +41,7 @@ def test_an_adapter_loads_with_peft_alone_and_reproduces_its_out_of_fold_file(tr
     base = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, fold / weights).eval()
     oof = pd.read_csv(fold / weights / "oof.csv")
-    rows = {row["id"]: row for row in read_rows(trained / "data" / "train.csv", with_answer=True).to_list()}
+    rows = {row["id"]: row for row in read_rows(trained / "data" / "train.csv", with_answer=True)}
     valid = [rows[row_id] for row_id in oof["id"]]
     got = score_rows(model, valid, Collator(processor, 112), ids, 16)[:, :4]
     assert np.abs(got - oof[["p_a", "p_b", "p_c", "p_d"]].to_numpy()).max() < 1e-6
@@ -226,7 +226,7 @@ def test_help_teaches_and_ends_well(script, name):
         ({"answer": "e"}, [], "answer 'e' is not offered"),
         ({"path": "pictures/none.jpg"}, [], "1 of 24 images cannot be used"),
         ({"path": "../../x.jpg"}, [], "lead out of"),
-        ({"id": "row_001"}, [], "ids stand there twice"),
+        ({"id": "row_001"}, [], "ids occur twice"),
         ({}, ["--fold", "7"], "fold 7 is not in"),
         ({}, ["--fp16", "true"], "args/demo/fold0.json"),
         ({}, ["--load_in_4bit"], "args/demo/fold0.json"),

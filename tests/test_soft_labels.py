@@ -52,7 +52,7 @@ def test_a_single_answer_stands_beside_its_annotators_and_for_those_that_are_mis
     [
         (["a", "d", "a"], "row 1 .id r1., answer2: answer 'd' is not offered"),
         (["a", "one", "a"], "answer2: answer 'one' is not offered"),
-        (["", " ", ""], "row 1 .id r1.: neither answer nor one of answer1, answer2, answer3"),
+        (["", " ", ""], "row 1 .id r1.: answer and answer1, answer2, answer3 are all blank"),
     ],
 )
 def test_an_annotator_who_answers_nothing_that_is_offered_is_named(tmp_path, cells, message):
@@ -132,7 +132,7 @@ def test_training_takes_the_annotators_and_validation_scores_against_them(traine
         table[name] = table["answer"] if name == "answer1" else draw.choice(list("abcd"), len(table))
     table = table.drop(columns="answer")
     csv = write_csv(trained / "data" / "annotated.csv", table.values.tolist(), list(table.columns))
-    rows = read_rows(csv, with_answer=True).to_list()
+    rows = read_rows(csv, with_answer=True)
     flags = ["--train_csv", csv, "--folds_csv", trained / "data" / "folds.csv", "--save_strategy", "no"]
     flags += [
         "--ema_decay",

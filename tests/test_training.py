@@ -9,7 +9,7 @@ from accelerate.utils import GradScalerKwargs
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
-from vqa.core.errors import UserError, run
+from vqa.core.errors import UserError, run_main
 from vqa.training.checkpointing import COMPLETE, CheckpointMarkerCallback
 from vqa.training.dataset import SetEpochCallback, TrainDataset
 from vqa.training.trainer import MAX_NON_FINITE, SCALER_START
@@ -104,7 +104,7 @@ def test_gpu_memory_that_runs_out_is_one_line(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with pytest.raises(SystemExit) as stop:
-        run(out_of_memory)
+        run_main(out_of_memory)
     error = capsys.readouterr().err
     assert (
         stop.value.code == 2

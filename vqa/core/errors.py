@@ -14,7 +14,7 @@ class UserError(Exception):
     """What the user can mend: the message names the value, the place and the remedy, on one line."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(); a UserError, or GPU memory that runs out, becomes one line on stderr and exit code 2."""
     try:
         main()
@@ -39,6 +39,6 @@ def preview(items: list, most: int = 3) -> str:
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
 
 
-def count(number: int, what: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

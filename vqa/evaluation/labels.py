@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 
 from vqa.core.errors import UserError, preview
-from vqa.data.prompt import LETTERS
-from vqa.data.rows import count_votes
-from vqa.data.table import numbered_columns, read_table, require_columns
+from vqa.data.rows import LETTERS, count_votes, parse_answer
+from vqa.data.table import check_ids, numbered_columns, read_table, require_columns
 
 CLUSTER_COLUMNS = {"image": "path", "question": "question"}
 
@@ -28,21 +27,15 @@ class Labels:
         self.annotators = numbered_columns(self.table, "answer")
         if not self.annotators:
             require_columns(path, self.table, ("answer",))
-        if (again := self.table["id"].duplicated()).any():
-            twice = list(self.table["id"][again].unique())
-            raise UserError(f"{path}: {len(twice)} ids stand there twice: {preview(twice)}; give each row its own")
+        check_ids(path, self.table["id"])
         self.index = pd.Index(self.table["id"])
 
     def answers(self, ids: Sequence[str]) -> np.ndarray:
         """Indices of the answers, int (rows,)."""
         if self.annotators:
             return np.array([answer for answer, _ in self._votes(ids)])
-        cells = self._rows(ids)["answer"].str.strip().str.lower()
-        answers = cells.map({letter: i for i, letter in enumerate(LETTERS)})
-        if answers.isna().any():
-            odd = [ids[i] for i in np.flatnonzero(answers.isna())]
-            raise UserError(f"{self.path}: {len(odd)} answers are no letter from a to j: {preview(odd)}; mend them")
-        return answers.to_numpy(dtype=int)
+        cells = self._rows(ids)["answer"]
+        return np.array([parse_answer(f"{self.path}: id {i}", cell, len(LETTERS)) for i, cell in zip(ids, cells)])
 
     def shares(self, ids: Sequence[str]) -> np.ndarray | None:
         """The share of each row's annotators that chose each letter (rows, 10); None where the CSV has none."""
