@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from vqa.config.args_file import build_dataclass, raise_unknown_field, read_args_file
 from vqa.config.arguments import DataArguments, ModelArguments
 from vqa.config.recipe import RecipeArguments, check_recipe
+from vqa.core.compat import parser_actions
 from vqa.core.dtypes import has_bf16
 from vqa.core.errors import UserError
 from vqa.core.io import swap_root
@@ -88,7 +89,7 @@ def _parser(description: str) -> HfArgumentParser:
         allow_abbrev=False,
     )
     ours = _own_fields() | {"help"}
-    for action in parser._actions:
+    for action in parser_actions(parser):
         if action.dest not in ours or any(option.startswith(("--no_", "--no-")) for option in action.option_strings):
             action.help = argparse.SUPPRESS
         action.option_strings = [o for o in action.option_strings if "-" not in o.lstrip("-")] or action.option_strings

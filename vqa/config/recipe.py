@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from vqa.config.arguments import arg
+from vqa.core.compat import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from vqa.core.dtypes import has_bf16
 from vqa.core.errors import UserError
 

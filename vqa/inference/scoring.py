@@ -8,8 +8,8 @@ from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from vqa.core.compat import is_fsdp_managed_module
 from vqa.core.dtypes import half_autocast
 from vqa.core.errors import UserError, preview
 from vqa.data.collator import Collator

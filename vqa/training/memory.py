@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vqa.config.arguments import ModelArguments
+from vqa.core.compat import adapted_module_names
 from vqa.modeling.families import vision_tower
 from vqa.modeling.loading import add_adapter, check_model_path
 
@@ -181,7 +182,7 @@ def trained_parameters(setup: Setup) -> int:
 
 def targets(setup: Setup) -> list[nn.Module]:
     """The layers that carry an adapter."""
-    return [setup.model.get_base_model().get_submodule(name) for name in setup.model.base_model.targeted_module_names]
+    return [setup.model.get_base_model().get_submodule(name) for name in adapted_module_names(setup.model)]
 
 
 def text_config(setup: Setup):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from vqa.core.compat import adapted_module_names
 from vqa.core.errors import UserError, preview
 from vqa.core.io import read_json
 from vqa.data.collator import IGNORE, Collator
@@ -48,7 +49,7 @@ def label_problems(collate: Collator, rows: list[dict]) -> list[str]:
 
 def adapter_targets(model: PeftModel) -> dict[str, int]:
     """The layers that carry an adapter: their own name -> how many there are."""
-    return dict(Counter(name.rpartition(".")[2] for name in model.base_model.targeted_module_names))
+    return dict(Counter(name.rpartition(".")[2] for name in adapted_module_names(model)))
 
 
 def adapter_problems(model: PeftModel) -> list[str]:

@@ -11,6 +11,7 @@ from accelerate.utils import GradScalerKwargs
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
+from vqa.core.compat import first_repeated_row
 from vqa.core.distributed import distributed_map, full_tensor
 from vqa.core.errors import UserError, preview
 from vqa.core.io import read_json, write_json
@@ -80,10 +81,9 @@ class FoldTrainer(Trainer):
         for batch in batches:
             batch["weight"] = torch.ones(len(batch["ids"]), device=device)
         if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
-            size, rank = self.args.train_batch_size, self.accelerator.process_index
-            missing = -len(self.train_dataset) % (size * self.accelerator.num_processes)
-            filled_from = size * (self.accelerator.num_processes - rank) - missing  # accelerate shares out in order
-            batches[-1]["weight"][max(0, filled_from) :] = 0
+            num_rows, size = len(self.train_dataset), self.args.train_batch_size
+            first = first_repeated_row(num_rows, size, self.accelerator.num_processes, self.accelerator.process_index)
+            batches[-1]["weight"][first:] = 0
         rows = torch.stack([batch["weight"].sum() for batch in batches]).sum()
         return batches, self.accelerator.reduce(rows)
 

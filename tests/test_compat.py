@@ -1,0 +1,299 @@
+"""What this project expects of the internals in vqa/core/compat.py: a test per item, named after what it expects."""
+
+import argparse
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import DynamicCache, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vqa.core import compat
+from vqa.data.collator import Collator
+from vqa.modeling.vision import image_features
+
+
+@pytest.mark.parametrize("name", compat.TRAINER_METHODS)
+def test_trainer_has_the_method_that_we_override_with_these_parameters(name):
+    expected = compat.TRAINER_METHODS[name]
+    parameters = [str(p).split(":")[0] for p in inspect.signature(getattr(Trainer, name)).parameters.values()][1:]
+    assert [parameter.split(" ")[0].split("=")[0] for parameter in parameters] == list(expected)
+
+
+def test_trainer_takes_sampler_scaler_arguments_epochs_and_checkpoints_from_the_overridden_methods(tmp_path):
+    """Also that `_run_epoch` is called with keywords alone, once an epoch."""
+    calls = []
+
+    class Recorder(Trainer):
+        def _build_accelerator_args(self, **kwargs):
+            built = super()._build_accelerator_args(**kwargs)
+            assert isinstance(built["kwargs_handlers"], list)
+            calls.append("_build_accelerator_args")
+            return built
+
+        def _get_train_sampler(self, train_dataset=None):
+            calls.append("_get_train_sampler")
+            return SequentialSampler(self.train_dataset)
+
+        def _run_epoch(self, **kwargs):
+            calls.append("_run_epoch")
+            super()._run_epoch(**kwargs)
+
+        def _save_checkpoint(self, model, trial):
+            calls.append("_save_checkpoint")
+            super()._save_checkpoint(model, trial)
+            assert (tmp_path / f"checkpoint-{self.state.global_step}" / "trainer_state.json").is_file()
+
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            assert len(batches) == num_batches == 2
+            calls.append("get_batch_samples")
+            return batches, 7
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            assert num_items_in_batch == 7
+            return super().training_step(model, inputs, num_items_in_batch)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(inputs["x"]).square().mean()
+
+    arguments = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        disable_tqdm=True,
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_strategy="epoch",
+        remove_unused_columns=False,
+    )
+    rows = [{"x": torch.ones(3) * i} for i in range(4)]
+    trainer = Recorder(nn.Linear(3, 1), arguments, train_dataset=rows)
+    trainer.train()
+    assert compat.initial_global_step(trainer) == 0 and trainer.state.global_step == 2
+    epoch = ["_run_epoch", "get_batch_samples", "_save_checkpoint"]
+    assert calls == ["_build_accelerator_args", "_get_train_sampler", *epoch, *epoch]
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert compat.initial_global_step(trainer) == 1
+
+
+def test_a_run_epoch_that_only_sets_should_training_stop_ends_training(tmp_path):
+    class Stopped(Trainer):
+        def _run_epoch(self, **kwargs):
+            self.control.should_training_stop = True
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True)
+    trainer = Stopped(nn.Linear(3, 1), arguments, train_dataset=[{"x": torch.ones(3)}], callbacks=[TrainerCallback()])
+    trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("rows", range(1, 20))
+@pytest.mark.parametrize(("batch_size", "processes"), [(1, 2), (2, 2), (4, 1), (3, 4)])
+def test_accelerate_fills_the_last_batches_with_an_epochs_first_rows_in_rank_order(rows, batch_size, processes):
+    sampler = BatchSampler(SequentialSampler(range(rows)), batch_size, drop_last=False)
+    real = []
+    for rank in range(processes):
+        batches = list(BatchSamplerShard(sampler, processes, rank))
+        if processes == 1:  # accelerate leaves the last batch short
+            batches = list(sampler)
+        first = compat.first_repeated_row(rows, batch_size, processes, rank)
+        real += [row for batch in batches[:-1] for row in batch] + batches[-1][:first]
+    assert sorted(real) == list(range(rows)), "each row once, when the repeated ones are left out"
+
+
+def test_one_process_broadcasts_and_gathers_its_own_objects():
+    assert broadcast_object_list(["answer", False]) == ["answer", False]
+    assert gather_object([{"rank": 0}]) == [{"rank": 0}]
+
+
+def test_the_model_comes_out_of_ddps_wrapper():
+    model = nn.Linear(2, 2)
+    assert compat.extract_model_from_parallel(model) is model
+    assert compat.extract_model_from_parallel(nn.DataParallel(model)) is model
+
+
+def test_fsdp_is_read_from_accelerates_environment_and_manages_no_plain_module(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    assert not compat.is_fsdp_launch() and not compat.is_fsdp_managed_module(nn.Linear(2, 2))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert compat.is_fsdp_launch()
+
+
+def test_the_parsers_flags_can_be_hidden_and_renamed():
+    parser = HfArgumentParser(TrainingArguments)
+    actions = {action.dest: action for action in compat.parser_actions(parser)}
+    assert {"help", "learning_rate", "fp16"} <= actions.keys()
+    actions["learning_rate"].help = argparse.SUPPRESS
+    assert "--learning_rate" not in parser.format_help().split("--help")[1].replace("[--learning_rate", "")
+    assert "--learning-rate" in actions["learning_rate"].option_strings
+
+
+def test_string_to_bool_reads_true_and_false_and_refuses_the_rest():
+    assert compat.string_to_bool("true") is True and compat.string_to_bool("false") is False
+    with pytest.raises(argparse.ArgumentTypeError):
+        compat.string_to_bool("maybe")
+
+
+def test_report_to_names_are_the_keys_of_the_integrations():
+    assert {"tensorboard", "wandb", "trackio"} <= compat.INTEGRATION_TO_CALLBACK.keys()
+    assert set(compat.get_available_reporting_integrations()) <= compat.INTEGRATION_TO_CALLBACK.keys()
+
+
+def test_repeat_kv_repeats_each_head_in_place():
+    heads = torch.arange(2.0).view(1, 2, 1, 1)
+    assert compat.repeat_kv(heads, 3).flatten().tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_sdpa_attention_forward_is_causal_by_the_modules_word_and_returns_heads_last():
+    query, key, value = torch.randn(3, 1, 2, 5, 4).unbind(0)
+    for is_causal in (True, False):
+        module = SimpleNamespace(is_causal=is_causal, training=False)
+        output, weights = compat.sdpa_attention_forward(module, query, key, value, None, scaling=0.5)
+        expected = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=0.5)
+        assert weights is None and torch.equal(output, expected.transpose(1, 2))
+
+
+def test_sdpa_mask_is_true_where_attention_is_allowed_and_our_attention_uses_it():
+    mask = compat.sdpa_mask(1, 3, 3, attention_mask=torch.tensor([[0, 1, 1]]).bool())
+    assert mask.shape == (1, 1, 3, 3) and mask.dtype == torch.bool
+    assert mask[0, 0].tolist()[1:] == [[False, True, False], [False, True, True]]
+    import vqa.modeling.loading  # noqa: F401  # registers it
+
+    assert compat.AttentionMaskInterface()["sdpa_expanded"] is compat.sdpa_mask
+    assert "sdpa_expanded" in ALL_ATTENTION_FUNCTIONS
+
+
+def test_forward_takes_encoder_outputs_in_place_of_pixels(model, processor, rows):
+    assert compat.accepts_encoder_outputs(model) and not compat.accepts_encoder_outputs(nn.Linear(2, 2))
+    batch = Collator(processor, 112)(rows[:2])
+    features = image_features(model, batch["pixel_values"], batch["image_grid_thw"], batch["ids"])
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+    inputs = {name: batch[name] for name in names}
+    with torch.no_grad():
+        given = model(**inputs, **compat.as_encoder_outputs(features)).logits
+        zero = model(**inputs, **compat.as_encoder_outputs(features * 0)).logits
+        expected = model(**inputs, pixel_values=batch["pixel_values"]).logits
+    assert torch.equal(given, expected) and not torch.equal(zero, expected)
+
+
+def test_rope_positions_give_text_three_equal_coordinates_and_an_image_its_grid(model, processor, rows):
+    batch = Collator(processor, 112)(rows[:1])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
+    positions = compat.rope_positions(model, inputs)
+    is_image = batch["input_ids"][0] == model.config.image_token_id
+    time, height, width = positions[:, 0]
+    assert positions.shape == (3, *batch["input_ids"].shape)
+    assert torch.equal(time[~is_image], height[~is_image]) and torch.equal(time[~is_image], width[~is_image])
+    assert len(time[is_image].unique()) == 1
+    assert len(height[is_image].unique()) * len(width[is_image].unique()) == is_image.sum()
+
+
+def test_cache_rows_can_be_repeated_and_reordered(model):
+    cache = DynamicCache(config=model.config.get_text_config())
+    tokens = torch.tensor([[20, 21, 22], [30, 31, 32]])
+    with torch.no_grad():
+        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        compat.select_cache_rows(cache, torch.tensor([1, 0, 1]))
+    for layer, (keys, values) in zip(cache.layers, before):
+        assert torch.equal(layer.keys, keys[[1, 0, 1]]) and torch.equal(layer.values, values[[1, 0, 1]])
+
+
+def test_rms_norms_keep_their_epsilon_as_variance_epsilon(model):
+    epsilons = [compat.rms_norm_epsilon(module) for module in model.model.language_model.modules()]
+    layers = model.config.get_text_config().num_hidden_layers
+    assert [value for value in epsilons if value is not None] == [1e-6] * (2 * layers + 1)
+
+
+def test_the_vision_attention_of_qwen2_5_vl_has_one_projection_for_queries_keys_and_values(model):
+    attentions = [m for m in model.modules() if isinstance(m, compat.Qwen2_5_VLVisionAttention)]
+    assert len(attentions) == len(model.model.visual.blocks)
+    for attention in attentions:
+        width = attention.proj.in_features
+        assert attention.qkv.out_features == 3 * width
+        assert attention.scaling == (width // attention.num_heads) ** -0.5
+    parameters = inspect.signature(compat.Qwen2_5_VLVisionAttention.forward).parameters
+    assert list(parameters)[1:4] == ["hidden_states", "cu_seqlens", "position_embeddings"]
+
+
+def test_the_rotary_function_of_the_vision_tower_rotates_by_angle():
+    query = torch.randn(5, 2, 4)
+    angles = torch.rand(5, 2).repeat(1, 2)
+    rotated, _ = compat.apply_rotary_pos_emb_vision(query, query, angles.cos(), angles.sin())
+    pairs = torch.complex(query[..., :2], query[..., 2:]) * torch.polar(torch.ones(5, 1, 2), angles[:, None, :2])
+    torch.testing.assert_close(rotated, torch.cat([pairs.real, pairs.imag], dim=-1))
+
+
+def test_the_gradient_of_native_dropout_scales_what_was_kept():
+    x = torch.randn(100)
+    dropped, kept = torch.native_dropout(x, 0.25, True)
+    torch.testing.assert_close(dropped, x * kept / 0.75)
+    torch.testing.assert_close(compat.native_dropout_backward(x, kept, 1 / 0.75), dropped)
+
+
+def adapted(**options) -> tuple[nn.Module, compat.LoraLayer]:
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=6, target_modules=["0"], **options))
+    return model, base[0]
+
+
+def test_peft_names_the_adapted_layers_and_keeps_scaling_and_weights_by_adapter():
+    model, layer = adapted()
+    assert compat.adapted_module_names(model) == ["0"]
+    assert isinstance(layer, compat.LoraLayer) and isinstance(layer, compat.BaseTunerLayer)
+    assert layer.scaling == {"default": 3.0} and layer.lora_A["default"].weight.shape == (2, 4)
+    x = torch.randn(3, 4)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    branch = layer.lora_B["default"](layer.lora_A["default"](layer.lora_dropout["default"](x)))
+    torch.testing.assert_close(layer(x), layer.get_base_layer()(x) + 3.0 * branch)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_an_adapter_that_computes_more_than_plain_lora_is_not_plain(options):
+    assert compat.plain_adapter(adapted()[1]) == "default"
+    assert compat.plain_adapter(adapted(**options)[1]) is None
+
+
+def test_a_disabled_merged_or_second_adapter_is_not_plain():
+    model, layer = adapted()
+    with model.disable_adapter():
+        assert compat.plain_adapter(layer) is None
+    assert compat.plain_adapter(layer) == "default"
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    assert compat.plain_adapter(layer) is None
+    model.set_adapter("second")
+    assert compat.plain_adapter(layer) == "second"
+    model.merge_adapter()
+    assert compat.plain_adapter(layer) is None
+
+
+def test_bitsandbytes_keeps_4_bit_weights_with_a_state_that_unpacks_to_its_dtype():
+    """Packing and unpacking run on a CPU; the 4-bit layer's forward pass does not, on every CPU."""
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(64, 64, dtype=torch.bfloat16)
+    packed, state = quantize_4bit(weight, quant_type="nf4")
+    layer = nn.Linear(64, 64)
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    layer.weight.quant_state = state
+    assert compat.is_4bit(layer) and not compat.is_4bit(nn.Linear(2, 2))
+    unpacked = compat.dequantized_weight(layer)
+    assert unpacked.dtype == state.dtype == torch.bfloat16
+    assert (unpacked - weight).norm() / weight.norm() < 0.15
+    compat.set_compute_dtype(layer, torch.float16)
+    assert compat.dequantized_weight(layer).dtype == torch.float16
+
+
+def test_a_4_bit_layer_of_bitsandbytes_is_a_linear_layer_with_a_compute_dtype():
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(8, 8, compute_dtype=torch.float16)
+    assert isinstance(layer, nn.Linear) and layer.compute_dtype == torch.float16 and not compat.is_4bit(layer)

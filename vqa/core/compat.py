@@ -1,0 +1,168 @@
+"""The internals of transformers, accelerate, PEFT, bitsandbytes and torch that this project uses, in one place.
+
+Any minor release may change them, so no other module imports them. tests/test_compat.py has a test per item: when an
+upgrade breaks one, its name says which. Two helpers that accelerate documents, `broadcast_object_list` and
+`gather_object`, are tested there too; vqa/core/distributed.py imports them itself, to stay quick to import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.hf_argparser import string_to_bool
+from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention, apply_rotary_pos_emb_vision
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import DynamicCache, Trainer
+
+__all__ = [
+    "AttentionMaskInterface",  # registers the mask function of our attention, "sdpa_expanded"
+    "BaseTunerLayer",  # tells whether a module of the vision tower carries an adapter
+    "INTEGRATION_TO_CALLBACK",  # the values that `report_to` accepts
+    "LoraLayer",  # its forward pass is replaced by the fused one
+    "Qwen2_5_VLVisionAttention",  # its forward pass is replaced by one that batches windows
+    "apply_rotary_pos_emb_vision",  # part of that forward pass
+    "extract_model_from_parallel",  # the model inside DDP's wrapper
+    "get_available_reporting_integrations",  # the installed ones of INTEGRATION_TO_CALLBACK
+    "is_fsdp_managed_module",  # FSDP's submodules hold their weights only inside the model's own forward pass
+    "native_dropout_backward",  # the gradient of torch.native_dropout, for a hand-written backward pass
+    "repeat_kv",  # one key and value head for every query head
+    "sdpa_attention_forward",  # transformers' call of scaled_dot_product_attention
+    "sdpa_mask",  # the mask that goes with it
+    "string_to_bool",  # what HfArgumentParser parses flags such as `--fp16 true` with
+]
+
+native_dropout_backward = torch.ops.aten.native_dropout_backward
+
+# Methods of Trainer that FoldTrainer overrides, and their parameters: transformers documents none of them.
+TRAINER_METHODS = {
+    "_build_accelerator_args": ("**kwargs",),  # returns Accelerator's arguments, with `kwargs_handlers` among them
+    "_get_train_sampler": ("train_dataset",),  # the sampler of the training rows
+    "_run_epoch": (  # one pass over the batches; stops by `control.should_training_stop`; called with keywords
+        *("model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
+        *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
+        "steps_trained_in_current_epoch",
+    ),
+    "_save_checkpoint": ("model", "trial"),  # writes checkpoint-<global_step>
+    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),  # the batches of a step, and what to divide by
+    "training_step": ("model", "inputs", "num_items_in_batch"),  # forward and backward pass of one batch
+}
+
+
+def initial_global_step(trainer: Trainer) -> int:
+    """The step at which the last call of `train()` began: 0, or that of the checkpoint it resumed."""
+    return trainer._initial_global_step
+
+
+def first_repeated_row(num_rows: int, batch_size: int, num_processes: int, rank: int) -> int:
+    """Where the repeated rows begin in this process's last batch of an epoch: 0 to batch_size.
+
+    Where the rows do not fill the last batches of all processes, accelerate fills them with the epoch's first rows.
+    It deals out the batches in rank order, so the repeated rows are at the end of the last ranks' batches.
+    """
+    num_repeated = -num_rows % (batch_size * num_processes)
+    return min(batch_size, max(0, batch_size * (num_processes - rank) - num_repeated))
+
+
+def is_fsdp_launch() -> bool:
+    """Whether `accelerate launch` started this process for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The parser's flags, to change their help: HfArgumentParser makes them out of dataclass fields by itself."""
+    return parser._actions
+
+
+@dataclass
+class EncoderOutput(BaseModelOutputWithPooling):
+    """Image features as a model's forward takes them; Qwen3-VL also reads `deepstack_features` in deeper layers."""
+
+    deepstack_features: list[tuple[torch.Tensor]] | None = None
+
+
+def accepts_encoder_outputs(model: nn.Module) -> bool:
+    """Whether the model's forward takes image features in place of pixels: transformers 5.20 and newer."""
+    return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+
+
+def as_encoder_outputs(features: torch.Tensor) -> dict:
+    """Keyword arguments of a model's forward for features (1 + deepstack layers, tokens of all images, hidden).
+
+    transformers concatenates the images of a batch, so one piece will do.
+    """
+    pooled, *deepstack = [(layer,) for layer in features]
+    return {
+        "mm_encoder_outputs": {
+            "image": EncoderOutput(pooler_output=pooled, deepstack_features=deepstack or None),  # type: ignore[arg-type]  # a tuple of tensors
+        }
+    }
+
+
+def rope_positions(base: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Positions int64 (3, rows, tokens) of a batch's tokens in time, height and width; text has three equal ones."""
+    return base.model.get_rope_index(**inputs)[0]
+
+
+def select_cache_rows(cache: DynamicCache, row_index: torch.Tensor) -> None:
+    """Make row i of the cache what row `row_index[i]` was: rows may be repeated."""
+    cache.batch_select_indices(row_index)
+
+
+def rms_norm_epsilon(module: nn.Module) -> float | None:
+    """The epsilon of one of transformers' RMS norms, None for any other module."""
+    return getattr(module, "variance_epsilon", None)
+
+
+def adapted_module_names(model: PeftModel) -> list[str]:
+    """The names within the base model of the layers that carry an adapter."""
+    return model.base_model.targeted_module_names
+
+
+def plain_adapter(layer: LoraLayer) -> str | None:
+    """The layer's one active adapter, if PEFT computes base(x) + scaling * B(A(dropout(x))) and no more, else None.
+
+    More is: several adapters, merged weights, a variant such as DoRA, or `lora_bias`.
+    """
+    active = layer.active_adapters
+    name = active[0] if len(active) == 1 else None
+    if name not in layer.lora_A or layer.disable_adapters or layer.merged or layer.lora_variant:
+        return None
+    return name if layer.lora_B[name].bias is None else None
+
+
+def is_4bit(layer: nn.Module) -> bool:
+    """Whether bitsandbytes holds the layer's weight in 4 bits."""
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let every 4-bit layer compute in `dtype`: a base that was saved in 4 bits brings its own setting along."""
+    for layer in model.modules():
+        if is_4bit(layer):
+            layer.compute_dtype = dtype  # type: ignore[assignment]  # nn.Module's __setattr__ is typed for tensors
+
+
+def dequantized_weight(layer: nn.Linear) -> torch.Tensor:
+    """The weight (out, in) in the dtype that the layer computes in, unpacked where it is held in 4 bits."""
+    if not is_4bit(layer):
+        return layer.weight
+    from bitsandbytes.functional import dequantize_4bit  # slow to import, and only a GPU needs it
+
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[arg-type]  # bitsandbytes' own
+    return weight.to(getattr(layer, "compute_dtype", None) or weight.dtype)
