@@ -42,7 +42,7 @@ from vqa.data.prompt import LETTERS, build_messages, letter_ids, render_chat  # 
 from vqa.data.synthetic import COLOURS, CONTEST, CORNERS, HOME, SHAPES, SIZES, Domain, ask, draw_scene, four_choices  # noqa: E402
 from vqa.inference.scoring import score_rows  # noqa: E402
 from vqa.modeling.loading import load_base, load_processor  # noqa: E402
-from vqa.modeling.windows import batch_vision_windows  # noqa: E402
+from vqa.modeling.families.qwen2_5_vl import batch_vision_windows  # noqa: E402
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "

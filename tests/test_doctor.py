@@ -17,7 +17,8 @@ from vqa.config.arguments import ModelArguments
 from vqa.core.errors import UserError
 from vqa.core.io import read_json
 from vqa.data.collator import IGNORE, Collator
-from vqa.modeling.loading import LORA_TARGETS, add_adapter, load_base
+from vqa.modeling.families.base import Family
+from vqa.modeling.loading import add_adapter, load_base
 from vqa.training.memory import (
     Batch,
     Setup,
@@ -97,7 +98,7 @@ def test_a_copied_image_on_both_sides_of_a_fold_is_to_be_mended(case):
     shutil.copy(case.data / "pictures" / "0.jpg", case.data / "pictures" / "1.jpg")
     code, output, _ = case()
     assert code == 1 and "ready" not in output
-    assert "1. 1 validation rows show an image of a training row (row_000 and row_001)" in output
+    assert "1. 1 validation rows have the image of a training row (row_000 and row_001)" in output
     assert "python make_folds.py" in output
 
 
@@ -166,7 +167,7 @@ def test_training_is_refused_where_a_row_or_an_image_is_on_both_sides(adapted, p
     with pytest.raises(UserError, match="1 validation rows are training rows too .row_011."):
         check_before_training(adapted, collate, rows[:12], rows[11:])
     copy = shutil.copy(rows[0]["image"], tmp_path / "another name.jpg")
-    with pytest.raises(UserError, match="show an image of a training row .row_020 and row_000."):
+    with pytest.raises(UserError, match="have the image of a training row .row_020 and row_000."):
         check_before_training(adapted, collate, rows[:12], [rows[20] | {"image": str(copy)}])
 
 
@@ -188,7 +189,7 @@ def test_the_outline_has_the_names_shapes_and_counts_of_the_model_and_no_weights
     described = [{name: (p.shape, p.requires_grad) for name, p in m.named_parameters()} for m in (shape, adapted)]
     assert described[0] == described[1]
     assert shape.get_nb_trainable_parameters() == adapted.get_nb_trainable_parameters()
-    assert adapter_targets(shape) == dict.fromkeys(LORA_TARGETS.split("(")[1].rstrip(")").split("|"), 6)
+    assert adapter_targets(shape) == dict.fromkeys(Family.lora_targets.split("(")[1].rstrip(")").split("|"), 6)
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("3B", 3_754_622_976), ("7B", 8_292_166_656)])

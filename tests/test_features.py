@@ -62,7 +62,7 @@ def test_a_second_run_encodes_nothing_and_reads_the_same(open_store, processor, 
     assert not encoded and again.holds(shown)
     for store in (again, pickle.loads(pickle.dumps(again))):  # as a worker that is spawned gets it
         assert torch.equal(store.read(shown)[0], first.read(rows)[0])
-    assert not list(first.folder.glob("*.lock"))
+    assert not list(first.shards.folder.glob("*.lock"))
 
 
 def test_identical_images_are_encoded_once_and_every_size_on_its_own(open_store, encoded, rows, tmp_path):
@@ -109,7 +109,7 @@ def test_other_weights_dtypes_and_preprocessing_never_read_each_others_features(
     stores = [open_store(rows[:2], base=changed), open_store(rows[:2], base=other(torch.bfloat16))]
     monkeypatch.setattr(processor.image_processor, "image_mean", [0.4, 0.5, 0.5])
     stores.append(open_store(rows[:2]))
-    assert len(encoded) == 8 and len({store.folder for store in [first, *stores]}) == 4
+    assert len(encoded) == 8 and len({store.shards.folder for store in [first, *stores]}) == 4
     assert not any(torch.equal(store.read(rows[:2])[0].float(), first.read(rows[:2])[0]) for store in stores)
 
 
@@ -126,20 +126,21 @@ JOB = """
 import sys, time
 from pathlib import Path
 import torch
+import vqa.modeling.feature_shards as shards
 import vqa.modeling.feature_store as features
-from vqa.args_files import DataArguments
-from vqa.model import load_base, load_processor
-from vqa.rows import read_rows
+from vqa.config.arguments import DataArguments
+from vqa.data.rows import read_rows
+from vqa.modeling.loading import load_base, load_processor
 tiny, csv, cache, record, size, kind = sys.argv[1:]
 torch.set_num_threads(1)
 features.MOST_IMAGES = 4
-seen, encode, save = [], features.image_features, features.save_file
+encoded, encode, save = [], features.image_features, shards.save_file
 def watched(model, pixel_values, grids, names):
     time.sleep(0.1)  # long enough for the other process to come by
-    seen.extend(names)
+    encoded.extend(names)
     return encode(model, pixel_values, grids, names)
 def killed(tensors, path, metadata):
-    if len(seen) > 8:
+    if len(encoded) > 8:
         save(tensors, path, metadata)
         Path(path).write_bytes(Path(path).read_bytes()[:500])
         import os, signal
@@ -147,15 +148,16 @@ def killed(tensors, path, metadata):
     save(tensors, path, metadata)
 features.image_features = watched
 if kind == "killed":
-    features.save_file = killed
+    shards.save_file = killed
 model, processor = load_base(tiny, False, torch.float32).eval(), load_processor(tiny)
 rows = read_rows(csv, with_answer=True)
 Path(record).touch()
 while kind == "beside" and len(list(Path(record).parent.glob("ready*"))) < 2:
     time.sleep(0.01)
-store = features.open_features(model, processor, DataArguments(image_size=int(size), vision_cache_dir=cache), [rows])
+data = DataArguments(image_size=int(size), vision_cache_dir=cache)
+store = features.open_feature_store(model, processor, data, [rows])
 assert store.holds(rows)
-Path(record).write_text("\\n".join(seen))
+Path(record).write_text("\\n".join(encoded))
 """
 
 
@@ -202,21 +204,21 @@ def test_beyond_the_bound_what_was_used_longest_ago_gives_way(open_store, encode
     mine.write_bytes(b"x" * 10_000)
     old, kept, new = rows[:4], rows[4:8], rows[8:12]
     first = open_store(old)
-    (path,) = first.handles
+    (path,) = first.shards.handles
     a_shard = path.stat().st_size
     open_store(kept)
-    for number, (file,) in enumerate(([mine], open_store(old).handles, open_store(kept).handles)):
+    for number, (file,) in enumerate(([mine], open_store(old).shards.handles, open_store(kept).shards.handles)):
         os.utime(file, (number, number))
     limit = 2.5 * a_shard / 1e9
     store = open_store(new, vision_cache_gb=limit)
-    assert store.holds(new) and len(shards(store.folder)) == 2 and not path.exists()
+    assert store.holds(new) and len(shards(store.shards.folder)) == 2 and not path.exists()
     assert first.read(old)[0].isfinite().all(), "an open one stays readable"
     encoded.clear()
     assert open_store(kept).holds(kept) and not encoded and mine.exists()
 
 
 def test_what_does_not_fit_is_left_out_with_a_line(open_store, processor, encoded, rows, capsys):
-    (path,) = open_store(rows[:4]).handles
+    (path,) = open_store(rows[:4]).shards.handles
     limit = 1.5 * path.stat().st_size / 1e9
     capsys.readouterr()
     store = open_store(rows[:4], rows[4:8], vision_cache_gb=limit)
@@ -239,7 +241,7 @@ def test_the_store_steps_aside_where_the_tower_is_trained_or_split(open_store, r
 
 def test_a_folder_that_cannot_be_written_is_told_with_the_remedy(open_store, rows, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match="vision_cache_dir .*give another one"):
+    with pytest.raises(UserError, match="vision_cache_dir .*Give another one"):
         open_store(rows[:1])
 
 

@@ -10,7 +10,7 @@ from vqa.config.recipe import RecipeArguments
 from vqa.core.dtypes import model_dtype
 from vqa.core.errors import UserError
 from vqa.data.collator import Collator
-from vqa.modeling.precision import attention_for_device
+from vqa.modeling.loading import attention_for_device
 from vqa.modeling.vision import encode_images
 
 
@@ -49,12 +49,12 @@ def test_training_in_16_bits_has_autocast_and_in_fp16_the_scaler_unless_the_args
 
 
 def test_several_gpus_do_not_keep_predict_from_using_one(gpu, monkeypatch):
-    from predict import base_run
+    from vqa.inference.checkpoints import base_checkpoint
 
     gpu(7, 5)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert base_run("args/fold0.json").dtype == torch.float16
+    assert base_checkpoint("args/fold0.json").dtype == torch.float16
 
 
 def test_bf16_on_a_t4_is_refused(gpu):

@@ -18,7 +18,8 @@ from vqa.data.collator import Collator
 from vqa.data.prompt import LETTERS
 from vqa.data.rows import read_rows
 from vqa.inference.scoring import score_rows
-from vqa.modeling.loading import LORA_TARGETS, load_base
+from vqa.modeling.families.base import Family
+from vqa.modeling.loading import load_base
 
 
 def test_a_folds_folder_holds_what_the_design_says(trained):
@@ -67,7 +68,7 @@ def test_every_fold_starts_from_the_same_untouched_base(trained):
     assert noted[0]["rows"] != noted[1]["rows"]
     base = load_base(TINY, False, torch.float32)
     names = {f"base_model.model.{name}": p for name, p in base.named_parameters()}
-    targets = [name for name, m in base.named_modules() if re.fullmatch(LORA_TARGETS, name)]
+    targets = [name for name, m in base.named_modules() if re.fullmatch(Family.lora_targets, name)]
     for name in targets:
         for part in ("weight", "bias"):
             if (key := f"base_model.model.{name}.{part}") in names:
@@ -98,7 +99,7 @@ def test_training_refuses_a_leak_between_the_halves_of_a_fold(trained, script, t
     flags = ["--train_csv", csv, "--folds_csv", trained / "data" / "folds.csv", "--output_dir", tmp_path / "out"]
     code, _, error = script("train_fold", trained / "args" / "fold0.json", *flags)
     last = error.splitlines()[-1]  # below the bar of loading the model
-    assert code == 2 and last.startswith("error: ") and "show an image of a training row" in last
+    assert code == 2 and last.startswith("error: ") and "have the image of a training row" in last
 
 
 def test_training_changes_the_language_model_and_nothing_of_the_vision_tower(trained):

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from vqa.data.collator import Collator
-from vqa.modeling.windows import _grouped_forward
+from vqa.modeling.families.qwen2_5_vl import _batched_forward
 
 
 def test_the_vision_tower_gives_the_same_features_on_ragged_grids(model, processor, rows):
@@ -12,7 +12,7 @@ def test_the_vision_tower_gives_the_same_features_on_ragged_grids(model, process
 
     original = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32).eval()
     patched = [block.attn.forward.__func__ for block in model.model.visual.blocks]
-    assert patched == [_grouped_forward] * len(patched), "otherwise this would compare transformers with itself"
+    assert patched == [_batched_forward] * len(patched), "otherwise this would compare transformers with itself"
     scales = [0.7, 1.0, 1.0, 1.6, 2.1, 3.0]  # up to several windows, cut ones among them
     batch = Collator(processor, 140)([{**row, "scale": scale} for row, scale in zip(rows, scales)])
     assert len(batch["image_grid_thw"].unique(dim=0)) > 3

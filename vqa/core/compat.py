@@ -114,7 +114,7 @@ def as_encoder_outputs(features: torch.Tensor) -> dict:
     }
 
 
-def rope_positions(base: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def rope_positions(base, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Positions int64 (3, rows, tokens) of a batch's tokens in time, height and width; text has three equal ones."""
     return base.model.get_rope_index(**inputs)[0]
 
@@ -131,7 +131,7 @@ def rms_norm_epsilon(module: nn.Module) -> float | None:
 
 def adapted_module_names(model: PeftModel) -> list[str]:
     """The names within the base model of the layers that carry an adapter."""
-    return model.base_model.targeted_module_names
+    return list(model.base_model.targeted_module_names)  # type: ignore[arg-type]  # a list of names
 
 
 def plain_adapter(layer: LoraLayer) -> str | None:
@@ -140,10 +140,10 @@ def plain_adapter(layer: LoraLayer) -> str | None:
     More is: several adapters, merged weights, a variant such as DoRA, or `lora_bias`.
     """
     active = layer.active_adapters
-    name = active[0] if len(active) == 1 else None
-    if name not in layer.lora_A or layer.disable_adapters or layer.merged or layer.lora_variant:
+    if len(active) != 1 or layer.disable_adapters or layer.merged or layer.lora_variant:
         return None
-    return name if layer.lora_B[name].bias is None else None
+    name = active[0]
+    return name if name in layer.lora_A and layer.lora_B[name].bias is None else None
 
 
 def is_4bit(layer: nn.Module) -> bool:
@@ -164,5 +164,5 @@ def dequantized_weight(layer: nn.Linear) -> torch.Tensor:
         return layer.weight
     from bitsandbytes.functional import dequantize_4bit  # slow to import, and only a GPU needs it
 
-    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[arg-type]  # bitsandbytes' own
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[attr-defined]  # Params4bit has it
     return weight.to(getattr(layer, "compute_dtype", None) or weight.dtype)

@@ -1,4 +1,4 @@
-"""Which dtype a GPU computes in."""
+"""The dtype that a GPU computes in."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,7 +8,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def model_dtype(fp16: bool = False, bf16: bool = False) -> torch.dtype:
-    """What the recipe asks for; otherwise bfloat16 from Ampere on, float16 on older GPUs, float32 without one.
+    """The dtype that the recipe sets; else bfloat16 from Ampere on, float16 on older GPUs, float32 without a GPU.
 
     By compute capability: `torch.cuda.is_bf16_supported()` is true on a T4 as well, where bf16 is slow emulation.
     """
@@ -20,11 +20,11 @@ def model_dtype(fp16: bool = False, bf16: bool = False) -> torch.dtype:
 
 
 def has_bf16() -> bool:
-    """Whether the GPU computes in bf16 itself: Ampere (8.0) and later."""
+    """Whether the GPU itself computes in bf16: Ampere (8.0) and later."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
 
 
 def half_autocast(model: torch.nn.Module) -> AbstractContextManager:
-    """Autocast in the 16-bit dtype of the base, if it has one: its adapter and its guarded layer are in fp32."""
+    """Autocast in the base model's 16-bit dtype, if it has one: the adapter and the guarded layer are in float32."""
     half = next((p for p in model.parameters() if p.dtype in HALF), None)
     return nullcontext() if half is None else torch.autocast(half.device.type, half.dtype)

@@ -1,55 +1,53 @@
-"""The frozen vision tower's features, computed once an image and size and kept on disk for every run that needs them.
+"""The frozen vision tower's features: computed once per image and size, and kept on disk for every later run.
 
-    checkpoints/vision_cache/vision-<fingerprint of tower, preprocessing and dtype>-<dtype>/<shard>.safetensors
+    checkpoints/vision_cache/vision-<hash of tower, preprocessing and dtype>-<dtype>/<shard>.safetensors
 
-A shard holds the features of some images, each under `<SHA-256 of the image file>_<width>x<height>`, with `_flipped`
-where the image is mirrored. It is written whole or not at all and never changed, so any number of processes may read
-and write side by side, and a run that was killed goes on with the shards that are there. The folder may be removed at
-any time when nothing runs.
+A shard (feature_shards.py) holds the features of some images. The key of each is `<SHA-256 of the image
+file>_<width>x<height>`, with `_flipped` where the image is mirrored.
 """
 
 import hashlib
-import os
-import shutil
 import time
-import zlib
-from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
-from filelock import FileLock, Timeout
 from qwen_vl_utils import fetch_image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from torch import nn
 from tqdm.auto import tqdm
 
+from vqa.config.arguments import DataArguments
+from vqa.core.compat import is_fsdp_launch
 from vqa.core.errors import UserError
-from vqa.core.hashing import fingerprint, hash_files
-from vqa.core.io import atomic_write
+from vqa.core.hashing import fingerprint
+from vqa.core.io import hash_files
 from vqa.data.images import image_tokens, oriented_sizes, resized_image_item, target_size
-from vqa.modeling.families import vision_tower
+from vqa.data.rows import Row
+from vqa.modeling.families import family_of, vision_tower
+from vqa.modeling.feature_shards import FeatureShards
 from vqa.modeling.vision import image_features, is_vision_frozen, unwrap_base_model
 
-FORMAT = "1"  # part of every store's name: raise it when images are prepared or features laid out in another way
+FORMAT = "1"  # part of every store's name: raise it when images are prepared or features are laid out differently
 
-
-# Images that go through the tower together, and into one shard: enough to fill a GPU, and they fit beside a model.
+# Images that go through the tower together, and into one shard: enough to keep a GPU busy beside a loaded model.
 MOST_IMAGES, MOST_TOKENS = 32, 2**12
 
+_fingerprints: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
-SPARE_DISK = 2**30  # bytes of the disk that checkpoints and outputs may still need
 
-
-def open_feature_store(model: torch.nn.Module, processor, data, needed: list[list[dict]], show: bool = True):
+def open_feature_store(
+    model: nn.Module, processor, data: DataArguments, needed: Sequence[Sequence[Row]], show: bool = True
+) -> "FeatureStore | None":
     """The store with the features of `needed`, lists of rows in order of importance; what is missing is computed.
 
-    Lists that do not fit the bound go without: the collator decodes their images in every pass, as without a store.
-    `data` are the DataArguments; `show` a progress bar. None where there is nothing to store: `vision_cache` is false,
-    the vision tower is trained or adapted, or FSDP is to split it.
+    Lists beyond the limit are left out: the collator decodes their images in every epoch, as without a store.
+    `show`: a progress bar. None where nothing can be stored: `vision_cache` is false, the vision tower is trained or
+    adapted, or FSDP shards it.
     """
-    if not data.vision_cache or not is_vision_frozen(model) or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if not data.vision_cache or not is_vision_frozen(model) or is_fsdp_launch():
         return None
     store = FeatureStore(model, processor, data.image_size, data.vision_cache_dir, data.vision_cache_gb)
     for rows in needed:
@@ -58,172 +56,125 @@ def open_feature_store(model: torch.nn.Module, processor, data, needed: list[lis
 
 
 class FeatureStore:
-    """Features of images on disk, read through memory maps.
+    """Features of images, by row.
 
     Args:
-        model: the base model, be it within PEFT's; it is not kept.
+        model: the base model, or PEFT's around it; the store keeps no reference.
         processor: the model's `AutoProcessor`.
-        image_size: pixel budget, as the collator's.
-        root: folder of all stores; this one is a folder in it, named after what its features depend on.
-        limit_gb: bound of `root` in GB (10^9 bytes); least recently used shards give way, those in use here do not.
+        image_size: pixel budget, the same as the collator's.
+        root: folder of all stores. This one is a folder in it, named after everything that its features depend on.
+        limit_gb: limit of `root` in GB (10^9 bytes).
     """
 
-    def __init__(self, model: torch.nn.Module, processor, image_size: int, root: str | Path, limit_gb: float):
+    def __init__(self, model: nn.Module, processor, image_size: int, root: str | Path, limit_gb: float):
         base = unwrap_base_model(model)
         tower, embeddings = vision_tower(base), base.get_input_embeddings().weight
         self.processor, self.image_size = processor, image_size
-        self.patch = processor.image_processor.patch_size
-        self.dtype = embeddings.dtype  # what the language model makes of them
+        self.patch, _ = family_of(base).patch_and_merge_size(processor)
+        self.dtype = embeddings.dtype  # the language model casts features to it
         layers = 1 + len(getattr(tower, "deepstack_visual_indexes", ()))
-        self.bytes_a_token = layers * embeddings.shape[1] * embeddings.element_size()
-        self.root, self.limit = Path(root), limit_gb * 1e9
-        depends = [FORMAT, fingerprint(tower.state_dict().items()), processor.image_processor.to_json_string()]
-        name = hashlib.sha256("\n".join([*depends, str(self.dtype)]).encode()).hexdigest()[:16]
-        self.folder = self.root / f"vision-{name}-{str(self.dtype).removeprefix('torch.')}"
-        self.images: dict[str, tuple[str, tuple[int, int]]] = {}  # path -> SHA-256, upright (width, height)
-        self.shards: dict[str, Path] = {}  # key -> the shard that holds it
-        self.handles: dict[Path, safe_open] = {}  # kept open: what another process evicts stays readable here
+        self.bytes_per_token = layers * embeddings.shape[1] * embeddings.element_size()
+        depends_on = [FORMAT, tower_fingerprint(tower), processor.image_processor.to_json_string(), str(self.dtype)]
+        name = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
+        self.shards = FeatureShards(Path(root) / f"vision-{name}-{str(self.dtype).split('.')[1]}", limit_gb * 1e9)
+        self.images: dict[str | None, tuple[str, tuple[int, int]]] = {}  # path -> SHA-256, upright (width, height)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"handles": {}}  # memory maps do not travel to a process that is spawned
-
-    def size(self, row: dict) -> tuple[int, int]:
-        """(width, height) in pixels that the row's image is given."""
+    def size(self, row: Row) -> tuple[int, int]:
+        """(width, height) in pixels that the row's image is resized to."""
         upright = self.images[row["image"]][1]
         return target_size(*upright, self.image_size, row.get("scale", 1.0), self.patch)
 
-    def key(self, row: dict) -> str:
-        key = "{}_{}x{}".format(self.images[row["image"]][0], *self.size(row))
-        return f"{key}_flipped" if row.get("flip") else key
+    def key(self, row: Row) -> str:
+        """What identifies the features of the row's image in this store."""
+        width, height = self.size(row)
+        return f"{self.images[row['image']][0]}_{width}x{height}{'_flipped' if row.get('flip') else ''}"
 
-    def holds(self, rows: list[dict]) -> bool:
+    def grids(self, rows: Sequence[Row]) -> torch.Tensor:
+        """int64 (rows, 3): frames, rows and columns of patches of each row's image, from its file's header."""
+        sizes = [self.size(row) for row in rows]
+        return torch.tensor([[1, height // self.patch, width // self.patch] for width, height in sizes])
+
+    def holds(self, rows: Sequence[Row]) -> bool:
+        """Whether the images of all `rows` are stored, at their sizes."""
         return all(row["image"] in self.images and self.key(row) in self.shards for row in rows)
 
-    def read(self, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (1 + deepstack layers, image tokens of all rows, hidden) and int64 grids (rows, 3), `thw`."""
-        sizes = [self.size(row) for row in rows]
-        grids = torch.tensor([[1, height // self.patch, width // self.patch] for width, height in sizes])
-        return torch.cat([self._read(self.key(row)) for row in rows], dim=1), grids
+    def read(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (1 + deepstack layers, image tokens of all rows, hidden) and int64 grids (rows, 3)."""
+        return torch.cat([self.shards.read(self.key(row)) for row in rows], dim=1), self.grids(rows)
 
-    def _read(self, key: str) -> torch.Tensor:
-        path = self.shards[key]
-        if path not in self.handles:
-            self.handles[path] = safe_open(path, "pt")
-        return self.handles[path].get_tensor(key)
+    def add(self, model: nn.Module, rows: Sequence[Row], show: bool = True) -> bool:
+        """Compute the features of `rows` that are not stored yet. False, and a line, beyond the limit.
 
-    def add(self, model: torch.nn.Module, rows: list[dict], show: bool = True) -> bool:
-        """Compute the features of `rows` that are not there yet. False, and a line, where the bound leaves no room.
-
-        Raises UserError where an image's features are not finite, or the folder cannot be written.
+        Raises UserError where an image's features are not finite, its pixels do not fit its header, or the folder
+        cannot be written.
         """
-        paths = list({row["image"] for row in rows} - self.images.keys())
+        paths = [p for p in dict.fromkeys(row["image"] for row in rows) if p is not None and p not in self.images]
         self.images |= zip(paths, zip(hash_files(paths), oriented_sizes(paths).values()))
         wanted = {self.key(row): row for row in rows}
         tokens = {key: image_tokens(*self.size(row), self.patch) for key, row in wanted.items()}
-        self._open_shards(wanted.keys())
-        size = sum(tokens[key] for key in wanted if key not in self.shards) * self.bytes_a_token
+        self.shards.open(wanted.keys())
+        size = sum(tokens[key] for key in wanted if key not in self.shards) * self.bytes_per_token
         if size == 0:
             return True
-        # By size and hash, not by what is missing: after a kill the rest is grouped, and rounded, as it was to be.
-        groups = grouped(sorted(wanted, key=lambda key: (tokens[key], key)), tokens)
-        missing = [{key: wanted[key] for key in group if key not in self.shards} for group in groups]
+        # Grouped before the stored keys are left out: so a build that was killed ends with the same groups, and the
+        # same rounding, as one that was not.
+        groups = group_keys(sorted(wanted, key=lambda key: (tokens[key], key)), tokens)
+        missing = [[key for key in group if key not in self.shards] for group in groups]
         try:
-            if not self._make_room(size):
+            if not self.shards.make_room(size):
                 return False
-            self._encode(model, [group for group in missing if group], show)
-        except (OSError, SafetensorError) as error:  # read-only, full, or taken away
+            self._encode(model, wanted, [group for group in missing if group], show)
+        except (OSError, SafetensorError) as error:  # read-only, full, or unmounted
             raise UserError(
-                f"vision_cache_dir {self.root}: {error}; give another one, with room, or --vision_cache false"
+                f"vision_cache_dir {self.shards.folder.parent}: {error}. Give another one with free space, or set "
+                "--vision_cache false."
             ) from None
-        self._open_shards(wanted.keys())
+        self.shards.open(wanted.keys())
         return True
 
-    def _open_shards(self, wanted) -> None:
-        """Open the shards that hold any of the keys `wanted`. A damaged one is removed as if it were not there."""
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path in self.handles:
-                continue
-            try:
-                handle = safe_open(path, "pt")
-                if wanted.isdisjoint(handle.keys()):
-                    continue
-                if handle.metadata()["crc32"] != checksum({key: handle.get_tensor(key) for key in handle.keys()}):
-                    raise ValueError("its checksum differs")
-            except FileNotFoundError:  # evicted by another process
-                continue
-            except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-                print(f"{path} is damaged ({' '.join(str(error).split())}); its images are encoded anew")
-                path.unlink(missing_ok=True)
-                continue
-            with suppress(OSError):  # a folder that is only read
-                os.utime(path)  # used just now
-            self.handles[path] = handle
-            self.shards |= {key: path for key in handle.keys() if key not in self.shards}
-
-    def _make_room(self, size: int) -> bool:
-        """Whether `size` bytes more may be written, once the shards that were used longest ago have given way."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / "room.lock"):
-            files = shards_below(self.root)
-            used = sum(stat.st_size for stat in files.values())
-            limit = min(self.limit, used + shutil.disk_usage(self.root).free - SPARE_DISK)
-            in_use = sum(files[path].st_size for path in self.handles if path in files)
-            if in_use + size > limit:
-                print(
-                    f"the vision cache has no room for {size / 1e9:.3g} GB of image features (bound: "
-                    f"{limit / 1e9:.3g} GB, in use: {in_use / 1e9:.3g}); these images are encoded in every pass, "
-                    "which is slower: raise vision_cache_gb, or give a vision_cache_dir on a larger disk"
-                )
-                return False
-            for path in sorted(files.keys() - self.handles.keys(), key=lambda path: files[path].st_mtime):
-                if used + size <= limit:
-                    break
-                path.unlink(missing_ok=True)
-                used -= files[path].st_size
-        return True
-
-    def _encode(self, model: torch.nn.Module, groups: list[dict[str, dict]], show: bool) -> None:
-        """Write a shard for each group (key -> row). Processes that want the same groups share them out."""
-        count, start, waiting = sum(map(len, groups)), time.time(), deque(groups)
+    def _encode(self, model: nn.Module, rows: dict[str, Row], groups: list[list[str]], show: bool) -> None:
+        """Write a shard for each group of keys, whose rows are in `rows`."""
+        count, start = sum(map(len, groups)), time.time()
         with tqdm(total=count, desc=f"encoding {count} images", unit=" images", leave=False, disable=not show) as bar:
-            while waiting:
-                group = waiting.popleft()
-                path = self.folder / f"{hashlib.sha256(' '.join(group).encode()).hexdigest()[:16]}.safetensors"
-                try:
-                    with FileLock(f"{path}.lock", blocking=False):
-                        if not path.exists():  # another process may have written it since
-                            self._write(model, group, path)
-                        Path(f"{path}.lock").unlink(missing_ok=True)  # whoever still holds it finds the shard
-                except Timeout:  # another process is at it
-                    waiting.append(group)
-                    time.sleep(0.05)
-                    continue
-                bar.update(len(group))
+            for keys in self.shards.write(groups, lambda keys: self._encode_group(model, {k: rows[k] for k in keys})):
+                bar.update(len(keys))
         if show:
-            print(f"{count} images encoded in {time.time() - start:.1f} s, features in {self.folder}")
+            print(f"{count} images encoded in {time.time() - start:.1f} s, features in {self.shards.folder}")
 
-    def _write(self, model: torch.nn.Module, group: dict[str, dict], path: Path) -> None:
-        for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed here
-            leftover.unlink()
+    def _encode_group(self, model: nn.Module, group: dict[str, Row]) -> dict[str, torch.Tensor]:
+        """Key -> features (1 + deepstack layers, image tokens, hidden), on the CPU."""
         rows = list(group.values())
         with ThreadPoolExecutor() as pool:
-            images = list(pool.map(self._image, rows))
+            images = list(pool.map(self._load_image, rows))
         inputs = self.processor.image_processor(images=images, do_resize=False, return_tensors="pt")
+        for row, grid, expected in zip(rows, inputs["image_grid_thw"].tolist(), self.grids(rows).tolist()):
+            if grid != expected:
+                raise UserError(
+                    f"{row['image']}: the decoded image has {grid[1]} x {grid[2]} patches, its header promises "
+                    f"{expected[1]} x {expected[2]}. Save the image again, upright and without EXIF data, or set "
+                    "--vision_cache false."
+                )
         device = next(vision_tower(unwrap_base_model(model)).parameters()).device
         pixels, grids = inputs["pixel_values"].to(device), inputs["image_grid_thw"].to(device)
-        features = image_features(model, pixels, grids, [row["image"] for row in rows]).to("cpu", self.dtype)
+        features = image_features(model, pixels, grids, [str(row["image"]) for row in rows]).to("cpu", self.dtype)
         parts = features.split([image_tokens(*self.size(row), self.patch) for row in rows], dim=1)
-        tensors = {key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(group, parts)}
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={"crc32": checksum(tensors)})
+        return {key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(group, parts)}
 
-    def _image(self, row: dict):
+    def _load_image(self, row: Row):
         return fetch_image(resized_image_item(row, self.image_size, self.patch), image_patch_size=self.patch)
 
 
-def grouped(keys: list[str], tokens: dict[str, int]) -> list[list[str]]:
+def tower_fingerprint(tower: nn.Module) -> str:
+    """The fingerprint of a frozen tower's weights, computed once per process: a 7B's takes seconds."""
+    if tower not in _fingerprints:
+        _fingerprints[tower] = fingerprint(tower.state_dict().items())
+    return _fingerprints[tower]
+
+
+def group_keys(keys: list[str], tokens: dict[str, int]) -> list[list[str]]:
     """`keys` in order, in groups of at most MOST_IMAGES keys and MOST_TOKENS tokens, but at least one key each."""
-    groups, total = [], 0
+    groups: list[list[str]] = []
+    total = 0
     for key in keys:
         total += tokens[key]
         if not groups or len(groups[-1]) == MOST_IMAGES or total > MOST_TOKENS:
@@ -231,22 +182,3 @@ def grouped(keys: list[str], tokens: dict[str, int]) -> list[list[str]]:
             total = tokens[key]
         groups[-1].append(key)
     return groups
-
-
-def shards_below(root: Path) -> dict[Path, os.stat_result]:
-    """The shards of all stores in `root`, half-written ones of killed processes included; nobody else's files."""
-    files = {}
-    for path in root.glob("vision-????????????????-*/*.safetensors*"):
-        with suppress(FileNotFoundError):  # another process has renamed or removed it
-            if path.suffix != ".lock":
-                files[path] = path.stat()
-    return files
-
-
-def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """CRC-32 over names and bytes, 8 hex digits."""
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy(), value)
-    return f"{value:08x}"

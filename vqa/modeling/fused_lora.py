@@ -1,40 +1,55 @@
-"""The language model's adapted layers and norms in fewer operations, with the same arithmetic.
+"""The language model's adapted layers and norms in fewer operations, with the same results up to rounding.
 
-PEFT composes an adapted layer out of some twenty small operations, and autograd as many again: a fast GPU waits for
-the host to launch them, a slow one moves memory for nothing. Here each layer is one autograd function, and each norm
+PEFT composes an adapted layer of some twenty small operations, and autograd adds as many: a fast GPU waits for the
+host to launch them, a slow one moves memory for nothing. Here each layer is one autograd function, and each norm is
 torch's own kernel. Parameters, files and names stay PEFT's and transformers'.
 """
 
-import os
 from types import MethodType
+from typing import TypeVar
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import linear, rms_norm
 
-native_dropout_backward = torch.ops.aten.native_dropout_backward
+from vqa.core.compat import (
+    LoraLayer,
+    dequantized_weight,
+    is_4bit,
+    is_fsdp_launch,
+    native_dropout_backward,
+    plain_adapter,
+    rms_norm_epsilon,
+)
+from vqa.modeling.families import language_model
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse_norms(model: nn.Module) -> nn.Module:
-    """Give the RMS norms of the language model torch's one kernel in place of six. Returns the model."""
-    for name, norm in model.named_modules():
-        if "language_model" in name and hasattr(norm, "variance_epsilon"):
+def fuse_norms(model: Model) -> Model:
+    """Give the RMS norms of a base model's language model torch's one kernel in place of six. Returns the model.
+
+    In 16 bits about a quarter of the outputs differ in the last place: transformers rounds before it multiplies by the
+    weight, torch after.
+    """
+    for norm in language_model(model).modules():
+        if rms_norm_epsilon(norm) is not None:
             norm.forward = MethodType(_rms_norm, norm)
     return model
 
 
 def _rms_norm(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    return rms_norm(hidden, self.weight.shape, self.weight.to(hidden.dtype), self.variance_epsilon)
+    weight: torch.Tensor = self.weight  # type: ignore[assignment]
+    return rms_norm(hidden, list(weight.shape), weight.to(hidden.dtype), rms_norm_epsilon(self))
 
 
-def fuse_adapters(model: nn.Module) -> nn.Module:
-    """Give every LoRA layer over a plain or 4-bit linear layer the fused pass. Returns the model.
+def fuse_adapters(model: Model) -> Model:
+    """Give every LoRA layer over a plain or 4-bit linear layer the fused forward pass. Returns the model.
 
-    A layer goes back to PEFT's own pass where it has no adapter or several active, a variant such as DoRA, or merged
-    weights. FSDP, which takes weights away between the passes, keeps PEFT's everywhere.
+    A layer uses PEFT's forward pass where its adapter is not a plain one (see `plain_adapter`). FSDP, which takes the
+    weights away between forward and backward, keeps PEFT's everywhere.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if is_fsdp_launch():
         return model
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear):
@@ -42,43 +57,42 @@ def fuse_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
-def _fused_lora_forward(self: LoraLayer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    active = self.active_adapters
-    name = active[0] if len(active) == 1 else None
-    plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
-    if not plain or name not in self.lora_A:
+def _fused_lora_forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    name = plain_adapter(self)
+    if args or kwargs or name is None:
         return type(self).forward(self, x, *args, **kwargs)
     dropout = self.lora_dropout[name]
-    share = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+    rate = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
-    return FusedLoraLinear.apply(x, a, b, self.get_base_layer(), self.scaling[name], share)
+    return FusedLoraLinear.apply(x, a, b, self.get_base_layer(), self.scaling[name], rate)
 
 
 class FusedLoraLinear(torch.autograd.Function):
     """y = x W' + bias + scaling * dropout(x) A' B', with gradients for x, A and B; the frozen W gets none.
 
-    x (..., in); a (rank, in) and b (out, rank), as a rule float32, are rounded to the dtype of W, as autocast does.
-    Where W is held in 4 bits, each pass unpacks it.
+    x (..., in), a (rank, in) and b (out, rank) are rounded to the dtype that the base layer computes in, as autocast
+    does; a and b are usually float32. A 4-bit W is unpacked in each pass; y then has x's dtype, as bitsandbytes' does.
     """
 
     @staticmethod
     def forward(ctx, x, a, b, base: nn.Linear, scaling: float, dropout: float):
         weight = dequantized_weight(base)
         dtype = weight.dtype
+        bias = None if base.bias is None else base.bias.to(dtype)
         rows, a_cast, b_cast = x.reshape(-1, x.shape[-1]).to(dtype), a.to(dtype), b.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y = linear(rows, weight, base.bias)
-            seen, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-            hidden = seen @ a_cast.T
+            y = linear(rows, weight, bias)
+            dropped, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
+            hidden = dropped @ a_cast.T
             y.addmm_(hidden, b_cast.T, alpha=scaling)
         ctx.save_for_backward(rows, kept, hidden, a_cast, b_cast)
         ctx.base, ctx.scaling, ctx.undo, ctx.dtypes = base, scaling, 1 / (1 - dropout), (x.dtype, a.dtype, b.dtype)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], -1).to(x.dtype if is_4bit(base) else dtype)
 
     @staticmethod
     def backward(ctx, grad):
         rows, kept, hidden, a, b = ctx.saved_tensors
-        grad_y = grad.reshape(-1, grad.shape[-1])
+        grad_y = grad.reshape(-1, grad.shape[-1]).to(rows.dtype)
         grad_b = (grad_y.T @ hidden).mul_(ctx.scaling)
         grad_hidden = (grad_y @ b).mul_(ctx.scaling)
         grad_a = grad_hidden.T @ (rows if kept is None else native_dropout_backward(rows, kept, ctx.undo))
@@ -89,12 +103,3 @@ class FusedLoraLinear(torch.autograd.Function):
                 grad_x = native_dropout_backward(grad_x, kept, ctx.undo)
             grad_x = grad_x.addmm_(grad_y, dequantized_weight(ctx.base)).view(*grad.shape[:-1], -1).to(ctx.dtypes[0])
         return grad_x, grad_a.to(ctx.dtypes[1]), grad_b.to(ctx.dtypes[2]), None, None, None
-
-
-def dequantized_weight(layer: nn.Linear) -> torch.Tensor:
-    """The weight (out, in) in the dtype that the layer computes in, unpacked where it is held in 4 bits."""
-    if (state := getattr(layer.weight, "quant_state", None)) is None:
-        return layer.weight
-    from bitsandbytes.functional import dequantize_4bit  # slow to import, and of use on a GPU alone
-
-    return dequantize_4bit(layer.weight.data, state)

@@ -1,79 +1,87 @@
-"""The frozen vision tower: run outside of the graph, and its features checked before the language model reads them."""
+"""The frozen vision tower: run outside of autograd, kept from overflow in fp16, and its features checked."""
 
-import inspect
-from dataclasses import dataclass
+from types import MethodType
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from peft import PeftModel
+from torch import nn
+from torch.nn.functional import linear
 
+from vqa.core.compat import BaseTunerLayer, accepts_encoder_outputs, as_encoder_outputs, extract_model_from_parallel
 from vqa.core.dtypes import half_autocast
 from vqa.core.errors import UserError, preview
-from vqa.modeling.families import vision_tower
+from vqa.modeling.families import last_vision_projection, vision_tower
 
 
-@dataclass
-class ReadyFeatures(BaseModelOutputWithPooling):
-    """Image features as transformers takes them; with those that Qwen3-VL feeds into deeper layers."""
-
-    deepstack_features: list[tuple[torch.Tensor]] | None = None
-
-
-def encode_images(model: torch.nn.Module, batch: dict) -> dict:
-    """The batch with ready features (`mm_encoder_outputs`) in place of `pixel_values`, or of stored `image_features`.
+def encode_images(model: nn.Module, batch: dict) -> dict:
+    """The batch with `mm_encoder_outputs` in place of its `pixel_values`, or of stored `image_features`.
 
     Raises UserError where features are not finite.
     """
     features = batch.get("image_features")
     if features is None:
         features = image_features(model, batch["pixel_values"], batch["image_grid_thw"], batch["ids"])
-    pooled, *deep = [(layer,) for layer in features]  # transformers joins the images of a batch, so one piece will do
-    ready = ReadyFeatures(pooler_output=pooled, deepstack_features=deep or None)
     kept = {key: value for key, value in batch.items() if key not in ("pixel_values", "image_features")}
-    return kept | {"mm_encoder_outputs": {"image": ready}}
+    return kept | as_encoder_outputs(features)
 
 
 def image_features(
-    model: torch.nn.Module, pixel_values: torch.Tensor, grids: torch.Tensor, names: list[str]
+    model: nn.Module, pixel_values: torch.Tensor, grids: torch.Tensor, names: list[str]
 ) -> torch.Tensor:
-    """Features (1 + deepstack layers, image tokens of all images, hidden) of one image a name.
+    """Features (1 + deepstack layers, image tokens of all images, hidden); `names` has one name per image.
 
     The tower is frozen, so it runs under `no_grad` and outside gradient checkpointing: no activations are kept, and
     nothing is recomputed. Raises UserError where the features are not finite.
     """
     base = unwrap_base_model(model)
-    tower = vision_tower(base)
-    tower.eval()  # keeps transformers from checkpointing its layers
+    vision_tower(base).eval()  # keeps transformers from checkpointing its layers
     with torch.no_grad(), half_autocast(base):
-        seen = base.get_image_features(pixel_values, grids, return_dict=True)
-    finite = torch.stack([features.isfinite().all() for features in seen.pooler_output]).tolist()
+        output = base.get_image_features(pixel_values, grids, return_dict=True)
+    finite = torch.stack([features.isfinite().all() for features in output.pooler_output]).tolist()
     if not all(finite):
-        bad = [name for name, fine in zip(names, finite) if not fine]
+        bad = [name for name, is_finite in zip(names, finite) if not is_finite]
         raise UserError(
             f"the image features of {preview(bad)} are not finite: the vision tower overflows in fp16 for these "
             "images; use a GPU with bf16, or drop the rows"
         )
-    return torch.stack([torch.cat(layer) for layer in (seen.pooler_output, *seen.get("deepstack_features", ()))])
+    return torch.stack([torch.cat(layer) for layer in (output.pooler_output, *output.get("deepstack_features", ()))])
 
 
-def is_vision_frozen(model: torch.nn.Module) -> bool:
+def guard_fp16(model: nn.Module) -> nn.Module:
+    """Keep the output layer of the last vision block's MLP in fp32, outside autocast. Returns the model.
+
+    In Qwen2.5-VL it overflows fp16 for some images, and the answers turn to NaN (ggml-org/llama.cpp#17534,
+    vllm-project/vllm#13817). Weights in fp32 alone do not help, since autocast would still compute in fp16.
+    """
+    if layers := last_vision_projection(model):
+        projection, norm = layers
+        projection.float().forward = MethodType(_linear_in_fp32, projection)
+        norm.float()  # autocast on CUDA would do this itself; on a CPU it does not
+    return model
+
+
+def _linear_in_fp32(self: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear(hidden.float(), self.weight, self.bias)
+
+
+def is_vision_frozen(model: nn.Module) -> bool:
     """Whether the vision tower is neither trained nor adapted, so that images alone decide its output."""
     tower = vision_tower(unwrap_base_model(model))
     adapted = any(isinstance(module, BaseTunerLayer) for module in tower.modules())
     return not adapted and not any(parameter.requires_grad for parameter in tower.parameters())
 
 
-def unwrap_base_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The base model within whatever wraps it: DDP, PEFT."""
+def unwrap_base_model(model: nn.Module):
+    """The base model (a PreTrainedModel) inside DDP and PEFT."""
     model = extract_model_from_parallel(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def check_accepts_features(model: torch.nn.Module) -> None:
-    """Stop where the installed transformers would swallow ready features and train blind, as before 5.20."""
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+def check_accepts_features(model: nn.Module) -> None:
+    """Stop where the model ignores image features: before 5.20 transformers would train without images."""
+    if not accepts_encoder_outputs(model):
         raise UserError(
-            f"{type(model).__name__} of the installed transformers takes no ready image features; install "
-            "transformers 5.20 or newer, and use one of the families in the README"
+            f"{type(model).__name__} of the installed transformers does not accept image features; install "
+            "transformers 5.20 or newer, and use one of the model families in the README"
         )

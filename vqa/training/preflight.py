@@ -55,11 +55,11 @@ def adapter_targets(model: PeftModel) -> dict[str, int]:
 def adapter_problems(model: PeftModel) -> list[str]:
     """Whether the adapter, or anything else that is trained, lies in the vision tower, or there is none at all."""
     if not any(p.requires_grad for p in model.parameters()):
-        return ["nothing of the model is trained: no layer's name fits LORA_TARGETS in vqa/model.py"]
+        return ["nothing is trained: no layer's name matches its family's `lora_targets` (vqa/modeling/families)"]
     trained = [name for name, p in vision_tower(unwrap_base_model(model)).named_parameters() if p.requires_grad]
     if not trained:
         return []
-    remedy = "let LORA_TARGETS in vqa/model.py name the language model's layers only"
+    remedy = "let `lora_targets` of its family (vqa/modeling/families) match the language model's layers only"
     return [f"{len(trained)} parameters of the vision tower are trained ({preview(trained)}); {remedy}"]
 
 
