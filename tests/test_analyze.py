@@ -109,6 +109,7 @@ def trio(contest, skill=2.0, averaged=3.0):
     }
 
 
+@pytest.mark.slow
 def test_the_worst_type_the_better_weights_and_a_wrong_label_are_found_at_a_glance(contest, analyze):
     weights = trio(contest)
     folders = contest.model("base", weights, best="ema")
@@ -143,6 +144,7 @@ def test_the_worst_type_the_better_weights_and_a_wrong_label_are_found_at_a_glan
         assert np.asarray(Image.open(contest.folder / "page" / f"{name}.png").convert("L")).std() > 5
 
 
+@pytest.mark.slow
 def test_models_stand_side_by_side_whatever_their_names(contest, analyze):
     first = contest.model("모델", trio(contest), best="raw")
     second = contest.model("B", trio(contest, skill=4.0), best="raw", validations=1)
@@ -158,6 +160,7 @@ def test_models_stand_side_by_side_whatever_their_names(contest, analyze):
     assert needs_nothing(html)
 
 
+@pytest.mark.slow
 def test_models_are_compared_on_the_rows_that_they_share(contest, analyze):
     first, second = (contest.model(name, trio(contest), best="raw") for name in ("A", "B"))
     code, said, error, html = analyze(*first, *second[:1])

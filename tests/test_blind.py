@@ -31,6 +31,7 @@ def test_chance_is_not_beaten_where_nothing_is_given_away():
     assert right.low < np.mean([1 / len(row["choices"]) for row in rows]) < right.high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clue", ["the longest choice", "stands in the question", "letter b", "“정답”"])
 def test_a_planted_giveaway_is_found_and_named(clue):
     rows = make_rows(500)

@@ -258,6 +258,7 @@ def test_operations_are_those_that_torch_counts(processor, rows):
     assert operations(setup, Batch(5, 70, 0), training=True) == counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_the_memory_benchmark_runs_dry_and_leaves_the_model_as_it_was(tmp_path, monkeypatch, capsys):
     import memory
 

@@ -75,6 +75,7 @@ def test_stack_is_scikit_learns_logistic_regression_where_there_are_two_letters(
     assert ensemble(stack, "stack", oracle.coef_[0]) == pytest.approx(oracle.predict_proba(odds), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_stack_is_the_best_of_its_kind_where_rows_offer_two_to_five_letters():
     """Against the likelihood written out row by row and minimised without derivatives."""
     stack, answers = contest([1.5, 0.8, 1.0], rows=300, letters=5, ragged=True)

@@ -121,6 +121,7 @@ def test_pairs_and_figures_lie_beside_the_page(explored):
         assert image.std() > 5, "a chart that is not blank"
 
 
+@pytest.mark.slow
 def test_pairs_in_different_folds_are_warned_of(planted, script, tmp_path):
     for path in planted.iterdir():
         if path.name != "page":

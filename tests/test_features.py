@@ -168,6 +168,7 @@ def start(csv: Path, cache: Path, record: Path, kind: str) -> subprocess.Popen:
     return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_goes_on_to_the_same_bytes(open_store, contest, encoded, rows, tmp_path):
     process = start(contest / "train.csv", tmp_path / "cache", tmp_path / "ready", "killed")
     process.communicate(timeout=120)
@@ -184,6 +185,7 @@ def test_a_build_that_was_killed_goes_on_to_the_same_bytes(open_store, contest, 
     assert shards(tmp_path / "cache") == resumed
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_share_the_work(open_store, contest, encoded, rows, tmp_path):
     records = [tmp_path / "ready1", tmp_path / "ready2"]
     started = [start(contest / "train.csv", tmp_path / "cache", record, "beside") for record in records]

@@ -31,6 +31,7 @@ def here(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_the_ladder_is_climbed_from_the_contest_to_the_table(here, script, tmp_path):
     flags = ["--seeds", "5", "--train_rows", "24", "--test_rows", "8", "--max_steps", "2", "--root", tmp_path]
     code, output, error = script("ladder", *flags)

@@ -15,6 +15,8 @@ from nbclient import NotebookClient
 
 from vqa.evaluation.experiment_log import COLUMNS
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = ROOT / "notebooks" / "kaggle.ipynb"
 
 

@@ -105,6 +105,7 @@ def test_a_file_with_other_choices_is_refused(tmp_path, stack):
         join([full, fewer])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["ensemble", "scores"])
 def test_scripts_that_only_read_tables_import_no_model_library(script):
     code = (

@@ -16,6 +16,8 @@ from conftest import ENVIRONMENT, ROOT, TINY, draw_contest
 from jobs import STEPS, distance_from_torch, train
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "args/accelerate/cpu.yaml"]
 TRAIN_ROWS, VALID_ROWS, BATCH, EPOCHS = 9, 13, 4, 2  # neither divides evenly between two processes
 STEPS_AN_EPOCH = -(-TRAIN_ROWS // BATCH)

@@ -31,6 +31,7 @@ def test_probabilities_are_the_softmax_over_the_offered_letters_at_the_last_posi
         assert (probabilities[len(wanted) :] == 0).all()
 
 
+@pytest.mark.slow
 def test_the_score_does_not_depend_on_the_batch(model, processor, ids, rows):
     collate = Collator(processor, 140)
     scores = [score_rows(model, rows, collate, ids, size) for size in (1, 5, 24)]

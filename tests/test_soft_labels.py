@@ -115,6 +115,7 @@ def test_the_token_loss_is_torchs_with_probabilities_over_the_vocabulary(losses,
         assert value == pytest.approx(float(oracle) / 2, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["letter", "token"])
 def test_where_all_annotators_agree_the_loss_is_the_hard_one(losses, soft, loss):
     hard = [{name: cell for name, cell in row.items() if name != "target"} for row in soft]

@@ -104,6 +104,7 @@ def test_the_verdict_is_better_worse_or_within_noise():
     assert compare(first, first, answers).verdict("a", "b").startswith("b is within noise")
 
 
+@pytest.mark.slow
 def test_chance_alone_is_called_a_difference_no_oftener_than_it_says():
     calls = 0
     for seed in range(60):

@@ -113,6 +113,7 @@ def test_gpu_memory_that_runs_out_is_one_line(capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_not_whole_while_it_is_written_anew(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer([CheckpointMarkerCallback()], max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()

@@ -25,6 +25,8 @@ from vqa.core.errors import UserError
 from vqa.evaluation.experiment_log import log_path, read_log
 from vqa.training.search import as_flags, claim_trial, default_space, open_study, read_space
 
+pytestmark = pytest.mark.slow
+
 STAND_IN = """
 import json, math, os, sys, time
 flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
