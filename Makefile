@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE
 # Processes that share the tests, one thread each. All tests of a file run in one process and share its fixtures.
 WORKERS := 2
-pytest := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile
+pytest := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-fast test-gpu lint soak ladder pictures lock
 .DEFAULT_GOAL := help
@@ -43,7 +43,7 @@ ladder: $(ready) ## measure what each technique adds, over three seeds: 16 minut
 	python benchmarks/ladder.py $(LADDER)
 
 pictures: $(ready) ## draw the pictures of the README and docs/ again; needs chromium and a finished demo
-	python docs/make_pictures.py
+	python docs/make_pictures.py --pages
 
 $(ready): requirements.lock
 	python3 -m venv .venv

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,7 @@ os.environ["EXPERIMENTS_LOG"] = f"{tempfile.mkdtemp()}/log.csv"  # and not the l
 
 import pytest
 import torch
+from filelock import FileLock
 
 from vqa.config.recipe import RecipeArguments
 from vqa.core.errors import run_main
@@ -136,10 +138,38 @@ def command(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
+def pytest_collection_modifyitems(items):
+    """Mark what needs trained folds as slow. Order the files so that two workers have work until the end.
+
+    One worker begins with a file that trains the folds, the other one with slow files that do without them.
+    """
+    for item in items:
+        if "trained" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    train = Counter(item.path for item in items if "trained" in item.fixturenames)
+    first = train.most_common(1)[0][0] if train else None
+
+    def rank(path: Path) -> int:
+        return 0 if path == first else 2 if train[path] else 1 if slow[path] else 3
+
+    items.sort(key=lambda item: (rank(item.path), -slow[item.path], item.path))
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The folder of a small contest whose two folds were trained by the README's command lines. Not to be changed."""
-    folder = tmp_path_factory.mktemp("job")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return train_two_folds(tmp_path_factory.mktemp("job"))
+    folder = tmp_path_factory.getbasetemp().parent / "job"  # one for all workers
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "finished").exists():
+            train_two_folds(folder)
+            (folder / "finished").touch()
+    return folder
+
+
+def train_two_folds(folder: Path) -> Path:
     data = folder / "data"
     draw_contest(data, 24)
     base = {
