@@ -1,12 +1,13 @@
-"""Qwen2-VL and Qwen3-VL, as tiny random models, pass what Qwen2.5-VL passes: labels, training, prediction, fp16."""
+"""Tiny random models of every family pass the same tests: labels, training, prediction, fp16."""
 
+import ast
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
@@ -24,7 +25,7 @@ from vqa.core.errors import UserError
 from vqa.data.collator import IGNORE, Collator
 from vqa.data.prompt import LETTERS, letter_ids
 from vqa.inference.scoring import answer_logits, normalize, permutation_probs, score_rows
-from vqa.modeling.families import last_vision_projection, vision_tower
+from vqa.modeling.families import FAMILIES, family_of_type, language_model, last_vision_projection, vision_tower
 from vqa.modeling.feature_store import open_feature_store
 from vqa.modeling.loading import add_adapter, load_base, load_processor
 from vqa.modeling.vision import encode_images, guard_fp16
@@ -49,10 +50,9 @@ VISION = {
         "deepstack_visual_indexes": [0],
     },
 }
-FAMILIES = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
 def folder(request, processor, tmp_path_factory) -> str:
     """A model folder of each family; Qwen2.5-VL's is the embedded one."""
     family, tokenizer = request.param, processor.tokenizer
@@ -67,18 +67,20 @@ def folder(request, processor, tmp_path_factory) -> str:
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).save_pretrained(path)
     if family == "qwen2_vl":
-        made = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), processor.chat_template)
+        family_processor = Qwen2VLProcessor(
+            Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), processor.chat_template
+        )
     else:
         images = Qwen2VLImageProcessor(patch_size=16)
-        made = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), processor.chat_template)
-    made.save_pretrained(path)
+        family_processor = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), processor.chat_template)
+    family_processor.save_pretrained(path)
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    own = load_processor(folder)
-    return load_base(folder, load_in_4bit=False, dtype=torch.float32).eval(), own, letter_ids(own)
+    processor = load_processor(folder)
+    return load_base(folder, load_in_4bit=False, dtype=torch.float32).eval(), processor, letter_ids(processor)
 
 
 def on_pixels(batch: dict) -> dict:
@@ -95,10 +97,10 @@ def test_labels_cover_the_letter_and_the_end_of_the_turn(loaded, rows):
 def test_an_images_tokens_fit_its_grid_and_the_pixel_budget(loaded, rows):
     model, processor, _ = loaded
     batch = Collator(processor, 140)(rows[:3])
-    own = processor.image_processor
+    patch, merge = family_of_type(model.config.model_type).patch_and_merge_size(processor)
     tokens = (batch["input_ids"] == model.config.image_token_id).sum(1)
-    assert torch.equal(tokens, batch["image_grid_thw"].prod(1) // own.merge_size**2)
-    assert (batch["image_grid_thw"].prod(1) * own.patch_size**2 <= 140**2).all()
+    assert torch.equal(tokens, batch["image_grid_thw"].prod(1) // merge**2)
+    assert (batch["image_grid_thw"].prod(1) * patch**2 <= 140**2).all()
 
 
 def test_ready_features_give_the_logits_of_pixels(loaded, rows):
@@ -134,7 +136,7 @@ def test_stored_features_give_what_pixels_give(loaded, rows, tmp_path):
     assert np.abs(scores[0] - scores[1]).max() < 1e-6
 
 
-def test_the_adapter_lies_in_the_language_model_alone_and_learns(folder, rows):
+def test_the_adapter_is_in_the_language_model_alone_and_learns(folder, rows):
     processor = load_processor(folder)
     base = load_base(folder, load_in_4bit=False, dtype=torch.float32)
     model = add_adapter(base, 4, 8, 0.0)
@@ -216,13 +218,38 @@ def test_scores_are_the_same_in_any_batch(loaded, rows):
     assert np.abs(one - many).max() < 1e-5
 
 
-def test_orders_that_share_their_beginning_have_the_probabilities_that_they_have_alone(loaded, rows):
+def test_permutations_that_share_a_prefix_have_the_probabilities_that_they_have_alone(loaded, rows):
     model, processor, ids = loaded
     collate = Collator(processor, 140)
-    orders = [[0, 1, 2, 3], [1, 2, 3, 0], [3, 2, 1, 0]]
-    shares = permutation_probs(
-        model, [{**row, "permutations": orders} for row in rows[:4]], collate, ids, batch_size=3
-    )
-    for row, values in zip(rows, map(normalize, shares)):
-        alone = score_rows(model, [{**row, "permutation": order} for order in orders], collate, ids, batch_size=2)
+    permutations = [[0, 1, 2, 3], [1, 2, 3, 0], [3, 2, 1, 0]]
+    permuted = [{**row, "permutations": permutations} for row in rows[:4]]
+    probs = permutation_probs(model, permuted, collate, ids, batch_size=3)
+    for row, values in zip(rows, map(normalize, probs)):
+        alone = score_rows(model, [{**row, "permutation": p} for p in permutations], collate, ids, batch_size=2)
         assert np.abs(values - alone).max() < 1e-5 and np.ptp(alone, axis=0).max() > 1e-5
+
+
+def test_a_model_of_an_unlisted_type_has_the_paths_of_qwen_or_is_refused_in_one_line(model):
+    listed, config = model.config.model_type, model.config
+    assert family_of_type("foo_vl").last_vision_projection is None and family_of_type("foo_vl").prepare is None
+    config.model_type = "foo_vl"
+    try:
+        assert vision_tower(model) is model.model.visual and last_vision_projection(model) is None
+        other = torch.nn.Module()
+        other.config = config
+        with pytest.raises(UserError, match="type 'foo_vl' are not supported: .*'model.language_model'") as error:
+            language_model(other)
+    finally:
+        config.model_type = listed
+    assert all(name in str(error.value) for name in FAMILIES) and "\n" not in str(error.value)
+
+
+def test_no_module_but_the_families_own_names_a_model_type():
+    wrong = []
+    for path in (ROOT / "vqa").rglob("*.py"):
+        constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+        if path.parent.name != "families" and FAMILIES.keys() & {
+            value for value in constants if isinstance(value, str)
+        }:
+            wrong.append(path)
+    assert not wrong

@@ -1,4 +1,4 @@
-"""The store of vision features against the tower itself: nothing twice, nothing foreign, nothing half."""
+"""The store of vision features against the tower itself: nothing is encoded twice, mixed up or left incomplete."""
 
 import os
 import pickle
@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, TINY
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file
 
 import vqa.modeling.feature_store
@@ -28,16 +29,16 @@ SIZE = 112
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[str]:
-    """The images that go through the tower on their way into a store, four at once at most."""
-    seen, encode = [], vqa.modeling.feature_store.image_features
+    """The images that the tower encodes for a store, four at once at most."""
+    names_encoded, encode = [], vqa.modeling.feature_store.image_features
 
     def watched(model, pixel_values, grids, names):
-        seen.extend(names)
+        names_encoded.extend(names)
         return encode(model, pixel_values, grids, names)
 
     monkeypatch.setattr(vqa.modeling.feature_store, "image_features", watched)
     monkeypatch.setattr(vqa.modeling.feature_store, "MOST_IMAGES", 4)
-    return seen
+    return names_encoded
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_a_second_run_encodes_nothing_and_reads_the_same(open_store, processor, 
     assert not list(first.shards.folder.glob("*.lock"))
 
 
-def test_identical_images_are_encoded_once_and_every_size_on_its_own(open_store, encoded, rows, tmp_path):
+def test_identical_images_are_encoded_once_and_every_size_separately(open_store, encoded, rows, tmp_path):
     copy = {**rows[0], "image": str(shutil.copy(rows[0]["image"], tmp_path / "copy.jpg"))}
     open_store([rows[0], copy, rows[0]])
     assert len(encoded) == 1
@@ -74,7 +75,7 @@ def test_identical_images_are_encoded_once_and_every_size_on_its_own(open_store,
     assert store.size({**copy, "scale": 1.5}) != store.size(copy) and store.holds([copy, {**copy, "scale": 1.5}])
 
 
-def test_a_batch_that_is_not_stored_whole_is_decoded(open_store, model, processor, rows):
+def test_a_batch_with_an_image_that_is_not_stored_is_decoded(open_store, model, processor, rows):
     store = open_store(rows[:2])
     collate = Collator(processor, SIZE, features=store)
     assert "image_features" in collate(rows[:2]) and "pixel_values" not in collate(rows[:2])
@@ -82,7 +83,7 @@ def test_a_batch_that_is_not_stored_whole_is_decoded(open_store, model, processo
 
 
 @pytest.mark.parametrize("harm", ["a byte", "cut short", "empty"])
-def test_a_damaged_shard_is_built_anew_with_a_line(open_store, encoded, rows, tmp_path, capsys, harm):
+def test_a_damaged_shard_is_written_again_and_a_line_says_so(open_store, encoded, rows, tmp_path, capsys, harm):
     open_store(rows)
     before = shards(tmp_path)
     path = tmp_path / sorted(before)[0]
@@ -169,13 +170,13 @@ def start(csv: Path, cache: Path, record: Path, kind: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_build_that_was_killed_goes_on_to_the_same_bytes(open_store, contest, encoded, rows, tmp_path):
+def test_a_killed_build_continues_to_the_same_bytes(open_store, contest, encoded, rows, tmp_path):
     process = start(contest / "train.csv", tmp_path / "cache", tmp_path / "ready", "killed")
     process.communicate(timeout=120)
     assert process.returncode == -9
     part = shards(tmp_path / "cache")
     half = [path for path in (tmp_path / "cache").rglob(".*safetensors.*")]
-    assert len(part) == 2 and len(half) == 1, "two shards are whole, one is half-written"
+    assert len(part) == 2 and len(half) == 1, "two shards are complete, one is not"
     store = open_store(rows)
     assert len(encoded) == len(rows) - sum(len(load_file(tmp_path / "cache" / name)) for name in part)
     assert store.holds(rows) and not half[0].exists()
@@ -186,7 +187,7 @@ def test_a_build_that_was_killed_goes_on_to_the_same_bytes(open_store, contest, 
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_share_the_work(open_store, contest, encoded, rows, tmp_path):
+def test_two_processes_at_once_divide_the_work(open_store, contest, encoded, rows, tmp_path):
     records = [tmp_path / "ready1", tmp_path / "ready2"]
     started = [start(contest / "train.csv", tmp_path / "cache", record, "beside") for record in records]
     for process in started:
@@ -200,7 +201,7 @@ def test_two_processes_at_once_share_the_work(open_store, contest, encoded, rows
     assert shards(tmp_path / "cache") == built
 
 
-def test_beyond_the_bound_what_was_used_longest_ago_gives_way(open_store, encoded, rows, tmp_path):
+def test_beyond_the_limit_the_least_recently_used_shards_are_deleted(open_store, encoded, rows, tmp_path):
     mine = tmp_path / "cache" / "mine" / "adapter.safetensors"
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"x" * 10_000)
@@ -219,7 +220,7 @@ def test_beyond_the_bound_what_was_used_longest_ago_gives_way(open_store, encode
     assert open_store(kept).holds(kept) and not encoded and mine.exists()
 
 
-def test_what_does_not_fit_is_left_out_with_a_line(open_store, processor, encoded, rows, capsys):
+def test_images_beyond_the_limit_are_left_out_and_a_line_says_so(open_store, processor, encoded, rows, capsys):
     (path,) = open_store(rows[:4]).shards.handles
     limit = 1.5 * path.stat().st_size / 1e9
     capsys.readouterr()
@@ -230,7 +231,7 @@ def test_what_does_not_fit_is_left_out_with_a_line(open_store, processor, encode
     assert "pixel_values" in Collator(processor, SIZE, features=store)(rows[4:8])
 
 
-def test_the_store_steps_aside_where_the_tower_is_trained_or_split(open_store, rows, monkeypatch):
+def test_there_is_no_store_where_the_tower_is_trained_or_sharded(open_store, rows, monkeypatch):
     assert open_store(rows[:1], vision_cache=False) is None
     model = load_base(TINY, load_in_4bit=False, dtype=torch.float32)
     next(vqa.modeling.feature_store.vision_tower(model).parameters()).requires_grad_(True)
@@ -241,10 +242,34 @@ def test_the_store_steps_aside_where_the_tower_is_trained_or_split(open_store, r
     assert open_store(rows[:1]) is None
 
 
-def test_a_folder_that_cannot_be_written_is_told_with_the_remedy(open_store, rows, tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(open_store, rows, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="vision_cache_dir .*Give another one"):
         open_store(rows[:1])
+
+
+def test_a_grid_other_than_the_headers_is_an_error_that_names_the_image(
+    open_store, encoded, rows, tmp_path, monkeypatch
+):
+    """As with a TIFF file, whose size Pillow swaps by itself, and whose size was then swapped back."""
+    image = tmp_path / "wide.png"
+    Image.new("RGB", (168, 84)).save(image)
+    monkeypatch.setattr(vqa.modeling.feature_store, "oriented_sizes", lambda paths: dict.fromkeys(paths, (84, 168)))
+    with pytest.raises(UserError, match=f"{image}: the decoded image has 4 x 8 patches, its header promises 8 x 4"):
+        open_store([{**rows[0], "image": str(image)}])
+    assert not encoded
+
+
+def test_the_tower_is_hashed_once_however_often_a_store_is_opened(open_store, rows, monkeypatch):
+    model, hashed, fingerprint = load_base(TINY, False, torch.float32), [], vqa.modeling.feature_store.fingerprint
+
+    def counted(tensors):
+        hashed.append(1)
+        return fingerprint(tensors)
+
+    monkeypatch.setattr(vqa.modeling.feature_store, "fingerprint", counted)
+    first, second = open_store(rows[:1], base=model), open_store(rows[1:2], base=model)
+    assert hashed == [1] and first.shards.folder == second.shards.folder
 
 
 def test_training_and_prediction_run_on_stored_features_and_give_what_pixels_give(

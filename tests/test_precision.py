@@ -1,4 +1,6 @@
-"""16 bits on GPUs before Ampere: the dtype, the attention, and what is refused. The fp16 guard: test_families.py."""
+"""16 bits on GPUs before Ampere: the dtype, the attention, what is refused. The fp16 guard is in test_families.py."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from vqa.config.recipe import RecipeArguments
 from vqa.core.dtypes import model_dtype
 from vqa.core.errors import UserError
 from vqa.data.collator import Collator
-from vqa.modeling.loading import attention_for_device
+from vqa.modeling.loading import attention_for_device, load_base
 from vqa.modeling.vision import encode_images
 
 
@@ -65,7 +67,7 @@ def test_bf16_on_a_t4_is_refused(gpu):
     check_machine({"bf16": True})
 
 
-def test_attention_plans_nothing_for_a_length(model):
+def test_cudnn_attention_which_plans_for_every_length_is_off(model):
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # the loaded model turned it off
     assert torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
 
@@ -75,18 +77,28 @@ def test_keys_and_values_are_expanded_instead_of_grouped(monkeypatch, model, pro
     other = AutoModelForImageTextToText.from_pretrained(TINY, attn_implementation="sdpa_expanded").float().eval()
     batch = encode_images(model, Collator(processor, 140)(rows[:count]))
     batch = {key: value for key, value in batch.items() if key not in ("ids", "offered")}
-    asked, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
 
-    def listen(query, key, value, **kwargs):
-        asked.append((kwargs.get("enable_gqa", False), query.shape[1] == key.shape[1]))
+    def recorded(query, key, value, **kwargs):
+        calls.append((kwargs.get("enable_gqa", False), query.shape[1] == key.shape[1]))
         return sdpa(query, key, value, **kwargs)
 
-    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", listen)
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", recorded)
     with torch.no_grad():
         wanted = model(**batch).logits
-        grouped, asked[:] = list(asked), []
+        grouped, calls[:] = list(calls), []
         got = other(**batch).logits
     if count == 1:
         assert any(gqa for gqa, _ in grouped), "transformers groups queries here, so there is something to avoid"
-    assert asked and all(not gqa and same_heads for gqa, same_heads in asked)
+    assert calls and all(not gqa and same_heads for gqa, same_heads in calls)
     assert torch.allclose(got, wanted, atol=1e-4)
+
+
+def test_a_base_saved_in_4_bits_computes_in_the_dtype_that_it_is_loaded_in(monkeypatch):
+    """Its config says bf16, which a T4 would emulate; transformers keeps the config's word over ours."""
+    saved = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
+    layer = saved.model.language_model.layers[0].mlp.up_proj
+    layer.weight.quant_state, layer.compute_dtype = SimpleNamespace(dtype=torch.bfloat16), torch.bfloat16
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *args, **options: saved)
+    load_base(TINY, load_in_4bit=False, dtype=torch.float16)
+    assert layer.compute_dtype == torch.float16

@@ -14,53 +14,41 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from accelerate.utils import extract_model_from_parallel as extract_model_from_parallel  # the model inside DDP
+from peft.tuners.lora import LoraLayer as LoraLayer  # its forward pass is replaced by the fused one
+from peft.tuners.tuners_utils import BaseTunerLayer as BaseTunerLayer  # any layer that carries an adapter
 from torch import nn
-from transformers.hf_argparser import string_to_bool
-from transformers.integrations.fsdp import is_fsdp_managed_module
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.hf_argparser import string_to_bool as string_to_bool  # how HfArgumentParser reads `--fp16 true`
+from transformers.integrations.fsdp import is_fsdp_managed_module as is_fsdp_managed_module
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations as get_available_reporting_integrations,
+)
+from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv  # one key and value head per query head
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface as AttentionMaskInterface  # registers a mask function
+from transformers.masking_utils import sdpa_mask as sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention, apply_rotary_pos_emb_vision
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import DynamicCache, Trainer
 
-__all__ = [
-    "AttentionMaskInterface",  # registers the mask function of our attention, "sdpa_expanded"
-    "BaseTunerLayer",  # tells whether a module of the vision tower carries an adapter
-    "INTEGRATION_TO_CALLBACK",  # the values that `report_to` accepts
-    "LoraLayer",  # its forward pass is replaced by the fused one
-    "Qwen2_5_VLVisionAttention",  # its forward pass is replaced by one that batches windows
-    "apply_rotary_pos_emb_vision",  # part of that forward pass
-    "extract_model_from_parallel",  # the model inside DDP's wrapper
-    "get_available_reporting_integrations",  # the installed ones of INTEGRATION_TO_CALLBACK
-    "is_fsdp_managed_module",  # FSDP's submodules hold their weights only inside the model's own forward pass
-    "native_dropout_backward",  # the gradient of torch.native_dropout, for a hand-written backward pass
-    "repeat_kv",  # one key and value head for every query head
-    "sdpa_attention_forward",  # transformers' call of scaled_dot_product_attention
-    "sdpa_mask",  # the mask that goes with it
-    "string_to_bool",  # what HfArgumentParser parses flags such as `--fp16 true` with
-]
+Qwen2_5_VLVisionAttention = modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention  # replaced by one that batches windows
+apply_rotary_pos_emb_vision = modeling_qwen2_5_vl.apply_rotary_pos_emb_vision
+native_dropout_backward = torch.ops.aten.native_dropout_backward  # for a hand-written backward pass
+foreach_lerp_ = torch._foreach_lerp_  # moves a list of averages in one kernel, as torch.optim.swa_utils does
 
-native_dropout_backward = torch.ops.aten.native_dropout_backward
-
-# Methods of Trainer that FoldTrainer overrides, and their parameters: transformers documents none of them.
+# Methods of Trainer that FoldTrainer overrides, and their parameters.
 TRAINER_METHODS = {
-    "_build_accelerator_args": ("**kwargs",),  # returns Accelerator's arguments, with `kwargs_handlers` among them
-    "_get_train_sampler": ("train_dataset",),  # the sampler of the training rows
-    "_run_epoch": (  # one pass over the batches; stops by `control.should_training_stop`; called with keywords
-        *("model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
-        *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
-        "steps_trained_in_current_epoch",
-    ),
-    "_save_checkpoint": ("model", "trial"),  # writes checkpoint-<global_step>
-    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),  # the batches of a step, and what to divide by
-    "training_step": ("model", "inputs", "num_items_in_batch"),  # forward and backward pass of one batch
+    "_build_accelerator_args": "**kwargs",  # returns Accelerator's arguments, with `kwargs_handlers` among them
+    "_get_train_sampler": "train_dataset",  # returns the sampler of the training rows
+    "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
+    "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",  # all are keywords
+    "_save_checkpoint": "model trial",  # writes checkpoint-<global_step>
+    "get_batch_samples": "epoch_iterator num_batches device",  # returns a step's batches, and what to divide by
+    "training_step": "model inputs num_items_in_batch",  # forward and backward pass of one batch
 }
 
 
@@ -85,7 +73,7 @@ def is_fsdp_launch() -> bool:
 
 
 def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The parser's flags, to change their help: HfArgumentParser makes them out of dataclass fields by itself."""
+    """The parser's flags, to change the help of those that HfArgumentParser makes out of dataclass fields."""
     return parser._actions
 
 
@@ -102,16 +90,10 @@ def accepts_encoder_outputs(model: nn.Module) -> bool:
 
 
 def as_encoder_outputs(features: torch.Tensor) -> dict:
-    """Keyword arguments of a model's forward for features (1 + deepstack layers, tokens of all images, hidden).
-
-    transformers concatenates the images of a batch, so one piece will do.
-    """
-    pooled, *deepstack = [(layer,) for layer in features]
-    return {
-        "mm_encoder_outputs": {
-            "image": EncoderOutput(pooler_output=pooled, deepstack_features=deepstack or None),  # type: ignore[arg-type]  # a tuple of tensors
-        }
-    }
+    """Keyword arguments of a model's forward for features (1 + deepstack layers, tokens of all images, hidden)."""
+    pooled, *deepstack = [(layer,) for layer in features]  # transformers concatenates images, so one piece will do
+    output = EncoderOutput(pooler_output=pooled, deepstack_features=deepstack or None)  # type: ignore[arg-type]
+    return {"mm_encoder_outputs": {"image": output}}
 
 
 def rope_positions(base, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -164,5 +146,5 @@ def dequantized_weight(layer: nn.Linear) -> torch.Tensor:
         return layer.weight
     from bitsandbytes.functional import dequantize_4bit  # slow to import, and only a GPU needs it
 
-    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[attr-defined]  # Params4bit has it
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[attr-defined]  # Params4bit
     return weight.to(getattr(layer, "compute_dtype", None) or weight.dtype)

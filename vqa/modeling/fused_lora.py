@@ -6,27 +6,18 @@ torch's own kernel. Parameters, files and names stay PEFT's and transformers'.
 """
 
 from types import MethodType
-from typing import TypeVar
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.functional import linear, rms_norm
 
-from vqa.core.compat import (
-    LoraLayer,
-    dequantized_weight,
-    is_4bit,
-    is_fsdp_launch,
-    native_dropout_backward,
-    plain_adapter,
-    rms_norm_epsilon,
-)
+from vqa.core import compat
+from vqa.core.compat import dequantized_weight, native_dropout_backward, rms_norm_epsilon
 from vqa.modeling.families import language_model
 
-Model = TypeVar("Model", bound=nn.Module)
 
-
-def fuse_norms(model: Model) -> Model:
+def fuse_norms(model: nn.Module) -> nn.Module:
     """Give the RMS norms of a base model's language model torch's one kernel in place of six. Returns the model.
 
     In 16 bits about a quarter of the outputs differ in the last place: transformers rounds before it multiplies by the
@@ -43,22 +34,22 @@ def _rms_norm(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return rms_norm(hidden, list(weight.shape), weight.to(hidden.dtype), rms_norm_epsilon(self))
 
 
-def fuse_adapters(model: Model) -> Model:
+def fuse_adapters(model: PeftModel) -> PeftModel:
     """Give every LoRA layer over a plain or 4-bit linear layer the fused forward pass. Returns the model.
 
     A layer uses PEFT's forward pass where its adapter is not a plain one (see `plain_adapter`). FSDP, which takes the
     weights away between forward and backward, keeps PEFT's everywhere.
     """
-    if is_fsdp_launch():
+    if compat.is_fsdp_launch():
         return model
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear):
+        if isinstance(layer, compat.LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear):
             layer.forward = MethodType(_fused_lora_forward, layer)
     return model
 
 
 def _fused_lora_forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    name = plain_adapter(self)
+    name = compat.plain_adapter(self)
     if args or kwargs or name is None:
         return type(self).forward(self, x, *args, **kwargs)
     dropout = self.lora_dropout[name]
@@ -87,7 +78,7 @@ class FusedLoraLinear(torch.autograd.Function):
             y.addmm_(hidden, b_cast.T, alpha=scaling)
         ctx.save_for_backward(rows, kept, hidden, a_cast, b_cast)
         ctx.base, ctx.scaling, ctx.undo, ctx.dtypes = base, scaling, 1 / (1 - dropout), (x.dtype, a.dtype, b.dtype)
-        return y.view(*x.shape[:-1], -1).to(x.dtype if is_4bit(base) else dtype)
+        return y.view(*x.shape[:-1], -1).to(x.dtype if compat.is_4bit(base) else dtype)
 
     @staticmethod
     def backward(ctx, grad):

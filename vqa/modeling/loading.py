@@ -3,27 +3,16 @@
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-)
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from vqa.core.compat import (
-    AttentionMaskInterface,
-    is_fsdp_launch,
-    repeat_kv,
-    sdpa_attention_forward,
-    sdpa_mask,
-    set_compute_dtype,
-)
+from vqa.core import compat
 from vqa.core.dtypes import has_bf16
 from vqa.core.errors import UserError, preview
 from vqa.modeling.families import family_of, family_of_type
@@ -42,7 +31,7 @@ def load_processor(model: str, trust_remote_code: bool = False):
 def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The frozen base model on this process's device, in `dtype`, with SDPA attention. Weights: safetensors only."""
     check_model_path(model)
-    options = {}
+    options, fsdp = {}, compat.is_fsdp_launch()
     if load_in_4bit:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         options["quantization_config"] = BitsAndBytesConfig(
@@ -50,12 +39,11 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            # FSDP only shards floating-point storage
-            bnb_4bit_quant_storage=dtype if is_fsdp_launch() else torch.uint8,
+            bnb_4bit_quant_storage=dtype if fsdp else torch.uint8,  # FSDP only shards floating-point storage
             llm_int8_skip_modules=list(family_of_type(config.model_type).not_in_4bit),
         )
     # Under DDP each process holds its own copy, on its own GPU. FSDP shards each layer from the CPU.
-    on_gpu = torch.cuda.is_available() and not is_fsdp_launch()
+    on_gpu = torch.cuda.is_available() and not fsdp
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu"
     base = AutoModelForImageTextToText.from_pretrained(
         model,
@@ -66,7 +54,7 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
         device_map={"": device},
         **options,
     )
-    set_compute_dtype(base, dtype)
+    compat.set_compute_dtype(base, dtype)
     base.config.use_cache = False
     # cuDNN's attention, torch's first choice on Hopper, makes a new plan for every length of a batch, which takes
     # longer than a step. Cards before Ampere never had it.
@@ -148,18 +136,10 @@ def _sdpa_expanded(module, query, key, value, attention_mask, **kwargs):
     Before Ampere that flag leaves SDPA only its math kernel, which materialises the attention matrix.
     """
     groups = getattr(module, "num_key_value_groups", 1)
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    ungrouped = _Ungrouped(module)
-    return sdpa_attention_forward(ungrouped, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
-
-
-class _Ungrouped:
-    """An attention module as sdpa_attention_forward sees it when no heads are left to repeat."""
-
-    def __init__(self, module: nn.Module):
-        self.is_causal = getattr(module, "is_causal", True)
-        self.training = module.training
+    key, value = compat.repeat_kv(key, groups), compat.repeat_kv(value, groups)
+    ungrouped: Any = SimpleNamespace(is_causal=getattr(module, "is_causal", True), training=module.training)
+    return compat.sdpa_attention_forward(ungrouped, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register("sdpa_expanded", _sdpa_expanded)
-AttentionMaskInterface.register("sdpa_expanded", sdpa_mask)
+compat.AttentionMaskInterface.register("sdpa_expanded", compat.sdpa_mask)

@@ -55,7 +55,7 @@ def adapter_targets(model: PeftModel) -> dict[str, int]:
 def adapter_problems(model: PeftModel) -> list[str]:
     """Whether the adapter, or anything else that is trained, lies in the vision tower, or there is none at all."""
     if not any(p.requires_grad for p in model.parameters()):
-        return ["nothing is trained: no layer's name matches its family's `lora_targets` (vqa/modeling/families)"]
+        return ["nothing of the model is trained: no layer's name matches `lora_targets` (vqa/modeling/families)"]
     trained = [name for name, p in vision_tower(unwrap_base_model(model)).named_parameters() if p.requires_grad]
     if not trained:
         return []
