@@ -253,8 +253,8 @@ def test_a_grid_other_than_the_headers_is_an_error_that_names_the_image(
 ):
     """As with a TIFF file, whose size Pillow swaps by itself, and whose size was then swapped back."""
     image = tmp_path / "wide.png"
-    Image.new("RGB", (168, 84)).save(image)
-    monkeypatch.setattr(vqa.modeling.feature_store, "oriented_sizes", lambda paths: dict.fromkeys(paths, (84, 168)))
+    Image.new("RGB", (112, 56)).save(image)
+    monkeypatch.setattr(vqa.modeling.feature_store, "oriented_sizes", lambda paths: dict.fromkeys(paths, (56, 112)))
     with pytest.raises(UserError, match=f"{image}: the decoded image has 4 x 8 patches, its header promises 8 x 4"):
         open_store([{**rows[0], "image": str(image)}])
     assert not encoded
