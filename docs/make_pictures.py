@@ -26,8 +26,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 BLUE, GREY = "#2563c9", "#b6bec9"
 # name -> (page below outputs/demo, top and height of the part that is shown, in CSS pixels)
 SCREENSHOTS = {
-    "explore": ("explore", 0, 1130),
-    "analyze": ("analyze", 0, 1240),
+    "explore": ("explore", 0, 1000),
+    "analyze": ("analyze", 0, 870),
 }
 WIDTH = 1000  # of the browser's window, in CSS pixels
 
