@@ -23,9 +23,18 @@ import pandas as pd
 
 from vqa.core.cli import non_default_args
 from vqa.core.errors import UserError, run_main
-from vqa.data.predictions import join, letters, read_card, validation_scores, write_probabilities
+from vqa.data.predictions import (
+    check_offered,
+    is_submission,
+    join,
+    letters,
+    previous_answers,
+    read_card,
+    validation_scores,
+    write_probabilities,
+    write_submission,
+)
 from vqa.data.prompt import LETTERS
-from vqa.data.submission import check_offered, is_submission, previous_answers, write_submission
 from vqa.evaluation.ensembling import METHODS, Ensemble, fit, nested, score_weights
 from vqa.evaluation.experiment_log import log_run
 from vqa.evaluation.labels import Labels

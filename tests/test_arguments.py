@@ -121,3 +121,13 @@ def test_places_of_args_checkpoints_and_outputs_mirror_each_other():
     assert swap_root("checkpoints", "args/demo/fold0", below="args") == Path("checkpoints/demo/fold0")
     assert swap_root("outputs", "checkpoints", below="checkpoints") == Path("outputs")
     assert swap_root("checkpoints", "/x/args/fold0", below="args") == Path("checkpoints/fold0")
+    assert swap_root("checkpoints", "elsewhere/fold0", below="args") == Path("checkpoints/fold0")
+
+
+def test_of_two_folders_called_args_the_projects_own_counts():
+    def place(path) -> str:
+        return swap_root("checkpoints", path, below="args").as_posix()
+
+    assert place("/data/args/me/args/demo/fold0") == "checkpoints/demo/fold0"
+    assert place("args/x/args/fold0") == "checkpoints/x/args/fold0", "not that of args/fold0"
+    assert place(Path.cwd() / "args/x/args/fold0") == "checkpoints/x/args/fold0"

@@ -19,6 +19,16 @@ def test_exif_orientation_is_applied_and_known_from_the_header(tmp_path):
     assert seen.convert("RGB").getpixel((15, 2)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tif"])
+def test_the_size_from_the_header_is_that_of_the_pixels_in_every_format_and_orientation(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (60, 30), "white").save(tmp_path / name, exif=exif)
+    size = (30, 60) if orientation >= 5 else (60, 30)
+    assert oriented_size(tmp_path / name) == open_image(tmp_path / name).size == size
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
 def test_every_mode_arrives_as_colour(tmp_path, mode):
     grey = Image.fromarray(np.full((40, 50), 128, np.uint8))

@@ -10,11 +10,11 @@ import pytest
 from conftest import HEADER, ROOT, write_csv
 
 from vqa.core.errors import UserError
-from vqa.core.hashing import rows_fingerprint
 from vqa.data.collator import Collator
 from vqa.data.images import oriented_sizes
 from vqa.data.paraphrases import RULES, paraphrases
 from vqa.data.rows import read_rows
+from vqa.data.splits import rows_fingerprint
 from vqa.training.batching import count_tokens
 from vqa.training.dataset import TrainDataset
 

@@ -9,8 +9,7 @@ from conftest import command, write_csv
 
 from vqa.core.errors import UserError
 from vqa.data import predictions
-from vqa.data.predictions import join, read_predictions, write_predictions
-from vqa.data.submission import is_submission, write_submission
+from vqa.data.predictions import is_submission, join, read_predictions, write_predictions, write_submission
 
 
 def write(path, ids, values):

@@ -49,14 +49,14 @@ def test_rows_above_the_confidence_are_taken_with_their_probabilities(data, rows
     assert [row["answer"] for row in got] == [0, 2, 3]
     assert [row["target"] for row in got] == [[0.75, 0.25, 0, 0], [0, 0.125, 0.875], [0, 0, 0, 1]]
     assert got[0]["question"] == rows[3]["question"] and got[0]["choices"] == rows[3]["choices"]
-    assert "of 4 rows 3 are taken" in capsys.readouterr().out
+    assert "3 of 4 rows become training rows" in capsys.readouterr().out
 
 
 def test_rows_that_show_an_image_of_a_validation_row_are_left_out_and_counted(data, rows, capsys):
     predict(data, *SURE)
     assert [row["id"] for row in pseudo_rows(data, rows[:3])] == ["pseudo row_003"]
     said = capsys.readouterr().out
-    assert "of 4 rows 1 are taken" in said and "2 that show an image of a validation row" in said
+    assert "1 of 4 rows become training rows" in said and "2 are left out because a validation row has" in said
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_training_takes_them_and_validates_on_none(trained, script, tmp_path):
     code, said, error = script("train_fold", trained / "args" / "fold0.json", "--pseudo_csv", csv, *flags)
     assert code == 0, error
     expected = sum(fold == 1 and number % 3 > 0 for number, fold in enumerate(folds["fold"]))
-    assert 0 < expected < 12 and f"of 24 rows {expected} are taken" in said
+    assert 0 < expected < 12 and f"{expected} of 24 rows become training rows" in said
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (metrics["train_rows"], metrics["valid_rows"]) == (12 + expected, 12)
     oof = pd.read_csv(tmp_path / "out" / "oof.csv")

@@ -5,6 +5,7 @@ from conftest import HEADER, write_csv
 
 from vqa.core.errors import UserError
 from vqa.data.rows import read_rows
+from vqa.data.splits import rows_fingerprint
 
 ROW = ["r1", "x.jpg", "q?", "one", "two", "three", "four", "c"]
 
@@ -90,6 +91,20 @@ def test_a_gap_among_the_choice_columns_is_refused(tmp_path):
     header = ["id", "path", "question", "a", "b", "d", "answer"]
     with pytest.raises(UserError, match="'d' but no 'c'"):
         read_rows(write_csv(tmp_path / "t.csv", [["r", "x", "q", "1", "2", "3", "a"]], header))
+
+
+def test_rows_are_another_run_by_the_bytes_of_their_images_and_not_by_their_place(tmp_path):
+    fingerprints = []
+    for folder in ("here", "mount"):
+        (tmp_path / folder).mkdir()
+        path = write_csv(tmp_path / folder / "t.csv", [ROW])
+        fingerprints.append(rows_fingerprint(read_rows(path), []))  # no image yet
+        (tmp_path / folder / "x.jpg").write_bytes(b"photo")
+        fingerprints.append(rows_fingerprint(read_rows(path), []))
+    (tmp_path / "mount" / "x.jpg").write_bytes(b"another photo")
+    missing, here, missing_too, mount, replaced = *fingerprints, rows_fingerprint(read_rows(path), [])
+    assert here == mount and missing == missing_too and len({missing, here, replaced}) == 3
+    assert rows_fingerprint([], read_rows(path)) != replaced, "training and validation rows are not the same"
 
 
 def test_duplicate_ids_are_named(tmp_path):

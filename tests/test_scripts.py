@@ -198,9 +198,9 @@ def test_another_run_is_not_written_over_and_a_finished_one_is_not_trained_again
     args = trained / "args" / "fold0.json"
     before = (trained / "checkpoints" / "fold0" / "metrics.json").read_bytes()
     code, _, error = script("train_fold", args)
-    assert code == 2 and "holds this run already" in error
+    assert code == 2 and "already contains this run" in error
     code, _, error = script("train_fold", args, "--learning_rate", "0.5", "--resume_from_checkpoint", "auto")
-    assert code == 2 and "a run with another learning_rate" in error
+    assert code == 2 and "a run with a different learning_rate" in error
     code, output, _ = script("train_fold", args, "--resume_from_checkpoint", "auto")
     assert code == 0 and "is finished" in output
     assert (trained / "checkpoints" / "fold0" / "metrics.json").read_bytes() == before
@@ -242,7 +242,7 @@ def test_training_refuses_bad_input_in_one_line_with_exit_code_2(
     trained, script, tmp_path, monkeypatch, change, flags, message
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("train_fold.load_base", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("vqa.training.shared_base.load_base", lambda *args: pytest.fail("a model was loaded"))
     table = pd.read_csv(trained / "data" / "train.csv", dtype=str)
     for column, value in change.items():
         table.loc[2, column] = value

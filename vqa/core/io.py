@@ -1,10 +1,13 @@
-"""Outputs are written whole or not at all: to a temporary name first, then renamed."""
+"""Atomic writes, JSON files, hashes of files, and where a run's files go."""
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from vqa.core.errors import UserError
@@ -12,12 +15,15 @@ from vqa.core.errors import UserError
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; it takes that name when the block ends well and vanishes when it does not."""
+    """A temporary path beside `path`, renamed to it when the block ends, deleted when the block raises.
+
+    So a file is complete or not there at all, even if the process is killed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
-    os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
+    os.chmod(name, 0o644)  # mkstemp makes files that only the owner can read
     try:
         yield Path(name)
         os.replace(name, path)
@@ -26,22 +32,53 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write `value` as readable JSON, whole or not at all."""
+    """Write `value` as readable JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> object:
-    """Read a JSON file; a missing or broken one is the user's to mend."""
+    """Read a JSON file. Raises UserError where it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file. Check the path.") from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{path}: not valid JSON ({error}). Correct it.") from None
 
 
 def swap_root(root: str, path: str | Path, below: str) -> Path:
-    """`path` moved under `root`: checkpoints/demo/fold0 for args/demo/fold0 and below="args"."""
-    parts = Path(path).parts
-    return Path(root, *(parts[parts.index(below) + 1 :] if below in parts else parts[-1:]))
+    """`path` with the folder `below` replaced by `root`: checkpoints/demo/fold0 for args/demo/fold0 and below="args".
+
+    A folder name can occur twice. In the current folder the first one counts, so that args/fold0 and args/x/args/fold0
+    stay apart. In an absolute path to elsewhere the last one counts: checkpoints/demo/fold0 for
+    /data/args/me/args/demo/fold0. Without `below` in it, the path's last part is kept.
+    """
+    path = Path(path)
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    places = [number for number, part in enumerate(path.parts) if part == below] or [-2]
+    return Path(root, *path.parts[places[-1 if path.is_absolute() else 0] + 1 :])
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes in hex. A file is read again only when its size or time of change differs."""
+    stat = os.stat(path)
+    return _hash_version(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _hash_version(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(images: Sequence[str]) -> list[str]:
+    """`hash_file` of each image: equal for byte-identical files. Raises UserError where one cannot be read."""
+    paths = list(dict.fromkeys(images))
+    try:
+        with ThreadPoolExecutor() as pool:
+            hashes = dict(zip(paths, pool.map(hash_file, paths)))
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}. Copy the image again, or delete its rows.") from None
+    return [hashes[path] for path in images]

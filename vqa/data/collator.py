@@ -39,6 +39,7 @@ class Collator:
         offered: bool (rows, 10), which letters the row offers;
     and with answers
         labels: int64 (rows, tokens), the token id at the answer's letter and at the end of the turn, -100 elsewhere;
+        answer_start: int, the column of the answer's letter, the first that has a label;
         answer: int64 (rows,), the position of the right letter;
         target: float32 (rows, 10), how likely each letter is to be right, where a row has soft labels.
 
@@ -70,6 +71,7 @@ class Collator:
         batch["offered"] = torch.tensor([[i < len(row["choices"]) for i in range(len(LETTERS))] for row in rows])
         if self.with_answer:
             batch["labels"] = self.labels(batch["input_ids"], prompts, texts)
+            batch["answer_start"] = int((batch["labels"][0] != IGNORE).nonzero()[0])  # the same in every row
             batch["answer"] = torch.tensor([shown_answer(row) for row in rows])
             if any("target" in row for row in rows):
                 batch["target"] = torch.tensor([shown_target(row) for row in rows], dtype=torch.float32)

@@ -1,10 +1,8 @@
 """The same picture twice: byte for byte, or nearly, as after another compression, size, tone or a small crop."""
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import imagehash
 import numpy as np
@@ -12,6 +10,7 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
+from vqa.core.io import hash_file
 from vqa.data.images import error_summary, oriented_size, thumbnail_image
 
 HASH_BITS = 10  # of 64 in which the perceptual hashes of two near pictures may differ
@@ -57,8 +56,7 @@ def read_picture(path: str) -> Picture:
     colours = np.asarray(image.resize((GRID, GRID), Image.Resampling.BOX), dtype=np.float32).ravel()
     colours -= colours.mean()
     colours /= max(float(np.linalg.norm(colours)), 1e-6)
-    sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Picture(*oriented_size(path), sha, int(np.packbits(bits).view(np.uint64)[0]), colours)
+    return Picture(*oriented_size(path), hash_file(path), int(np.packbits(bits).view(np.uint64)[0]), colours)
 
 
 def near_pairs(pictures: Sequence[Picture]) -> np.ndarray:

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from vqa.core.errors import UserError
-from vqa.core.hashing import hash_files
-from vqa.core.io import atomic_write
+from vqa.core.io import atomic_write, hash_files
 from vqa.data.table import align_ids, read_table
 
 

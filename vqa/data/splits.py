@@ -1,22 +1,25 @@
-"""Which rows a run trains on and which it validates on; pseudo-labelled rows; checks for leaks between the two."""
+"""The rows that a run trains on and validates on: the split, soft and pseudo labels, checks for leaks between both."""
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from vqa.config.arguments import DataArguments, folds_file
 from vqa.core.errors import UserError, preview
-from vqa.core.hashing import hash_files
+from vqa.core.io import hash_file, hash_files
 from vqa.data.folds import read_folds, split_fold
 from vqa.data.predictions import read_predictions
-from vqa.data.rows import read_rows
+from vqa.data.rows import Row, read_rows
 
 
-def split_rows(rows: list[dict], data: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
-    """(training rows, validation rows) out of the rows of train_csv; no validation rows where fold is null.
+def split_rows(rows: list[Row], data: DataArguments, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, validation rows) of the rows of train_csv; no validation rows where fold is null.
 
-    Pseudo-labelled test rows, where asked for, are training rows beside max_train_rows.
+    Pseudo-labelled test rows are added to the training rows; max_train_rows does not count them.
     """
     train, valid = np.arange(len(rows)), np.array([], dtype=int)
     if data.fold is not None:
@@ -24,7 +27,7 @@ def split_rows(rows: list[dict], data: DataArguments, seed: int) -> tuple[list[d
         train, valid = split_fold(read_folds(path, [row["id"] for row in rows], data.train_csv), data.fold, path)
     if data.max_train_rows is not None:
         if data.max_train_rows < 1:
-            raise UserError(f"max_train_rows is {data.max_train_rows}; give 1 or more, or leave it out for all rows")
+            raise UserError(f"max_train_rows is {data.max_train_rows}. Set it to 1 or more, or leave it out.")
         train = np.sort(np.random.default_rng(seed).permutation(train)[: data.max_train_rows])
     train_rows, valid_rows = [rows[i] for i in train], [rows[i] for i in valid]
     if data.soft_labels:
@@ -32,18 +35,18 @@ def split_rows(rows: list[dict], data: DataArguments, seed: int) -> tuple[list[d
     return train_rows + pseudo_rows(data, valid_rows), valid_rows
 
 
-def with_soft_labels(rows: list[dict], csv: str) -> list[dict]:
-    """The rows with their annotators' shares as the target of the loss."""
+def with_soft_labels(rows: list[Row], csv: str) -> list[Row]:
+    """The rows with the distribution of their annotators' answers as the target of the loss."""
     if "annotators" not in rows[0]:
-        raise UserError(f"soft_labels: {csv} has no columns answer1, answer2, ...; add them, or leave soft_labels out")
+        raise UserError(f"soft_labels: {csv} has no columns answer1, answer2, ... Add them, or leave soft_labels out.")
     return [{**row, "target": row["annotators"]} for row in rows]
 
 
-def pseudo_rows(data: DataArguments, valid_rows: list[dict]) -> list[dict]:
-    """The rows of test_csv to which pseudo_csv gives a choice of at least pseudo_min_confidence; none without it.
+def pseudo_rows(data: DataArguments, valid_rows: list[Row]) -> list[Row]:
+    """The rows of test_csv whose likeliest choice in pseudo_csv has at least pseudo_min_confidence; none without it.
 
-    Their `target` is what it says of their choices. Rows that show the very image of a validation row are left out.
-    How many are taken is printed; their ids are given a prefix, since a test row may have the id of a training row.
+    Their `target` is the file's probabilities. Rows with the image of a validation row are left out. Their ids get a
+    prefix, since a test row may have the id of a training row. Prints how many rows are used.
     """
     if data.pseudo_csv is None:
         return []
@@ -51,57 +54,75 @@ def pseudo_rows(data: DataArguments, valid_rows: list[dict]) -> list[dict]:
     ids, probabilities = read_predictions(data.pseudo_csv)
     if unknown := [row_id for row_id in ids if row_id not in test]:
         raise UserError(
-            f"{data.pseudo_csv}: {len(unknown)} of its ids are not in {data.test_csv}: {preview(unknown)}; "
-            "predict that file, or name the one it predicts as test_csv"
+            f"{data.pseudo_csv}: {len(unknown)} of its ids are not in {data.test_csv}: {preview(unknown)}. "
+            "Predict that file, or set test_csv to the file that it predicts."
         )
     if wrong := [i for i, values in zip(ids, probabilities) if values[len(test[i]["choices"]) :].any()]:
         raise UserError(
             f"{data.pseudo_csv}: {len(wrong)} rows have probabilities of choices that {data.test_csv} does not offer: "
-            f"{preview(wrong)}; predict again"
+            f"{preview(wrong)}. Predict again."
         )
-    sure = [(test[i], values) for i, values in zip(ids, probabilities) if values.max() >= data.pseudo_min_confidence]
-    rows = [labelled(row, values.tolist()) for row, values in sure]
-    seen = {row_id for row_id, _ in shared_images(rows, valid_rows)}
-    taken = [row for row in rows if row["id"] not in seen]
-    which = f"rows with a confidence of {data.pseudo_min_confidence:g} or more"
-    if not taken:
-        raise UserError(f"{data.pseudo_csv}: it has no {which} to train on; lower pseudo_min_confidence")
+    least = data.pseudo_min_confidence
+    rows = [pseudo_label(test[i], values.tolist()) for i, values in zip(ids, probabilities) if values.max() >= least]
+    leaks = {row_id for row_id, _ in shared_images(rows, valid_rows)}
+    used = [row for row in rows if row["id"] not in leaks]
+    if not used:
+        raise UserError(
+            f"{data.pseudo_csv}: no rows with a confidence of {least:g} or more to train on. "
+            "Lower pseudo_min_confidence."
+        )
     print(
-        f"{data.pseudo_csv}: of {len(ids)} rows {len(taken)} are taken as training rows: the {which}"
-        + (f", but for {len(seen)} that show an image of a validation row" if seen else "")
+        f"{data.pseudo_csv}: {len(used)} of {len(ids)} rows become training rows (confidence {least:g} or more)"
+        + (f"; {len(leaks)} are left out because a validation row has the same image" if leaks else "")
     )
-    return taken
+    return used
 
 
-def labelled(row: dict, probabilities: list[float]) -> dict:
-    """A test row as a training row, by the probabilities of its letters."""
+def pseudo_label(row: Row, probabilities: list[float]) -> Row:
+    """A test row as a training row, from the probabilities of its letters."""
     target = probabilities[: len(row["choices"])]
     return {**row, "id": f"pseudo {row['id']}", "answer": target.index(max(target)), "target": target}
 
 
-def split_problems(train_rows: list[dict], valid_rows: list[dict]) -> list[str]:
-    """Whether a row, or the very bytes of an image, stand on both sides."""
-    remedy = "make the folds anew: `python make_folds.py ARGS.json --overwrite`"
+def split_problems(train_rows: list[Row], valid_rows: list[Row]) -> list[str]:
+    """Messages about rows, or byte-identical images, that are in both lists; empty where there are none."""
+    remedy = "Make the folds again: `python make_folds.py ARGS.json --overwrite`."
     problems = []
     if both := sorted({row["id"] for row in train_rows} & {row["id"] for row in valid_rows}):
-        problems.append(f"{len(both)} validation rows are training rows too ({preview(both)}); {remedy}")
+        problems.append(f"{len(both)} validation rows are training rows too ({preview(both)}). {remedy}")
     elif pairs := shared_images(valid_rows, train_rows):
-        named = [f"{a} and {b}" for a, b in pairs]
-        problems.append(f"{len(pairs)} validation rows show an image of a training row ({preview(named)}); {remedy}")
+        names = preview([f"{a} and {b}" for a, b in pairs])
+        problems.append(f"{len(pairs)} validation rows have the image of a training row ({names}). {remedy}")
     return problems
 
 
-def shared_images(rows: list[dict], others: list[dict]) -> list[tuple[str, str]]:
-    """(id, id of one of the others) for each of `rows` whose image is byte for byte that of one of the others."""
+def shared_images(rows: list[Row], others: list[Row]) -> list[tuple[str, str]]:
+    """(id, id of one of the others) for each of `rows` whose image is byte-identical to that of one of the others."""
     holder = dict(zip(hash_files([row["image"] for row in others]), (row["id"] for row in others)))
     groups = hash_files([row["image"] for row in rows])
     return [(row["id"], holder[group]) for row, group in zip(rows, groups) if group in holder]
 
 
-def images_across_folds(rows: list[dict], folds: Sequence[int]) -> list[list[str]]:
-    """Ids of the rows that show one image and stand in different folds, a list an image."""
-    ids, seen = defaultdict(list), defaultdict(set)
+def images_across_folds(rows: list[Row], folds: Sequence[int]) -> list[list[str]]:
+    """For each image that is in several folds, the ids of its rows."""
+    ids, folds_of = defaultdict(list), defaultdict(set)
     for row, group, fold in zip(rows, hash_files([row["image"] for row in rows]), folds):
         ids[group].append(row["id"])
-        seen[group].add(fold)
-    return [ids[group] for group in ids if len(seen[group]) > 1]
+        folds_of[group].add(fold)
+    return [ids[group] for group in ids if len(folds_of[group]) > 1]
+
+
+def rows_fingerprint(*parts: Sequence[Row]) -> str:
+    """16 hex digits for lists of rows, such as the training and the validation rows: every cell, in order.
+
+    An image counts by its bytes and not by its path, so the same data in another folder has the same fingerprint and a
+    replaced image another one. A missing file counts as no image: `check_images` reports it.
+    """
+
+    def content(row: Row) -> dict:
+        image = row.get("image")
+        digest = row.get("image_hash") or (hash_file(image) if image and Path(image).is_file() else None)
+        return {**row, "image": digest}
+
+    rows = [[content(row) for row in part] for part in parts]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]

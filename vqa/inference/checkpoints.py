@@ -1,9 +1,9 @@
-"""Weights to predict with: what a fold's folder says of them, and of how they were trained to be asked."""
+"""Checkpoints to predict with: the weights in a fold's folder and the settings that they were trained with."""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,101 +15,107 @@ from vqa.config.recipe import RecipeArguments
 from vqa.core.dtypes import model_dtype
 from vqa.core.errors import UserError, preview
 from vqa.core.hashing import checkpoint_fingerprint
-from vqa.core.io import read_json, swap_root
+from vqa.core.io import hash_files, read_json, swap_root
 from vqa.evaluation.oof import WEIGHTS, weights_folder
 from vqa.modeling.loading import check_model_path, is_adapter
 
 DTYPES = ("float32", "float16", "bfloat16")
+FORMAT = "1"  # part of every fingerprint: raise it when the same weights give other probabilities
 
 
-FORMAT = "1"  # part of every fingerprint: raise it when rows are asked in another way
-
-
-@dataclass
+@dataclass(frozen=True)
 class Checkpoint:
-    """One set of weights to predict with, and how it was trained to be asked. `adapter` None is the base model."""
+    """Weights to predict with, and how they were trained. Without an `adapter` it is the untrained base model.
+
+    weights: "raw", "ema", "swa" or "base". output_dir: where predictions go by default. validation: the scores that
+    training measured. base_fingerprint: of the base model's files in training. run_id: in the experiment log.
+    data_fingerprint: of the rows that it was trained and validated on.
+    """
 
     name: str
-    adapter: Path | None
     weights: str
-    validation: dict | None
-    base_files: str | None
-    logged: tuple[str, str]  # its id in the experiment log, and the fingerprint of the rows it was trained on
     output_dir: Path
     model: ModelArguments
     data: DataArguments
     dtype: torch.dtype
     batch_size: int
+    adapter: Path | None = None
+    validation: dict | None = None
+    base_fingerprint: str | None = None
+    run_id: str = ""
+    data_fingerprint: str = ""
 
-    def fingerprint(self, base_files: str) -> str:
-        """16 hex digits, of the weights and of how they are asked, over base weights of that fingerprint."""
-        files = ("adapter_config.json", "adapter_model.safetensors") if self.adapter else ()
-        adapter = [hashlib.sha256((self.adapter / name).read_bytes()).hexdigest() for name in files]
-        asked = [self.model.load_in_4bit, str(self.dtype), self.data.image_size, self.data.instruction]
-        return hashlib.sha256(json.dumps([FORMAT, base_files, *adapter, *asked]).encode()).hexdigest()[:16]
+    def fingerprint(self, base_fingerprint: str) -> str:
+        """16 hex digits of all that decides a row's probabilities: adapter, base model, dtype, image size, prompt."""
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        adapter = hash_files([str(self.adapter / name) for name in names]) if self.adapter else []
+        settings = [self.model.load_in_4bit, str(self.dtype), self.data.image_size, self.data.instruction]
+        return hashlib.sha256(json.dumps([FORMAT, base_fingerprint, *adapter, *settings]).encode()).hexdigest()[:16]
 
 
 def fold_checkpoint(
-    folder: str, weights: str = "best", model: str | None = None, dtype: str | None = None
+    folder: str | Path, weights: str = "best", model: str | None = None, dtype: str | None = None
 ) -> Checkpoint:
-    """The run of a fold's folder, by its `weights`; `model` and `dtype` override what it was trained with."""
+    """The checkpoint in a fold's folder. `model` and `dtype` override what it was trained with."""
     path = Path(folder)
     if not (path / "metrics.json").is_file():
-        raise UserError(f"{folder}: no finished fold (it has no metrics.json); train it with train_fold.py first")
+        raise UserError(f"{folder}: no finished fold (metrics.json is missing). Train it with train_fold.py first.")
     metrics = read_json(path / "metrics.json")
     weights = metrics["best"] if weights == "best" else weights
     if weights not in WEIGHTS:  # it becomes a path
-        raise UserError(f"{folder}/metrics.json: {weights!r} names no weights; it is one of {', '.join(WEIGHTS)}")
+        raise UserError(f"{folder}/metrics.json: unknown weights {weights!r}. Choose from {', '.join(WEIGHTS)}.")
     adapter = weights_folder(path, weights)
     if not is_adapter(adapter):
-        raise UserError(f"{folder}: it has no {weights} weights; predict with --weights best, or train with them on")
-    output_dir = swap_root("outputs", path.parent, below="checkpoints")
-    prints = metrics.get("fingerprints", {})
-    logged = metrics.get("run", ""), prints.get("rows", "")
-    validation, base = metrics["weights"].get(weights), prints.get("files")
-    known = (path.resolve().name, adapter, weights, validation, base, logged, output_dir)
-    return _make_run(known, path / "args.json", model, dtype)
+        raise UserError(f"{folder}: no {weights} weights. Predict with --weights best, or train with them enabled.")
+    fingerprints = metrics.get("fingerprints", {})
+    return replace(
+        base_checkpoint(path / "args.json", model, dtype),
+        name=path.resolve().name,
+        weights=weights,
+        output_dir=swap_root("outputs", path.parent, below="checkpoints"),
+        adapter=adapter,
+        validation=metrics["weights"].get(weights),
+        base_fingerprint=fingerprints.get("files"),
+        run_id=metrics.get("run", ""),
+        data_fingerprint=fingerprints.get("rows", ""),
+    )
 
 
-def base_checkpoint(args_file: str, model: str | None = None, dtype: str | None = None) -> Checkpoint:
-    output_dir = swap_root("outputs", Path(args_file).parent, below="args")
-    return _make_run(("base", None, "base", None, None, ("", ""), output_dir), Path(args_file), model, dtype)
-
-
-def _make_run(known: tuple, args_file: Path, model: str | None, dtype: str | None) -> Checkpoint:
+def base_checkpoint(args_file: str | Path, model: str | None = None, dtype: str | None = None) -> Checkpoint:
+    """The untrained base model of an args file."""
     values = read_args_file(args_file, field_names()) | ({"model": model} if model else {})
     if dtype:
         values |= {"fp16": dtype == "float16", "bf16": dtype == "bfloat16"}
     check_machine(values)
-    chosen = getattr(torch, dtype) if dtype else model_dtype(values.get("fp16"), values.get("bf16"))
-    batch_size = values.get("per_device_eval_batch_size", RecipeArguments.per_device_eval_batch_size)
     return Checkpoint(
-        *known,
-        build_dataclass(ModelArguments, values),
-        build_dataclass(DataArguments, values),
-        chosen,
-        int(batch_size),
+        name="base",
+        weights="base",
+        output_dir=swap_root("outputs", Path(args_file).parent, below="args"),
+        model=build_dataclass(ModelArguments, values),
+        data=build_dataclass(DataArguments, values),
+        dtype=getattr(torch, dtype) if dtype else model_dtype(values.get("fp16"), values.get("bf16")),
+        batch_size=int(values.get("per_device_eval_batch_size", RecipeArguments.per_device_eval_batch_size)),
     )
 
 
-def check_alike(runs: Sequence[Checkpoint], fields: Sequence[str]) -> None:
-    """Runs that are predicted together share the base model in memory, and the input: their `fields` are equal."""
-    first = runs[0]
-    for other in runs[1:]:
+def check_same_settings(checkpoints: Sequence[Checkpoint], fields: Sequence[str]) -> None:
+    """Raise UserError unless all checkpoints can share the base model and the rows: these settings and `fields`."""
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
         for name in ("model", "load_in_4bit", "dtype", "image_size", "instruction", *fields):
-            a, b = (getattr(run.model, name, getattr(run.data, name, run.dtype)) for run in (first, other))
+            a, b = (getattr(item.model, name, getattr(item.data, name, item.dtype)) for item in (first, other))
             if a != b:
-                raise UserError(f"{first.name} has {name} {a} and {other.name} {b}; predict them in two commands")
+                raise UserError(f"{first.name} has {name} {a}, {other.name} {b}. Predict them in two commands.")
 
 
-def check_base(runs: Sequence[Checkpoint]) -> str:
-    """The fingerprint of the base model's files, which have to be those that every run was trained on."""
-    model = runs[0].model.model
+def check_base_weights(checkpoints: Sequence[Checkpoint]) -> str:
+    """The fingerprint of the base model's files. Raises UserError where a checkpoint was trained on others."""
+    model = checkpoints[0].model.model
     check_model_path(model)
-    found = checkpoint_fingerprint(model)
-    if others := [run.name for run in runs if run.base_files not in (None, found)]:
+    fingerprint = checkpoint_fingerprint(model)
+    if others := [item.name for item in checkpoints if item.base_fingerprint not in (None, fingerprint)]:
         raise UserError(
-            f"{preview(others)}: not trained on the base weights in {model}; give --model the folder of those that "
-            "were used, or predict folds of different bases in different commands"
+            f"{preview(others)}: not trained on the base weights in {model}. Give --model the folder of the right "
+            "base, or predict folds of different bases in separate commands."
         )
-    return found
+    return fingerprint
