@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from vqa.core.errors import UserError, preview, run_main
-from vqa.core.io import atomic_write
+from vqa.core.figures import new_figure, save_figure
 from vqa.data.predictions import read_predictions
 from vqa.evaluation.experiment_log import log_path, log_run, read_log
 from vqa.evaluation.labels import Labels
@@ -143,17 +142,14 @@ def plot_leaderboard(log: pd.DataFrame, path: Path) -> None:
         raise UserError(f"{log_path()}: no run has both an out-of-fold and a public score; record one: --public_score")
     x, low, high = (runs[name].astype(float) for name in ("accuracy", "low", "high"))
     y = runs["id"].map(public).astype(float)
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure("", "out-of-fold accuracy, 95 % interval", "leaderboard", size=(6, 6))
     axes.errorbar(x, y, xerr=(x - low, high - x), fmt="o", capsize=3)
     for name, *place in zip(runs["id"], x, y):
         axes.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_aspect("equal", adjustable="datalim")
     axes.axline((x.mean(), x.mean()), slope=1, linestyle=":", color="grey", label="equal")
-    axes.set(xlabel="out-of-fold accuracy, 95 % interval", ylabel="leaderboard")
     axes.legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save_figure(figure, path)
     print(f"{path}: runs with both scores: {len(runs)}")
 
 

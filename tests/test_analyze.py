@@ -1,4 +1,4 @@
-"""analyze.py on planted models: what is worth knowing is found, what cannot be trusted is refused."""
+"""analyze.py on planted models: it finds what was planted, and refuses what cannot be trusted."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.metrics import log_loss
 
 from vqa.evaluation.labels import Labels
-from vqa.reports.results import curve, read_fold
+from vqa.reports.results import read_fold
 
 ROWS, FOLDS = 306, 3
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
@@ -110,7 +110,7 @@ def trio(contest, skill=2.0, averaged=3.0):
 
 
 @pytest.mark.slow
-def test_the_worst_type_the_better_weights_and_a_wrong_label_are_found_at_a_glance(contest, analyze):
+def test_the_highlights_name_the_worst_type_the_better_weights_and_a_wrong_label(contest, analyze):
     weights = trio(contest)
     folders = contest.model("base", weights, best="ema")
     (contest.folder / "checkpoints" / "tiny").mkdir()
@@ -120,19 +120,21 @@ def test_the_worst_type_the_better_weights_and_a_wrong_label_are_found_at_a_glan
     assert code == 0, error
     right = weights["ema"].argmax(1) == contest.labels
     loss = log_loss(contest.labels, weights["ema"], labels=range(4))
-    assert f"accuracy {right.mean():.4f} (95 % interval" in said and f"log-loss {loss:.4f}, 306 rows" in said
+    assert (
+        f"accuracy {right.mean():.4f} (95 % interval" in said and f"log-loss {loss:.4f}, 306 out-of-fold rows" in said
+    )
     counts = right[contest.types == "count"]
-    assert f"Worst question type: count, accuracy {counts.mean():.4f}" in said and "at 102 rows, beyond noise" in said
+    assert f"Worst question type: count, accuracy {counts.mean():.4f}" in said and "on 102 rows, below the" in said
     assert "EMA is better than raw, in accuracy and in log-loss, at 306 rows." in said
     assert "SWA is within noise of raw at 306 rows." in said
     assert "in mislabelled.csv: row_123" in said
 
     page = needs_nothing(html)
-    glance = page.text[: page.text.index("Which rows are hard")]
+    highlights = page.text[: page.text.index("Accuracy by group")]
     for line in said.splitlines():
-        assert not line.startswith("- ") or line[2:] in glance
-    assert f"no finished fold is in them: {contest.folder}/checkpoints/tiny, {every}" in page.text
-    assert page.text.count(EVIL) >= 4, "question and choice, among the suspects and the costliest errors"
+        assert not line.startswith("- ") or line[2:] in highlights
+    assert f"folders without a finished fold: {contest.folder}/checkpoints/tiny, {every}" in page.text
+    assert page.text.count(EVIL) >= 4, "question and choice, among the label issues and the largest errors"
     assert page.tags.count("img") >= 24 + 3
 
     table = pd.read_csv(contest.folder / "page" / "mislabelled.csv")
@@ -154,7 +156,7 @@ def test_models_stand_side_by_side_whatever_their_names(contest, analyze):
     assert f"- M2: {contest.folder}/checkpoints/모델/fold*: accuracy" in said
     assert "- M2 is worse than M1, in accuracy and in log-loss, at 306 rows." in said
     text = Parsed(html).text
-    assert "No learning curves" in text and "Where models disagree" in text
+    assert "No learning curves" in text and "Model comparison" in text
     assert (contest.folder / "page" / "M2_log_loss.png").is_file()
     assert not (contest.folder / "page" / "M1_log_loss.png").is_file()
     assert needs_nothing(html)
@@ -165,9 +167,9 @@ def test_models_are_compared_on_the_rows_that_they_share(contest, analyze):
     first, second = (contest.model(name, trio(contest), best="raw") for name in ("A", "B"))
     code, said, error, html = analyze(*first, *second[:1])
     assert code == 0 and "102 rows, 4 folds" in said, error
-    assert "204 rows that not every model validated on are" in html
+    assert "204 rows are left out because not every model" in html
     code, _, error, _ = analyze(first[0], second[1])
-    assert (code, error.count("\n")) == (2, 1) and "not validated on any common row" in error
+    assert (code, error.count("\n")) == (2, 1) and "no validation row in common" in error
 
 
 def test_one_fold_without_averages_or_history_is_enough(contest, analyze):
@@ -182,11 +184,11 @@ def test_a_learning_curve_is_of_its_own_weights(contest):
     folder = contest.model("A", trio(contest), best="ema")[1]
     fold, history = read_fold(folder, Labels(contest.csv)), json.loads((folder / "history.json").read_text())
     for weights, key in (("raw", "eval_accuracy"), ("ema", "eval_ema_accuracy"), ("swa", "eval_swa_accuracy")):
-        assert curve(fold, weights, "accuracy").tolist() == [[logs["step"], logs[key]] for logs in history]
-        assert curve(fold, weights, "log_loss")[-1, 1] == pytest.approx(fold.scores[weights]["log_loss"] + 0.1)
+        assert fold.curve(weights, "accuracy").tolist() == [[logs["step"], logs[key]] for logs in history]
+        assert fold.curve(weights, "log_loss")[-1, 1] == pytest.approx(fold.scores[weights]["log_loss"] + 0.1)
     assert fold.scores["ema"]["log_loss"] < fold.scores["raw"]["log_loss"] - 0.01
     del fold.history[0]["eval_swa_accuracy"]
-    assert curve(fold, "swa", "accuracy")[:, 0].tolist() == [20, 30], "SWA begins later"
+    assert fold.curve("swa", "accuracy")[:, 0].tolist() == [20, 30], "SWA begins later"
 
 
 def change(path, **values):

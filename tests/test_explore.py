@@ -1,4 +1,4 @@
-"""explore.py on a contest with planted faults: each is warned of, and the page needs no network and escapes text."""
+"""explore.py on a contest with planted faults: it warns of each; the page needs no network and escapes text."""
 
 import contextlib
 import csv
@@ -18,7 +18,8 @@ from test_duplicates import picture
 import explore
 from vqa.data.collator import Collator
 from vqa.data.duplicates import read_pictures
-from vqa.reports.page import Highlights, Page
+from vqa.reports.exploration import count_tokens, images_section, read_tokenizer
+from vqa.reports.page import Page
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
 
@@ -59,7 +60,7 @@ def planted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def explored(planted):
     """(what was printed, the page's HTML, its folder)"""
-    said, argv = io.StringIO(), sys.argv
+    output, argv = io.StringIO(), sys.argv
     sys.argv = [
         "explore.py",
         str(planted / "학습.csv"),
@@ -69,28 +70,28 @@ def explored(planted):
     ]
     sys.argv += ["--model", TINY, "--cards", "140"]
     try:
-        with contextlib.redirect_stdout(said), warnings.catch_warnings():
+        with contextlib.redirect_stdout(output), warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # matplotlib warns of a glyph that its font lacks
             explore.main()
     finally:
         sys.argv = argv
-    return said.getvalue(), (planted / "page" / "index.html").read_text(encoding="utf-8"), planted / "page"
+    return output.getvalue(), (planted / "page" / "index.html").read_text(encoding="utf-8"), planted / "page"
 
 
 PLANTED = [
     "학습: the answer is a in ",
     "1 of 132 images cannot be used: ",
-    "test shares 1 image with 학습, byte for byte",
-    "test shares 1 image with 학습, nearly",
+    "test shares 1 identical image with 학습",
+    "test shares 1 near-duplicate image with 학습",
     "학습: 1 row with two equal choices: train_10",
-    "1 question with two answers about one image: train_20, train_21",
-    "1 row to predict answered by a training row: test_0 by train_3",
-    "Text alone guesses ",
+    "1 question with different answers for the same image: train_20, train_21",
+    "1 unlabelled row with the question and the image of a labelled row: test_0 (see train_3)",
+    "Text-only accuracy is ",
 ]
 
 
 @pytest.mark.parametrize("warning", PLANTED)
-def test_what_was_planted_is_warned_of_first(explored, warning):
+def test_planted_faults_are_warned_of_first(explored, warning):
     said, html, _ = explored
     assert f"- {warning}" in said
     page = Parsed(html).text
@@ -130,23 +131,40 @@ def test_pairs_in_different_folds_are_warned_of(planted, script, tmp_path):
     write_csv(tmp_path / "folds.csv", [[row_id, int(row_id == "train_61")] for row_id in ids], ["id", "fold"])
     code, said, error = script("explore", tmp_path / "학습.csv", "--model", TINY, "--output_dir", tmp_path / "page")
     assert code == 0, error
-    assert "- 1 pair of like images in different folds: train_6 and train_61; scores flatter" in said
+    assert (
+        "- 1 pair of duplicate images in different folds: train_6 and train_61. Validation scores are too high."
+        in said
+    )
     write_csv(tmp_path / "folds.csv", [["other", 0]], ["id", "fold"])
     said = script("explore", tmp_path / "학습.csv", "--model", TINY, "--output_dir", tmp_path / "page")[1]
     assert "ids of" in said and "are missing" in said, "a folds file that does not fit"
 
 
+def test_annotators_are_labels_too(planted, script, tmp_path):
+    """The CSV has answer1, answer2, answer3 and no answer."""
+    table = pd.read_csv(planted / "학습.csv", dtype=str, keep_default_na=False)
+    for name in ("answer1", "answer2", "answer3"):
+        table[name] = table["answer"]
+    table["answer3"] = ""
+    table.drop(columns="answer").to_csv(tmp_path / "votes.csv", index=False)
+    flags = ("--image_root", planted, "--model", TINY, "--output_dir", tmp_path / "page")
+    code, said, error = script("explore", tmp_path / "votes.csv", *flags)
+    assert code == 0 and "- votes: the answer is a in " in said and "- Text-only accuracy is " in said, error
+    page = Parsed((tmp_path / "page" / "index.html").read_text(encoding="utf-8")).text
+    assert "accuracy by chance" in page and "No file has an answer column" not in page
+
+
 def test_tokens_are_those_of_the_models_own_tokenizer(processor, rows):
     texts = [row["question"] for row in rows] + ["무슨 색인가요 <|im_end|>?", "a"]
-    tokenizer, patch = explore.read_model(TINY)
+    tokenizer, patch = read_tokenizer(TINY)
     wanted = [len(ids) for ids in processor.tokenizer(texts, add_special_tokens=False).input_ids]
-    assert explore.count_tokens(tokenizer, texts) == wanted and patch == processor.image_processor.patch_size
+    assert count_tokens(tokenizer, texts) == wanted and patch == processor.image_processor.patch_size
 
 
 def test_image_tokens_are_those_that_the_model_gets(processor, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 1300, 3), dtype=np.uint8)).save(tmp_path / "x.png")
     pictures = read_pictures([str(tmp_path / "x.png")])
-    found = explore.look_at_images(pictures, 14, Page(tmp_path), Highlights())["costs"]
+    found = images_section(pictures, 14, Page(tmp_path))["costs"]
     for line in found:
         row = {"id": "x", "image": str(tmp_path / "x.png"), "question": "?", "choices": ["a", "b"]}
         grid = Collator(processor, line["size"])([row])["image_grid_thw"]

@@ -21,7 +21,7 @@ def test_parts_hold_every_value_and_are_named_by_their_ends(values):
         assert parts.value_counts().tolist() == [25] * 4
 
 
-def test_likeness_is_of_the_right_choice_to_its_nearest():
+def test_distractor_similarity_is_that_of_the_most_similar_wrong_choice():
     row = {"choices": ["빨강", "top left", "top right", "xyz"], "answer": 1}
     assert distractor_similarity(row) == round(100 * 2 * 5 / 17), "`top ` and `t` of eight and nine letters"
     assert (

@@ -1,18 +1,20 @@
-"""Pages: one HTML file each that needs nothing beside it and no network. Whatever stands in a CSV is escaped."""
+"""Pages: one HTML file each that needs no other file and no network. All text from a CSV is escaped."""
 
 import base64
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from vqa.core.figures import save_figure
 from vqa.core.io import atomic_write
 from vqa.data.images import thumbnail_image
-from vqa.data.prompt import LETTERS
+from vqa.data.rows import LETTERS, Row
 
 THUMBNAIL = 320  # pixels of the longer side
-
 
 _templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -21,46 +23,42 @@ _templates = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-
-
-_templates.filters["percent"] = lambda share, digits=0: f"{share:.{digits}%}"
-
-
+_templates.filters["percent"] = lambda fraction, digits=0: f"{fraction:.{digits}%}"
 _templates.filters["thousands"] = lambda number: f"{number:,.0f}"
 
 
+class Highlight(NamedTuple):
+    """A sentence for the top of a page, and the section with the details."""
+
+    section: str
+    text: str
+
+
 class Page:
-    """The page `index.html` of a folder, and the figures that go into it and, as PNG files, beside it."""
+    """The file `index.html` of a folder, its highlights, and its figures, which are also written as PNG files."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.figures: dict[str, str] = {}
+        self.highlights: list[Highlight] = []
 
-    def add(self, name: str, figure: Figure) -> None:
+    def highlight(self, section: str, text: str) -> None:
+        """Add a sentence to the top of the page, with a link to a section."""
+        self.highlights.append(Highlight(section, text))
+
+    def add_figure(self, name: str, figure: Figure) -> None:
         """Draw a figure into `<name>.png`; the template shows it as `figures.<name>`."""
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=200, metadata={"Software": None})
-        with atomic_write(self.folder / f"{name}.png") as temporary:
-            temporary.write_bytes(drawn.getvalue())
-        self.figures[name] = data_uri(drawn.getvalue(), "png")
+        self.figures[name] = data_uri(save_figure(figure, self.folder / f"{name}.png"), "png")
 
     def write(self, template: str, **values) -> Path:
-        """Render a template of `templates/` and write the page."""
-        html = _templates.get_template(template).render(figures=self.figures, **values)
-        with atomic_write(self.folder / "index.html") as temporary:
+        """Print the highlights, render a template of `templates/` and write the page. Returns its path."""
+        html = _templates.get_template(template).render(figures=self.figures, highlights=self.highlights, **values)
+        path = self.folder / "index.html"
+        with atomic_write(path) as temporary:
             temporary.write_text(html, encoding="utf-8")
-        return self.folder / "index.html"
-
-
-class Highlights(list):
-    """What stands first on a page, each with the section that shows more."""
-
-    def add(self, section: str, text: str) -> None:
-        self.append({"section": section, "text": text})
-
-    def print(self) -> None:
-        for remark in self:
-            print(f"- {remark['text']}")
+        for highlight in self.highlights:
+            print(f"- {highlight.text}")
+        return path
 
 
 def data_uri(content: bytes, kind: str) -> str:
@@ -68,30 +66,25 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def thumbnail(path: str | Path) -> str | None:
-    """A small JPEG of an image as a data URI; None where it cannot be read."""
-    drawn = io.BytesIO()
+    """A small JPEG of an image as a data URI; None where the image cannot be read."""
+    buffer = io.BytesIO()
     try:
-        thumbnail_image(path, THUMBNAIL).save(drawn, "JPEG", quality=80)
-    except Exception:  # PIL raises many kinds for damaged files; which are damaged is told in words elsewhere
+        thumbnail_image(path, THUMBNAIL).save(buffer, "JPEG", quality=80)
+    except Exception:  # PIL raises many kinds for damaged files; explore.py lists them in a warning
         return None
-    return data_uri(drawn.getvalue(), "jpeg")
+    return data_uri(buffer.getvalue(), "jpeg")
 
 
-def card(row: dict, labels: list[str], shares: dict[str, list[float]] | None = None) -> dict:
-    """What a card shows of a row: image, labels, question, choices and, by model, the probability of each choice."""
+def card(row: Row, labels: list[str], probs: Mapping[str, Sequence[float]] | None = None) -> dict:
+    """What the card of a row shows: image, labels, question, choices and each model's probability of each choice."""
     choices = [
         {
             "letter": LETTERS[i],
             "text": text,
             "right": row.get("answer") == i,
-            "shares": {name: values[i] for name, values in (shares or {}).items()},
+            "probs": {name: values[i] for name, values in (probs or {}).items()},
         }
         for i, text in enumerate(row["choices"])
     ]
-    return {
-        "image": thumbnail(row["image"]),
-        "id": row["id"],
-        "labels": labels,
-        "question": row["question"],
-        "choices": choices,
-    }
+    image = thumbnail(row["image"]) if row["image"] else None
+    return {"image": image, "id": row["id"], "labels": labels, "question": row["question"], "choices": choices}

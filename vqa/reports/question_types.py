@@ -1,13 +1,11 @@
-"""What kind of thing a question asks for, by a short table of rules in English and Korean.
+"""The type of a question (count, colour, place, ...), by a short table of rules in English and Korean.
 
-The first rule that matches names the type. A contest with questions of another kind wants a line more here; both pages
-(explore.py, analyze.py) show how many questions no rule knows.
+The first rule that matches names the type. explore.py shows how many questions match none; add rules for them here.
 """
 
 import re
 
 OTHER = "other"
-
 
 # type: (English, between word boundaries; Korean)
 RULES = {
@@ -47,8 +45,6 @@ RULES = {
     ),
     "object": (r"what|which|name", r"무엇|무슨|어떤|어느|종류|이름|물건|사물|음식|동물|뭐|것은"),
 }
-
-
 COMPILED = {name: re.compile(rf"\b({en})\b|{ko}", re.IGNORECASE) for name, (en, ko) in RULES.items()}
 
 

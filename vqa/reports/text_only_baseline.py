@@ -1,4 +1,4 @@
-"""What the text of question and choices gives away without the image: what a model that never looks would score."""
+"""A classifier that reads question and choices and sees no image: what its accuracy is, the text gives away."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,72 +8,75 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from vqa.data.prompt import LETTERS
+from vqa.data.rows import LETTERS, Row
 from vqa.reports.question_types import question_type
 
 FOLDS = 5
-
-
-STRENGTH = 0.1  # C of the regression: clues are many and most of them mean nothing
+C = 0.1  # strong regularisation: there are many features, and most of them mean nothing
 
 
 class TextOnlyBaseline:
-    """A guesser that reads and never looks, on rows with answers.
+    """A pairwise ranker on labelled rows: the choice with the highest score is the prediction.
 
-    A choice scores by its clues (logistic regression on the difference between the right choice and each wrong one),
-    and the highest of a row wins.
+    Scores are linear in the choice's binary text features. Their weights come from a logistic regression on the
+    feature differences between the right choice and each wrong one.
     """
 
-    def __init__(self, rows: Sequence[dict]):
-        self.offers = np.array([len(row["choices"]) for row in rows])
-        self.starts = np.cumsum(self.offers) - self.offers
+    def __init__(self, rows: Sequence[Row]):
+        self.num_choices = np.array([len(row["choices"]) for row in rows])
+        self.starts = np.cumsum(self.num_choices) - self.num_choices  # a row's first choice among all choices
         self.answers = np.array([row["answer"] for row in rows])
-        self.reader = CountVectorizer(analyzer=lambda text_features: text_features, binary=True, min_df=2)
-        seen = [list(text_features(row, choice)) for row in rows for choice in range(len(row["choices"]))]
-        self.counted = self.reader.fit_transform(seen).astype(float)  # (choices of all rows, clues)
+        self.vectorizer = CountVectorizer(analyzer=lambda features: features, binary=True, min_df=2)
+        choices = [list(text_features(row, choice)) for row in rows for choice in range(len(row["choices"]))]
+        self.features = self.vectorizer.fit_transform(choices).astype(float)  # (choices of all rows, features)
 
-    def guesses(self, groups: Sequence) -> np.ndarray:
-        """Index of the choice that is guessed, int (rows,), by weights that saw no row of the same group (image)."""
-        result = np.empty(len(self.answers), dtype=int)
+    def predict(self, groups: Sequence) -> np.ndarray:
+        """Cross-validated index of the predicted choice, int (rows,). Rows of one group (image) share a fold."""
+        predictions = np.empty(len(self.answers), dtype=int)
         splitter = GroupKFold(FOLDS, shuffle=True, random_state=0)
         for train, test in splitter.split(self.answers, groups=groups):
-            scores = self.counted @ self._weights(train)
-            result[test] = [scores[self.starts[i] :][: self.offers[i]].argmax() for i in test]
-        return result
+            scores = self.features @ self._fit(train)
+            predictions[test] = [scores[self.starts[i] :][: self.num_choices[i]].argmax() for i in test]
+        return predictions
 
-    def strongest_clues(self, most: int = 10) -> list[tuple[str, float]]:
-        """(clue, weight) of what speaks most for a choice; a weight of 0.7 doubles its odds against another."""
-        weights, names = self._weights(np.arange(len(self.answers))), self.reader.get_feature_names_out()
-        return [(names[i], float(weights[i])) for i in np.argsort(-weights)[:most] if weights[i] > 0]
+    def top_features(self, number: int = 10) -> list[tuple[str, float]]:
+        """(feature, weight) of the largest positive weights; a weight of 0.7 doubles a choice's odds."""
+        weights, names = self._fit(np.arange(len(self.answers))), self.vectorizer.get_feature_names_out()
+        return [(names[i], float(weights[i])) for i in np.argsort(-weights)[:number] if weights[i] > 0]
 
-    def _weights(self, rows: np.ndarray) -> np.ndarray:
-        """Weight of each clue (clues,), learned from these rows."""
-        pairs = [(self.starts[i] + self.answers[i], self.starts[i] + k) for i in rows for k in range(self.offers[i])]
-        right, wrong = np.array([pair for pair in pairs if pair[0] != pair[1]]).T
-        signs = np.where(np.arange(len(right)) % 2, 1.0, -1.0)  # both classes have to occur
-        gaps = diags_array(signs) @ (self.counted[right] - self.counted[wrong])
-        return LogisticRegression(C=STRENGTH, fit_intercept=False).fit(gaps, signs).coef_[0]
+    def _fit(self, rows: np.ndarray) -> np.ndarray:
+        """The weight of each feature (features,), learned from these rows."""
+        pairs = [
+            (self.starts[i] + self.answers[i], self.starts[i] + choice)
+            for i in rows
+            for choice in range(self.num_choices[i])
+            if choice != self.answers[i]
+        ]
+        right, wrong = np.array(pairs).T
+        signs = np.where(np.arange(len(right)) % 2, 1.0, -1.0)  # the regression needs both classes
+        differences = diags_array(signs) @ (self.features[right] - self.features[wrong])
+        return LogisticRegression(C=C, fit_intercept=False).fit(differences, signs).coef_[0]
 
 
-def text_features(row: dict, choice: int) -> Iterator[str]:
-    """What is seen of a choice: its letter, how its length compares, whether the question holds it, pieces of it.
+def text_features(row: Row, choice: int) -> Iterator[str]:
+    """The features of a choice: its letter, its length relative to the others, overlap with the question, n-grams.
 
-    Each piece also together with the question's type and with its last two words, so that "red" may speak for itself
-    where colours are asked for and not elsewhere.
+    Each n-gram also occurs combined with the question type and with the question's last two words: "red" may be
+    likely where a colour is asked for and nowhere else.
     """
     text = " ".join(row["choices"][choice].lower().split())
-    others = [len(other) for i, other in enumerate(row["choices"]) if i != choice]
-    asked = question_type(row["question"]), " ".join(row["question"].lower().split()[-2:])
+    other_lengths = [len(other) for i, other in enumerate(row["choices"]) if i != choice]
+    kind, ending = question_type(row["question"]), " ".join(row["question"].lower().split()[-2:])
     yield f"letter {LETTERS[choice]}"
-    if len(text) > max(others):
-        yield "the longest choice"
-    if len(text) < min(others):
-        yield "the shortest choice"
+    if len(text) > max(other_lengths):
+        yield "longest choice"
+    if len(text) < min(other_lengths):
+        yield "shortest choice"
     if text in row["question"].lower():
-        yield "stands in the question"
+        yield "occurs in the question"
     padded = f" {text} "
-    pieces = {padded[i : i + n] for n in (2, 3, 4) for i in range(len(padded) - n + 1)} | {text}
-    for piece in sorted(pieces):
-        yield f"“{piece}”"
-        yield f"“{piece}” where {asked[0]} is asked"
-    yield f"“{text}” after “{asked[1]}”"
+    ngrams = {padded[i : i + n] for n in (2, 3, 4) for i in range(len(padded) - n + 1)} | {text}
+    for ngram in sorted(ngrams):
+        yield f"“{ngram}”"
+        yield f"“{ngram}” in a {kind} question"
+    yield f"“{text}” after “{ending}”"

@@ -1,4 +1,4 @@
-"""What text alone guesses: a planted give-away is found, chance is not beaten, an image's rows help each other not."""
+"""The text-only baseline: it finds a planted cue, and does not beat chance without one or by an image's other rows."""
 
 import numpy as np
 import pytest
@@ -21,39 +21,39 @@ def make_rows(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def share_right(rows, groups) -> np.ndarray:
-    return TextOnlyBaseline(rows).guesses(groups) == np.array([row["answer"] for row in rows])
+def correct(rows, groups) -> np.ndarray:
+    return TextOnlyBaseline(rows).predict(groups) == np.array([row["answer"] for row in rows])
 
 
-def test_chance_is_not_beaten_where_nothing_is_given_away():
+def test_it_does_not_beat_chance_where_the_text_has_no_cue():
     rows = make_rows(500)
-    right = accuracy(share_right(rows, range(500)))
-    assert right.low < np.mean([1 / len(row["choices"]) for row in rows]) < right.high
+    score = accuracy(correct(rows, range(500)))
+    assert score.low < np.mean([1 / len(row["choices"]) for row in rows]) < score.high
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("clue", ["the longest choice", "stands in the question", "letter b", "“정답”"])
-def test_a_planted_giveaway_is_found_and_named(clue):
+@pytest.mark.parametrize("feature", ["longest choice", "occurs in the question", "letter b", "“정답”"])
+def test_a_planted_cue_is_found_and_named(feature):
     rows = make_rows(500)
     for row in rows[:350]:
         choices, answer = row["choices"], row["answer"]
-        if clue == "the longest choice":
+        if feature == "longest choice":
             choices[answer] += f" {choices[answer]}"
-        elif clue == "stands in the question":
+        elif feature == "occurs in the question":
             row["question"] += f" {choices[answer]}"
-        elif clue == "letter b":
+        elif feature == "letter b":
             choices[answer], choices[1] = choices[1], choices[answer]
             row["answer"] = 1
         else:
             choices[answer] = "정답"
     order = np.random.default_rng(1).permutation(500)
     rows = [rows[i] for i in order]
-    assert accuracy(share_right(rows, range(500))).low > 0.6
-    assert clue in [name for name, _ in TextOnlyBaseline(rows).strongest_clues(5)]
+    assert accuracy(correct(rows, range(500))).low > 0.6
+    assert feature in [name for name, _ in TextOnlyBaseline(rows).top_features(5)]
 
 
 def test_rows_of_one_image_do_not_help_each_other():
     rows = make_rows(200)
     copies, images = [row for row in rows for _ in range(3)], np.repeat(np.arange(200), 3)
-    assert share_right(copies, np.arange(600)).mean() > 0.6, "a copy in training tells the answer"
-    assert accuracy(share_right(copies, images)).low < np.mean([1 / len(row["choices"]) for row in rows]) + 0.02
+    assert correct(copies, np.arange(600)).mean() > 0.6, "a copy in training gives the answer away"
+    assert accuracy(correct(copies, images)).low < np.mean([1 / len(row["choices"]) for row in rows]) + 0.02

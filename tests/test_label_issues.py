@@ -1,4 +1,4 @@
-"""Rows that look mislabelled."""
+"""Rows whose label is probably wrong."""
 
 import numpy as np
 
