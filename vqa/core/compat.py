@@ -19,11 +19,8 @@ from peft.tuners.lora import LoraLayer as LoraLayer  # its forward pass is repla
 from peft.tuners.tuners_utils import BaseTunerLayer as BaseTunerLayer  # any layer that carries an adapter
 from torch import nn
 from transformers.hf_argparser import string_to_bool as string_to_bool  # how HfArgumentParser reads `--fp16 true`
+from transformers.integrations import integration_utils
 from transformers.integrations.fsdp import is_fsdp_managed_module as is_fsdp_managed_module
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as INTEGRATION_TO_CALLBACK
-from transformers.integrations.integration_utils import (
-    get_available_reporting_integrations as get_available_reporting_integrations,
-)
 from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv  # one key and value head per query head
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface as AttentionMaskInterface  # registers a mask function
@@ -39,6 +36,9 @@ Qwen2_5_VLVisionAttention = modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention  # rep
 apply_rotary_pos_emb_vision = modeling_qwen2_5_vl.apply_rotary_pos_emb_vision
 native_dropout_backward = torch.ops.aten.native_dropout_backward  # for a hand-written backward pass
 foreach_lerp_ = torch._foreach_lerp_  # moves a list of averages in one kernel, as torch.optim.swa_utils does
+
+INTEGRATION_TO_CALLBACK = integration_utils.INTEGRATION_TO_CALLBACK  # its keys are the values of `report_to`
+get_available_reporting_integrations = integration_utils.get_available_reporting_integrations  # the installed ones
 
 # Methods of Trainer that FoldTrainer overrides, and their parameters.
 TRAINER_METHODS = {
@@ -61,7 +61,7 @@ def first_repeated_row(num_rows: int, batch_size: int, num_processes: int, rank:
     """Where the repeated rows begin in this process's last batch of an epoch: 0 to batch_size.
 
     Where the rows do not fill the last batches of all processes, accelerate fills them with the epoch's first rows.
-    It deals out the batches in rank order, so the repeated rows are at the end of the last ranks' batches.
+    It assigns batches in rank order, so the repeated rows are at the end of the last ranks' batches.
     """
     num_repeated = -num_rows % (batch_size * num_processes)
     return min(batch_size, max(0, batch_size * (num_processes - rank) - num_repeated))
@@ -134,7 +134,7 @@ def is_4bit(layer: nn.Module) -> bool:
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let every 4-bit layer compute in `dtype`: a base that was saved in 4 bits brings its own setting along."""
+    """Let every 4-bit layer compute in `dtype`: a base that was saved in 4 bits has its own setting in its config."""
     for layer in model.modules():
         if is_4bit(layer):
             layer.compute_dtype = dtype  # type: ignore[assignment]  # nn.Module's __setattr__ is typed for tensors

@@ -30,8 +30,9 @@ class FeatureShards:
     """The shards of one folder, read through memory maps.
 
     Args:
-        folder: of the shards. All folders beside it that are named like it share the bound.
-        limit: bytes on disk. The least recently used shards are deleted first, those open in this process never.
+        folder: folder of the shards.
+        limit: bytes on disk for this folder and those beside it with names of the same form. The least recently used
+            shards are deleted first, those open in this process never.
     """
 
     def __init__(self, folder: Path, limit: float):

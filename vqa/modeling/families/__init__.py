@@ -1,14 +1,4 @@
-"""Model families, one file each. No other module names a family.
-
-To add a family, say Foo-VL with `"model_type": "foo_vl"` in its config:
-
-1. Print a tiny model's modules (`AutoModelForImageTextToText.from_config(config)`) and find the paths of base.Family.
-2. Copy qwen2_vl.py to foo_vl.py and give the paths that differ from the defaults:
-
-       tower = "model.vision_model"
-       FAMILY = Family(model_types=("foo_vl",), vision_tower=tower, not_in_4bit=("lm_head", tower))
-
-3. Add `foo_vl.FAMILY` to FAMILIES below, and its tiny config to tests/test_families.py.
+"""Model families, one file each; no other module names a family. docs/adding_a_model.md shows how to add one.
 
 A model of an unlisted type is treated as GENERIC: Qwen's paths, and no guard against overflow in fp16.
 """

@@ -14,8 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vqa.core.compat import Qwen2_5_VLVisionAttention, apply_rotary_pos_emb_vision
 from vqa.modeling.families.base import Family
 
-# cu_seqlens -> {length: the patches of all windows of that length}. All layers of a forward pass share two such
-# tensors. Reading the lengths makes the host wait for the GPU, so each tensor is read once.
+# cu_seqlens -> {length: the patches of all windows of that length}. The layers of a forward pass
+# use two such tensors. Reading the lengths makes the host wait for the GPU, so each tensor is read once.
 _patches_by_length = WeakTensorKeyDictionary()
 
 
