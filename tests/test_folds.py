@@ -95,3 +95,10 @@ def test_a_broken_test_image_is_told_and_the_folds_are_made_all_the_same(tmp_pat
 def test_impossible_numbers_of_folds_are_refused(images, folds):
     with pytest.raises(UserError, match="folds cannot"):
         assign_folds(ANSWERS, images, folds, 42)
+
+
+def test_again_is_still_read_as_overwrite_and_help_does_not_show_it(capsys):
+    assert make_folds.parse_args(["args.json", "--again"]).overwrite
+    with pytest.raises(SystemExit):
+        make_folds.parse_args(["--help"])
+    assert "--again" not in capsys.readouterr().out

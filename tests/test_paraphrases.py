@@ -141,13 +141,22 @@ def tool(monkeypatch):
 def test_the_tool_writes_a_csv_that_training_reads(tmp_path, tool, capsys):
     questions = ["자동차는 무슨 색인가요?", "3 + 4,\n= ?", "Where is the cat?"]
     path = write_csv(tmp_path / "train.csv", [[f"r{i}", "x.jpg", q, *"wxyz", "a"] for i, q in enumerate(questions)])
-    tool(path, "--most", "2")
-    assert "2 of 3 questions have other wordings, 3 in all" in capsys.readouterr().out
+    tool(path, "--num_paraphrases", "2")
+    assert "2 of 3 questions have paraphrases, 3 in total" in capsys.readouterr().out
     written = tmp_path / "train_paraphrased.csv"
     rows = read_rows(written, with_answer=True)
     assert [row["question"] for row in rows] == questions
     assert [row["paraphrases"] for row in rows] == [paraphrases(question)[:2] for question in questions]
     before, after = (pd.read_csv(file, dtype=str) for file in (path, written))
     pd.testing.assert_frame_equal(before, after[before.columns])
-    with pytest.raises(UserError, match="it has question_1 already"):
+    with pytest.raises(UserError, match="already has a column question_1"):
         tool(written)
+
+
+def test_the_flag_of_the_last_release_still_works_and_help_does_not_show_it(tmp_path, tool, capsys):
+    path = write_csv(tmp_path / "train.csv", [["r", "x.jpg", "자동차는 무슨 색인가요?", *"wxyz", "a"]])
+    tool(path, "--most", "1")
+    assert list(pd.read_csv(tmp_path / "train_paraphrased.csv").columns) == [*HEADER[:3], "question_1", *HEADER[3:]]
+    with pytest.raises(SystemExit):
+        tool("--help")
+    assert "--most" not in capsys.readouterr().out

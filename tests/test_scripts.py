@@ -231,7 +231,7 @@ def test_help_teaches_and_ends_well(script, name):
         ({}, ["--fold", "7"], "fold 7 is not in"),
         ({}, ["--fp16", "true"], "args/demo/fold0.json"),
         ({}, ["--load_in_4bit"], "args/demo/fold0.json"),
-        ({}, ["--learning_rte", "1"], "did you mean 'learning_rate'"),
+        ({}, ["--learning_rte", "1"], "Did you mean 'learning_rate'"),
         ({}, ["--model", "no/such/model"], "neither a model folder nor reachable"),
         ({}, ["--model", "Some/Model-3B"], "neither a model folder nor reachable"),
         ({}, ["--max_train_rows", "0"], "max_train_rows is 0"),

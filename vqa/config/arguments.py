@@ -1,4 +1,4 @@
-"""The arguments of model and data, as dataclasses that import in no time. The reason for a value is in its `help`."""
+"""The arguments of model and data, without slow imports. The reason for a default is in its `help`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +12,14 @@ def arg(default, text: str):
 
 @dataclass
 class ModelArguments:
-    model: str | None = arg(None, "Folder of the base model, or its name where a model hub is reachable.")
+    model: str | None = arg(None, "Folder of the base model, or its name on a model hub.")
     load_in_4bit: bool = arg(
-        False, "Hold the base model in 4 bits (nf4, double quantisation): the 7B then fits a 16 GB GPU. CUDA only."
+        False, "Load the base model in 4 bits (nf4, double quantisation), so that a 7B fits a 16 GB GPU. CUDA only."
     )
-    lora_rank: int = arg(16, "Rank of the adapter: 16 is ample for a contest of some thousand rows.")
-    lora_alpha: int = arg(32, "Scale of the adapter; the usual choice is twice the rank.")
-    lora_dropout: float = arg(0.05, "Dropout before the adapter: a few thousand rows are soon learned by heart.")
-    trust_remote_code: bool = arg(False, "Run code that comes with the model. No Qwen model needs it.")
+    lora_rank: int = arg(16, "Rank of the LoRA adapter: 16 is enough for a few thousand rows.")
+    lora_alpha: int = arg(32, "Scale of the adapter: usually twice the rank.")
+    lora_dropout: float = arg(0.05, "Dropout before the adapter: a few thousand rows are soon memorised.")
+    trust_remote_code: bool = arg(False, "Run code from the model's folder. No Qwen model needs it.")
 
 
 @dataclass
@@ -28,36 +28,36 @@ class DataArguments:
     test_csv: str = arg("data/test.csv", "Rows to predict: id,path,question,a,b,...")
     image_root: str | None = arg(None, "Folder that `path` is relative to; the CSV's own folder if not given.")
     folds_csv: str | None = arg(None, "The folds file; `folds.csv` beside train_csv if not given.")
-    fold: int | None = arg(0, "The fold to validate on; null trains on every row and validates on none.")
-    max_train_rows: int | None = arg(None, "Train on so many rows only, drawn by seed: 200 for a quick try.")
+    fold: int | None = arg(0, "The fold to validate on; null: train on all rows and validate on none.")
+    max_train_rows: int | None = arg(None, "Train on only this many rows, drawn by seed: 200 for a quick try.")
     image_size: int = arg(
-        384, "Pixel budget: an image is shrunk to at most image_size squared pixels, aspect kept; 784 pixels a token."
+        384, "Pixel budget: images are resized to at most image_size squared pixels, aspect kept; 784 pixels a token."
     )
-    instruction: str = arg(INSTRUCTION, "Last line of the question; prediction uses what training used.")
+    instruction: str = arg(INSTRUCTION, "Last line of the prompt; prediction uses the one of training.")
     shuffle_choices: bool = arg(
-        True, "Show the choices in another order every epoch, so that the position of the answer is not learned."
+        True, "Shuffle the choices of each row every epoch, so that the model does not learn the answer's position."
     )
     soft_labels: bool = arg(
         False,
-        "Train on how the annotators' answers (columns answer1, answer2, ...) are spread over the choices instead of "
-        "on the one answer: worth a try where they often disagree.",
+        "Train on the distribution of the annotators' answers (columns answer1, answer2, ...) instead of one answer: "
+        "worth a try where annotators often disagree.",
     )
     pseudo_csv: str | None = arg(
         None,
-        "A prediction file of test_csv, whose surest rows become further training rows with its probabilities as soft "
-        "labels. Give each fold its own fold's (outputs/fold0.csv); with an ensemble's (ensemble.py --probabilities) "
-        "validation flatters, since other members of it were trained on the rows that this fold validates on.",
+        "A prediction file of test_csv. Its most confident rows become training rows, with its probabilities as soft "
+        "labels. Give each fold the file of that fold (outputs/fold0.csv). With an ensemble's file (ensemble.py "
+        "--probabilities) validation is too optimistic: other members were trained on this fold's validation rows.",
     )
-    pseudo_min_confidence: float = arg(0.9, "Least probability of the likeliest choice for a row to be taken.")
+    pseudo_min_confidence: float = arg(0.9, "Minimum probability of the likeliest choice to use a row of pseudo_csv.")
     vision_cache: bool = arg(
-        True, "Compute the vision tower's features once an image and size, and keep them on disk for all runs."
+        True, "Compute the vision tower's features once per image and size, and store them on disk for all runs."
     )
     vision_cache_dir: str = arg(
         "checkpoints/vision_cache",
-        "Where they are kept. A fast disk is best; the folder may be removed whenever nothing runs.",
+        "Folder of the stored features, best on a fast disk. You can delete it when nothing is running.",
     )
     vision_cache_gb: float = arg(
-        10.0, "Most that the folder may take, in GB; a 3B needs 0.8 MB an image at 384 px. Beyond, nothing is stored."
+        10.0, "Size limit of that folder in GB; a 3B needs 0.8 MB an image at 384 px. Above it, nothing is stored."
     )
 
 
@@ -65,9 +65,6 @@ def folds_file(data: DataArguments) -> Path:
     return folds_path(data.folds_csv, data.train_csv)
 
 
-INSTRUCTION = "Answer with the letter only."
-
-
 def folds_path(folds_csv: str | None, train_csv: str | Path) -> Path:
-    """The folds file that an args file names, or the one beside its training CSV."""
+    """`folds_csv`, or folds.csv beside the training CSV if that is None."""
     return Path(folds_csv) if folds_csv else Path(train_csv).with_name("folds.csv")

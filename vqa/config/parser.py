@@ -1,11 +1,13 @@
 """The arguments of a run: the fields of an args file and of transformers' TrainingArguments, overridden by flags.
 
-The reason for a default stands in the `help` of its field, which is also what `python train_fold.py --help` prints.
+The reason for a default is in the `help` of its field, which `python train_fold.py --help` prints.
 """
 
 import argparse
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,14 +16,13 @@ from transformers import HfArgumentParser, TrainingArguments
 from vqa.config.args_file import build_dataclass, raise_unknown_field, read_args_file
 from vqa.config.arguments import DataArguments, ModelArguments
 from vqa.config.recipe import RecipeArguments, check_recipe
+from vqa.core.cli import non_default_args
 from vqa.core.compat import parser_actions
 from vqa.core.dtypes import has_bf16
 from vqa.core.errors import UserError
 from vqa.core.io import swap_root
 
 DEMO = "args/demo/fold0.json"
-
-
 CLASSES = (ModelArguments, DataArguments, RecipeArguments)
 
 
@@ -30,28 +31,28 @@ def parse_arguments(
 ) -> tuple[ModelArguments, DataArguments, RecipeArguments, dict]:
     """(model, data, recipe, resolved) from `[ARGS.json] [--field value ...]`.
 
-    `resolved` is an args file that repeats the run: all of our fields, and those of transformers' that were set.
-    Raises UserError for what cannot be used; without `trains`, the fields may ask for a GPU that is not here.
+    `resolved` is an args file that repeats the run: all fields of this project, and those of transformers that differ
+    from its defaults. Raises UserError for values that cannot be used. Without `trains`, fields may need a GPU that
+    this machine does not have.
     """
     parser = _parser(description)
     path = argv[0] if argv and not argv[0].startswith("-") else None
     values = read_args_file(path, field_names()) if path else {}
-    if path and not values.get("output_dir"):  # the args file's place names the run
+    if path and not values.get("output_dir"):
         values["output_dir"] = str(swap_root("checkpoints", Path(path).with_suffix(""), below="args"))
-    flags, values = _parse_null_flags(argv[1:] if path else argv, values)
     parser.set_defaults(**values)
-    given, unknown = parser.parse_known_args(flags)
+    given, unknown = parser.parse_known_args(argv[1:] if path else argv)
     if unknown:
         raise_unknown_field(unknown[0].lstrip("-").split("=")[0], "the command line", field_names())
     if given.output_dir is None:
-        raise UserError("no args file and no --output_dir; name an args file, such as args/fold0.json, or see --help")
+        raise UserError("no args file and no --output_dir. Name an args file, such as args/fold0.json, or see --help.")
     if trains:
         check_launch()
         check_machine(vars(given))
     check_recipe(vars(given))
     if given.model is None:
         raise UserError(
-            f"no model given; name the base model's folder as `model` in {path or 'an args file'} or as --model"
+            f"no model given. Set `model` in {path or 'an args file'}, or --model, to the base model's folder."
         )
     plain = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     kept = {k: v for k, v in vars(given).items() if k in _own_fields() or v != plain[k]}
@@ -62,9 +63,9 @@ def parse_arguments(
 
 
 def non_default_fields(resolved: dict) -> dict:
-    """The fields of a run that differ from the defaults; not where it wrote."""
-    usual = vars(_parser("").parse_args([]))  # as parsed: transformers' own defaults come out in another form
-    return {name: value for name, value in resolved.items() if value != usual[name] and name != "output_dir"}
+    """The fields of a run that differ from the defaults, without output_dir."""
+    changed = non_default_args(_parser(""), argparse.Namespace(**resolved))
+    return {name: value for name, value in changed.items() if name != "output_dir"}
 
 
 def field_names() -> set[str]:
@@ -72,7 +73,7 @@ def field_names() -> set[str]:
 
 
 def _own_fields() -> set[str]:
-    """The fields that this module declares, be it only to give one of transformers' another default."""
+    """The fields that this project declares, including those of transformers with another default."""
     return {name for kind in CLASSES for name in kind.__annotations__}
 
 
@@ -92,6 +93,8 @@ def _parser(description: str) -> HfArgumentParser:
     for action in parser_actions(parser):
         if action.dest not in ours or any(option.startswith(("--no_", "--no-")) for option in action.option_strings):
             action.help = argparse.SUPPRESS
+        if action.type is not None and action.dest != "report_to":  # whose "none" is a value
+            action.type = _or_null(action.type)
         action.option_strings = [o for o in action.option_strings if "-" not in o.lstrip("-")] or action.option_strings
     parser.error = lambda message: _raise(UserError(f"{message}; see `python train_fold.py --help`"))
     return parser
@@ -101,36 +104,31 @@ def _raise(error: Exception):
     raise error
 
 
-def _parse_null_flags(flags: list[str], values: dict) -> tuple[list[str], dict]:
-    """`--fold null` on the command line, which argparse has no word for, becomes a None among the values."""
-    kept, index = [], 0
-    while index < len(flags):
-        if flags[index].startswith("--") and flags[index + 1 : index + 2] in (["null"], ["none"], ["None"]):
-            name = flags[index][2:].replace("-", "_")
-            if name in field_names() and name != "report_to":
-                values = values | {name: None}
-                index += 2
-                continue
-        kept.append(flags[index])
-        index += 1
-    return kept, values
+def _or_null(convert: Callable[[str], object]) -> Callable[[str], object]:
+    """An argparse type that reads `--fold null` as None and the rest as `convert` does."""
+
+    @functools.wraps(convert, updated=())  # argparse's message names the type
+    def read(text: str) -> object:
+        return None if text in ("null", "none", "None") else convert(text)
+
+    return read
 
 
 def check_launch() -> None:
-    """Stop where plain python would split each batch over several GPUs in threads, or put all of it on one."""
+    """Raise UserError where plain `python` would split each batch over several GPUs in threads."""
     if torch.cuda.is_available() and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         raise UserError(
-            f"{torch.cuda.device_count()} GPUs are visible; start with `accelerate launch` to use them, or set "
-            "CUDA_VISIBLE_DEVICES=0 to use one, as tune.py needs it"
+            f"{torch.cuda.device_count()} GPUs are visible. Start with `accelerate launch` to use all of them, or set "
+            "CUDA_VISIBLE_DEVICES=0 to use one, which tune.py needs."
         )
 
 
 def check_machine(values: dict) -> None:
-    """Stop where the fields ask for what this machine has not, before anything is loaded."""
+    """Raise UserError where a field needs hardware that this machine does not have."""
     if torch.cuda.is_available():
         if values.get("bf16") and not has_bf16():
-            raise UserError("bf16 on this GPU would be slow emulation (it has no bf16 of its own); use fp16")
+            raise UserError("this GPU has no bf16 and would emulate it slowly. Use fp16.")
         return
     for name in ("load_in_4bit", "fp16", "bf16"):
         if values.get(name):
-            raise UserError(f"{name} needs a CUDA GPU and there is none here; on a CPU try `make demo` ({DEMO})")
+            raise UserError(f"{name} needs a CUDA GPU, and this machine has none. On a CPU, try `make demo` ({DEMO}).")

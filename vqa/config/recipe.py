@@ -12,140 +12,141 @@ from vqa.core.compat import INTEGRATION_TO_CALLBACK, get_available_reporting_int
 from vqa.core.dtypes import has_bf16
 from vqa.core.errors import UserError
 
-# Every transformers from 5.20 on understands the name `gradient_checkpointing`; 5.23 says on each run, and PEFT once
-# more, that it will be called otherwise in version 6.
+# transformers 5.23 and PEFT warn in every run that version 6 will rename `gradient_checkpointing`.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
 
-
-CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # from transformers 5.23 on, and before
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # since transformers 5.23, and before
 
 
 @dataclass
 class RecipeArguments(TrainingArguments):
-    """transformers' TrainingArguments with this recipe's defaults, and what it has no field for."""
+    """transformers' TrainingArguments with this recipe's defaults and further fields."""
 
     loss: str = arg(
         "token",
         "token: cross-entropy over the vocabulary at the answer's letter and the end of the turn, as in language "
-        "modelling; letter: cross-entropy over the letters that the row offers, which is what is scored.",
+        "modelling; letter: cross-entropy over the letters that the row offers, as in scoring.",
     )
     ema_decay: float = arg(
-        0.0, "Decay of the EMA of the adapter, per optimiser step, warmed up: 0.99, say. 0: none, which is quicker."
+        0.0, "Decay of the EMA of the adapter per optimiser step, with warm-up; for example 0.99. 0: no EMA, faster."
     )
     swa_start: float | None = arg(
-        None, "Where SWA begins: below 1, after that share of the run (0.5, say); from 1 on, at that step. null: none."
+        None, "Start of SWA: below 1, a fraction of the run (for example 0.5); otherwise a step. null: no SWA."
     )
-    swa_every: int = arg(1, "Steps between two weights that SWA averages.")
-    swa_lr: float | None = arg(None, "Constant learning rate from SWA's beginning on; null keeps the schedule.")
+    swa_every: int = arg(1, "Optimiser steps between two updates of the SWA average.")
+    swa_lr: float | None = arg(None, "Constant learning rate after swa_start; null: keep the schedule.")
     max_hours: float | None = arg(
         None,
-        "Stop training with a checkpoint before so many hours have passed: 11 for a notebook that dies after 12 "
-        "leaves an hour for prediction.",
+        "Stop with a checkpoint before this many hours have passed. 11 leaves an hour for prediction in a notebook "
+        "that is stopped after 12.",
     )
-    output_dir: str | None = arg(None, "The fold's folder; args/demo/fold0.json gives checkpoints/demo/fold0.")
+    output_dir: str | None = arg(
+        None, "The fold's folder; by default checkpoints/demo/fold0 for args/demo/fold0.json."
+    )
     num_train_epochs: float = arg(3.0, "Passes over the training rows.")
-    learning_rate: float = arg(2e-4, "Peak learning rate: QLoRA's usual one; ten times that of full fine-tuning.")
-    lr_scheduler_type: str = arg("cosine", "Falls to zero by the end: the last steps settle, as contests reward.")
-    warmup_steps: float = arg(0.05, "Steps of warm-up; below 1, a share of the run.")
-    per_device_train_batch_size: int = arg(8, "Rows a GPU takes at once, where auto_batch is off.")
-    gradient_accumulation_steps: int = arg(2, "Batches an optimiser step; times the batch size: its rows.")
-    per_device_eval_batch_size: int = arg(16, "Rows a GPU scores at once.")
+    learning_rate: float = arg(2e-4, "Peak learning rate: usual for QLoRA, ten times that of full fine-tuning.")
+    lr_scheduler_type: str = arg("cosine", "Schedule; cosine falls to zero at the end, so that the last steps settle.")
+    warmup_steps: float = arg(0.05, "Warm-up steps; below 1, a fraction of the run.")
+    per_device_train_batch_size: int = arg(8, "Rows of a micro-batch on each GPU, if auto_batch is off.")
+    gradient_accumulation_steps: int = arg(2, "Micro-batches of an optimiser step; times the batch size, its rows.")
+    per_device_eval_batch_size: int = arg(16, "Rows of a validation batch on each GPU.")
     auto_batch: bool = arg(
         True,
-        "Cut a step's rows (batch size times accumulation) into the micro-batches that suit this GPU; "
-        "gradient_checkpointing is left out where memory allows, unless it is set. Out of memory, they get smaller.",
+        "Split the rows of a step (batch size times accumulation) into micro-batches that suit this GPU, and halve "
+        "them when memory runs out. Also turns gradient_checkpointing off where memory allows, unless it is set.",
     )
     train_sampling_strategy: str = arg(
-        "group_by_length", "Rows at random, those of a step sorted by length, which saves padding; random: not sorted."
+        "group_by_length", "Random rows, sorted by length within a step, which saves padding; random: not sorted."
     )
-    max_grad_norm: float = arg(1.0, "Gradients are clipped to this norm.")
-    fp16: bool = arg(False, "Mixed precision for GPUs before Ampere, such as the T4, which have no bf16.")
+    max_grad_norm: float = arg(1.0, "Clip gradients to this norm.")
+    fp16: bool = arg(False, "Mixed precision in fp16, for GPUs without bf16 such as the T4.")
     gradient_checkpointing: bool | None = arg(
-        None, "Recompute activations in the backward pass: memory for a third of speed. null: auto_batch decides."
+        None, "Recompute activations in the backward pass: less memory, a third slower. null: auto_batch decides."
     )
     eval_strategy: str = arg("epoch", "When to validate: epoch, steps (every eval_steps) or no.")
     save_strategy: str = arg(
-        "epoch", "When to write a checkpoint to resume from: epoch, steps (every save_steps) or no."
+        "epoch", "When to save a checkpoint to resume from: epoch, steps (every save_steps) or no."
     )
     save_total_limit: int | None = arg(
-        2, "Checkpoints to keep, 2 or more: one has to last while the next is written. The best adapters are apart."
+        2,
+        "Checkpoints to keep, at least 2: one stays while the next is written. The best adapters are extra.",
     )
     logging_steps: float = arg(10, "Optimiser steps between two lines of the training log.")
-    logging_nan_inf_filter: bool = arg(False, "Stays false: a loss that is not finite is to be seen in the log.")
+    logging_nan_inf_filter: bool = arg(False, "Keep false: the log must show a loss that is not finite.")
     ddp_find_unused_parameters: bool | None = arg(
-        False, "Stays false: every adapter weight is used in every step, and looking for unused ones costs time."
+        False, "Keep false: every adapter weight is used in every step, and a search for unused ones costs time."
     )
     dataloader_num_workers: int = arg(0, "Processes that decode and resize images ahead of the GPU; 2 on a T4 host.")
-    remove_unused_columns: bool = arg(False, "Stays false: the collator reads the rows' own columns.")
-    resume_from_checkpoint: str | None = arg(None, "A checkpoint folder to go on from, or `auto` for the newest.")
-    seed: int = arg(42, "Seed of everything drawn at random; 42 by default.")
-    full_determinism: bool = arg(False, "Give the same bytes in every run on a GPU too, as on a CPU; slower.")
-    metric_for_best_model: str = arg("log_loss", "What chooses the best adapter: log_loss or accuracy, of letters.")
-    report_to: str = arg("none", "Where to log: none, tensorboard, wandb, trackio.")
+    remove_unused_columns: bool = arg(False, "Keep false: the collator reads the columns of the rows.")
+    resume_from_checkpoint: str | None = arg(None, "A checkpoint folder to resume from, or `auto` for the newest one.")
+    seed: int = arg(42, "Seed of everything random.")
+    full_determinism: bool = arg(False, "Give identical bytes in every run on a GPU, as on a CPU; slower.")
+    metric_for_best_model: str = arg("log_loss", "Metric that selects the best adapter: log_loss or accuracy.")
+    report_to: str = arg("none", "Where to log: none, tensorboard, wandb or trackio.")
 
     def __post_init__(self):
         if torch.cuda.is_available() and not (self.fp16 or self.bf16 or self.use_cpu):
-            self.bf16 = has_bf16()  # as model_dtype chooses for the base: 16 bits want autocast, and fp16 the scaler
+            self.bf16 = has_bf16()  # as model_dtype chooses for the base: 16 bits need autocast
             self.fp16 = not self.bf16
-        # Without a GPU processes find each other only when told that the CPU is meant; each would train on its own.
+        # Without this, several processes on a CPU would not find each other, and each would train alone.
         self.use_cpu |= "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
         named = [name for name in CHECKPOINTING if hasattr(self, name)]
         self.wants_checkpointing = next((v for v in (getattr(self, name) for name in named) if v is not None), None)
-        for name in named:  # without re-entrance no input needs a gradient, so the vision tower gets none
+        for name in named:  # non-reentrant: no input needs a gradient, so the vision tower gets none
             given = getattr(self, f"{name}_kwargs") or {}
             setattr(self, f"{name}_kwargs", {"use_reentrant": False} | given)
         super().__post_init__()
-        self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns of it where there is no GPU
+        self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns without a GPU
 
     def set_checkpointing(self, on: bool) -> None:
-        """Under both of its names, since the Trainer reads the newer where there is one."""
+        """Set it under both of its names; the Trainer reads the newer one where it exists."""
         for name in CHECKPOINTING:
             if hasattr(self, name):
                 setattr(self, name, on)
 
 
 LOWEST = {"swa_start": 0, "swa_every": 1, "ema_decay": 0, "max_hours": 0, "lora_rank": 1, "image_size": 28}
-
-
-# Fields of transformers' that would do nothing here, or harm, and why.
+# Fields of transformers that would do nothing or harm here, and why.
 REFUSED = {
-    "auto_find_batch_size": "averages and best adapters of the attempt that failed would stay",
+    "auto_find_batch_size": "averages and best adapters of the failed attempt would stay; auto_batch does this",
     "label_smoothing_factor": "the loss is over the answer's tokens alone",
-    "load_best_model_at_end": "the best adapters are kept apart, raw and averaged",
-    "save_only_model": "no run could go on from such a checkpoint",
+    "load_best_model_at_end": "the best adapters, raw and averaged, are saved separately",
+    "save_only_model": "no run can resume from such a checkpoint",
 }
 
 
 def check_recipe(values: dict) -> None:
-    """Stop where fields contradict each other or this recipe."""
+    """Raise UserError where fields contradict each other or this recipe."""
     for name, choices in (("loss", ("token", "letter")), ("metric_for_best_model", ("log_loss", "accuracy"))):
         if values[name] not in choices:
-            raise UserError(f"{name} {values[name]!r} does not exist; it is {' or '.join(choices)}")
+            raise UserError(f"{name} {values[name]!r} does not exist. Set {' or '.join(choices)}.")
     for name, low in LOWEST.items():
         if values[name] is not None and values[name] < low:
-            raise UserError(f"{name} is {values[name]}; it has to be {low} or more")
+            raise UserError(f"{name} is {values[name]}. Set it to {low} or more.")
     if values["ema_decay"] >= 1:
-        raise UserError(f"ema_decay is {values['ema_decay']}; it has to be below 1 (0.99), or 0 for no EMA")
+        raise UserError(f"ema_decay is {values['ema_decay']}. Set it below 1, such as 0.99, or to 0 for no EMA.")
     for name, why in REFUSED.items():
         if values[name]:
-            raise UserError(f"{name} is not for this recipe: {why}; leave it out")
+            raise UserError(f"{name} does not work with this recipe: {why}. Leave it out.")
     check_reports(values["report_to"])
     if values["save_total_limit"] == 1:
-        raise UserError("save_total_limit 1 deletes the last checkpoint before the next is whole; give 2 or more")
+        raise UserError(
+            "save_total_limit 1 deletes the last checkpoint before the next one is complete. Set it to 2 or more."
+        )
     if values["swa_lr"] is not None and values["swa_start"] is None:
-        raise UserError("swa_lr is given but swa_start is null; say where SWA begins, or leave swa_lr out")
+        raise UserError("swa_lr is set but swa_start is null. Set swa_start, or leave swa_lr out.")
     if values["swa_lr"] is not None and values["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy"):
-        raise UserError(f"swa_lr needs a schedule by steps, and {values['lr_scheduler_type']} is none; use cosine")
+        raise UserError(f"swa_lr needs a schedule by steps, not {values['lr_scheduler_type']}. Use cosine.")
 
 
 def check_reports(report_to: str | list[str]) -> None:
-    """Stop where a package that is to be reported to is unknown or not there."""
+    """Raise UserError where `report_to` names a package that is unknown or not installed."""
     for name in [report_to] if isinstance(report_to, str) else report_to:
         if name in ("none", "all"):
             continue
         if name not in INTEGRATION_TO_CALLBACK:
             raise UserError(
-                f"report_to {name!r} does not exist; it is none, all or {', '.join(INTEGRATION_TO_CALLBACK)}"
+                f"report_to {name!r} does not exist. Set none, all or {', '.join(INTEGRATION_TO_CALLBACK)}."
             )
         if name not in get_available_reporting_integrations():
-            raise UserError(f"report_to {name} needs a package that is not here: pip install {name}")
+            raise UserError(f"report_to {name} needs a package that is not installed. Run `pip install {name}`.")
