@@ -1,19 +1,20 @@
-"""Measure this project beside what people use instead: rows a second in training and answering, memory, a whole job.
+"""Compare this project with a plain Trainer and TRL: rows per second in training and prediction, memory, a full job.
 
-    python benchmarks/compare.py                                            # the tiny model, on a CPU, two minutes
-    python benchmarks/compare.py --configs QWEN_FOLDER --models 3B 7B       # random weights in the real shapes, a GPU
+    python benchmarks/compare.py                                            # the tiny model on a CPU: two minutes
+    python benchmarks/compare.py --configs QWEN_FOLDER --models 3B 7B       # random weights in real shapes, on a GPU
 
-Contestants, each in a process of its own that may take `--cap_gib` of the GPU's memory, with the same rows, adapter
-and effective batches:
+Each contestant runs in its own process, which may use `--cap_gib` of the GPU's memory, with the same rows, the same
+adapter rank and the same effective batches:
 
-    plain   a plain Trainer + PEFT with `prepare_model_for_kbit_training`, at its best micro-batch. At micro-batch 1
-            it is the notebook recipe, which answers by `generate`.
-    trl     TRL's SFTTrainer on prompt and completion, in bf16; where TRL is installed
-    ours    this project, as `auto_batch` sets it; "not stored" does without the stored vision features, "sizes"
-            takes several image sizes
+    plain   a plain Trainer + PEFT with `prepare_model_for_kbit_training`, at its best micro-batch. With micro-batch 1
+            it is the notebook recipe, which predicts with `generate`.
+    trl     TRL's SFTTrainer on prompt and completion, in bf16, if TRL is installed
+    ours    this project with `auto_batch`; "not stored" uses no stored vision features, "sizes" uses several image
+            sizes
 
-Every measurement is a line of compare.jsonl in the output folder, written at once; summary.json and compare.png are
-made of them at the end (`--summary` alone makes them anew).
+The adapters of `plain` and `trl` also cover the MLPs of the vision tower: see the correction in EXPERIMENTS.md.
+Every measurement is appended to compare.jsonl in the output folder. summary.json and compare.png are made of them at
+the end (`--summary` makes only these two).
 """
 
 import argparse
@@ -30,7 +31,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 from random_model import write_random_model  # noqa: E402
 
 from vqa.core.errors import run_main  # noqa: E402
@@ -39,7 +40,7 @@ from vqa.core.io import write_json  # noqa: E402
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "checkpoints" / "tiny"
 WORDS = "빨간 파란 노란 우산 자전거 간판 아이 사람 버스 나무 강아지 건물 신호등 가방 의자 표지판".split()
-LARGER = [128]  # rows a step for ours alone: how near it comes to what the GPU can do
+LARGER = [128]  # rows per step, for this project only: how close it gets to the limit of the GPU
 JOB = {"train_rows": 3887, "test_rows": 3887, "folds": 3, "epochs": 3}
 
 
@@ -63,17 +64,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--configs", type=Path, help="folder of config_3B.json, ... and Qwen's vocabulary")
     parser.add_argument("--models", nargs="+", help="names in it (default: the tiny model)")
     parser.add_argument("--contestants", nargs="+", default=["plain", "trl", "ours", "not stored", "sizes"])
-    parser.add_argument("--effective", type=int, nargs="+", help="rows a step (default: 4 32, on a CPU 4 16)")
+    parser.add_argument("--effective", type=int, nargs="+", help="rows per step (default: 4 32, on a CPU 4 16)")
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="(default: 1 4 8 16 32)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[384, 512, 768, 1024], help="for the memory table")
-    parser.add_argument("--rows", type=int, help="rows, each with a picture of its own (default: 128, on a CPU 32)")
-    parser.add_argument("--steps", type=int, default=3, help="at least so many optimiser steps (default: 3)")
-    parser.add_argument("--seconds", type=float, help="and so many seconds after the first (default: 8, on a CPU 1)")
+    parser.add_argument("--rows", type=int, help="rows, each with its own image (default: 128, on a CPU 32)")
+    parser.add_argument("--steps", type=int, default=3, help="minimum of optimiser steps (default: 3)")
+    parser.add_argument("--seconds", type=float, help="and of seconds after the first (default: 8, on a CPU 1)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (default: 2)")
-    parser.add_argument("--cap_gib", type=float, default=14.5, help="GPU memory for each (default: 14.5, a T4's)")
-    parser.add_argument("--folder", help="where weights and pictures go while it runs (default: the system's)")
+    parser.add_argument("--cap_gib", type=float, default=14.5, help="GPU memory for each (default: 14.5, as on a T4)")
+    parser.add_argument("--folder", help="for temporary weights and images (default: the system's)")
     parser.add_argument("--output", default="outputs/compare", help="folder of the results (default: outputs/compare)")
-    parser.add_argument("--summary", action="store_true", help="make summary and plot of what was measured before")
+    parser.add_argument("--summary", action="store_true", help="only make summary and plot of earlier measurements")
     args = parser.parse_args()
     args.models = args.models or [str(TINY)]
     on_gpu = torch.cuda.is_available()
@@ -84,7 +85,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_rows(folder: Path, count: int, enlarged: int = 1) -> Path:
-    """Questions as long as a contest's, and photos of 720 px, `enlarged` so many times, in several aspects."""
+    """Questions as long as in a contest, and images of 720 px times `enlarged`, with several aspect ratios."""
     folder.mkdir(exist_ok=True)
     rng, lines = random.Random(0), ["id,path,question,a,b,c,d,answer"]
     for i in range(count):
@@ -121,7 +122,7 @@ def measure(name: str, args: argparse.Namespace, temporary: Path, output: Path) 
         "stored": True,
         "cache": str(temporary / "cache"),
         "folder": str(temporary),
-        "predict_rows": 2 * args.rows if tiny else 6 * args.rows,  # a GPU's time goes into starting workers
+        "predict_rows": 2 * args.rows if tiny else 6 * args.rows,  # a GPU is soon waiting for the workers to start
         "predict_batches": [32] if tiny else [32, 64],
         "output": str(output),
     }
@@ -141,10 +142,10 @@ def measure(name: str, args: argparse.Namespace, temporary: Path, output: Path) 
 
 
 def start(contestant: str, plan: dict) -> None:
-    """One contestant in its own process; what it measured before a failure stays."""
+    """Run one contestant in its own process. Measurements before a failure are kept."""
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
         json.dump(plan, file)
-    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}  # a tiny model's threads only wait
+    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}  # threads do not help a tiny model
     command = [sys.executable, str(HERE / "contestants.py"), contestant, file.name]
     done = subprocess.run(command, env=os.environ | threads)
     os.unlink(file.name)
@@ -153,7 +154,7 @@ def start(contestant: str, plan: dict) -> None:
 
 
 def summarise(lines: list[dict]) -> dict:
-    """Per model and effective batch: each contestant's best rows a second, and how many times faster ours is."""
+    """Per model and effective batch: the best rate of each contestant, and how many times faster ours is."""
     summary = {}
     for model in dict.fromkeys(line["model"] for line in lines):
         of_model = [line for line in lines if line["model"] == model]
@@ -173,7 +174,7 @@ def summarise(lines: list[dict]) -> dict:
 
 
 def best_rows(lines: list[dict], effective: int) -> dict[str, dict]:
-    """Contestant -> its quickest measurement at this effective batch."""
+    """Contestant -> its fastest measurement with this effective batch."""
     named: dict[str, list[dict]] = {}
     for line in (line for line in lines if "rows_per_second" in line):
         recipe = line["contestant"] == "plain" and line["micro"] == 1  # the same at every effective batch
@@ -208,7 +209,7 @@ def compared(best: dict[str, dict]) -> dict[str, dict]:
 
 
 def answering(lines: list[dict]) -> dict:
-    """Rows answered a second: the recipe's `generate`, and ours at its best batch each way."""
+    """Predicted rows per second: `generate` of the recipe, and ours."""
     answers = [line for line in lines if "answers_per_second" in line]
     rates = {line["how"]: line["answers_per_second"] for line in answers}
     table = {"rows_per_second": rates}
@@ -243,7 +244,7 @@ def whole_job(steps: dict, answers: dict) -> dict:
 def plot(summary: dict, path: Path) -> None:
     bars_of = {
         model: [
-            (f"{name}, {effective} rows a step", line["rows_per_second"])
+            (f"{name}, {effective} rows per step", line["rows_per_second"])
             for effective, table in found["training"].items()
             for name, line in table.items()
         ]
@@ -255,7 +256,7 @@ def plot(summary: dict, path: Path) -> None:
     for axis, (model, bars) in zip(axes[:, 0], bars_of.items()):
         shown = axis.barh([label for label, _ in bars][::-1], [value for _, value in bars][::-1])
         axis.bar_label(shown, fmt="%.1f", padding=3)
-        axis.set(title=f"{model}: training rows a second", xmargin=0.1)
+        axis.set(title=f"{model}: training rows per second", xmargin=0.1)
     figure.savefig(path, dpi=120)
 
 

@@ -1,9 +1,9 @@
-"""One contestant of compare.py, in a process of its own: what it trains and answers a second, and the memory it takes.
+"""Measure one contestant of compare.py in its own process: training and prediction speed, and memory.
 
     python benchmarks/contestants.py ours PLAN.json
 
-A contestant gets a plan (see compare.py) and writes one JSON line a measurement. Each trains the same rows with the
-same adapter, optimiser and effective batch; what differs is how the rows go through the model.
+A contestant gets a plan (see compare.py) and writes one JSON line per measurement. All contestants train the same rows
+with the same rank, optimiser and effective batch. They differ in how the rows go through the model.
 """
 
 import gc
@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Trainer, TrainerCallback
 from transformers import TrainingArguments as PlainArguments
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
 from vqa.config.arguments import DataArguments, ModelArguments  # noqa: E402
 from vqa.config.recipe import RecipeArguments  # noqa: E402
@@ -42,7 +42,8 @@ from vqa.training.dataset import SetEpochCallback, TrainDataset  # noqa: E402
 from vqa.training.memory import GIB, Setup, linear_parameters, meta_model  # noqa: E402
 from vqa.training.trainer import FoldTrainer  # noqa: E402
 
-NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # as everybody names them
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# As in most notebooks. These names also match the MLPs of the vision tower: see the correction in EXPERIMENTS.md.
 ADAPTER = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
 MOST_STEPS = 500
 ON_GPU = torch.cuda.is_available()
@@ -55,10 +56,10 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(plan["cap_gib"] * GIB / total)
     rows = read_rows(plan["csv"], with_answer=True)
     for line in CONTESTANTS[sys.argv[1]](plan, rows):
-        tell(plan, {"contestant": sys.argv[1]} | line)
+        write_line(plan, {"contestant": sys.argv[1]} | line)
 
 
-def tell(plan: dict, line: dict) -> None:
+def write_line(plan: dict, line: dict) -> None:
     line = {"model": plan["name"], "image_size": plan["image_size"], **line}
     with open(plan["output"], "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -66,9 +67,9 @@ def tell(plan: dict, line: dict) -> None:
 
 
 def plain_trainer(plan: dict, rows: list[dict]) -> Iterator[dict]:
-    """A plain Trainer + PEFT, prepared by `prepare_model_for_kbit_training`; answers by `generate`, a row at a time.
+    """A plain Trainer + PEFT, with `prepare_model_for_kbit_training`; predicts with `generate`, one row at a time.
 
-    With micro-batch 1 it is the notebook recipe: the vision tower in the graph, logits of every position.
+    With micro-batch 1 it is the notebook recipe: the vision tower is in the graph, and all positions get logits.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -86,7 +87,7 @@ def plain_trainer(plan: dict, rows: list[dict]) -> Iterator[dict]:
 
 
 def trl(plan: dict, rows: list[dict]) -> Iterator[dict]:
-    """TRL's SFTTrainer on prompt and completion, in bf16: under fp16 its first step of QLoRA fails."""
+    """TRL's SFTTrainer on prompt and completion. In bf16, because its first QLoRA step fails in fp16."""
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
     from peft import LoraConfig
@@ -106,15 +107,15 @@ def trl(plan: dict, rows: list[dict]) -> Iterator[dict]:
     def trainer(effective: int, micro: int) -> Trainer:
         nonlocal model, adapter
         args = SFTConfig(**usual_arguments(plan, effective, micro), bf16=ON_GPU, max_length=None)
-        made = SFTTrainer(model, args, None, dataset, processing_class=processor, peft_config=adapter)
-        model, adapter = made.model, None
-        return made
+        sft_trainer = SFTTrainer(model, args, None, dataset, processing_class=processor, peft_config=adapter)
+        model, adapter = sft_trainer.model, None
+        return sft_trainer
 
     yield from trained(plan, trainer)
 
 
 def ours(plan: dict, rows: list[dict]) -> Iterator[dict]:
-    """This project, as train_fold.py and predict.py do it, with stored vision features unless the plan says no."""
+    """This project, as in train_fold.py and predict.py, with stored vision features unless the plan disables them."""
     own = Ours(plan, rows, plan["image_size"])
     if plan["stored"]:
         yield {"images_encoded_per_second": round(1 / own.seconds_an_image, 2)}
@@ -124,7 +125,7 @@ def ours(plan: dict, rows: list[dict]) -> Iterator[dict]:
 
 
 def sizes(plan: dict, rows: list[dict]) -> Iterator[dict]:
-    """Ours at several image sizes, one row a step and as many as 32: what memory it takes."""
+    """The memory of this project at several image sizes, with 1 and with 32 rows per step."""
     base = None
     for size in plan["sizes"]:
         own = Ours(plan, rows[:32], size, base)
@@ -145,7 +146,7 @@ class Ours:
         self.collate, self.prompts = Collator(processor, size, with_answer=True), Collator(processor, size)
         self.ids = letter_ids(processor)
         data = DataArguments(image_size=size, vision_cache_dir=plan["cache"], vision_cache=plan["stored"])
-        open_feature_store(self.base, processor, data, [rows[: len(rows) // 2]], show=False)  # warms the GPU up
+        open_feature_store(self.base, processor, data, [rows[: len(rows) // 2]], show=False)  # warm-up
         start = time.perf_counter()
         features = open_feature_store(self.base, processor, data, [rows], show=False)
         self.seconds_an_image = (time.perf_counter() - start) / (len(rows) - len(rows) // 2)
@@ -161,7 +162,7 @@ class Ours:
         recipe = RecipeArguments(**usual, eval_strategy="no", fp16=ON_GPU)
         fields = choose_batch_config(recipe, self.model_args, self.lengths, not self.plan["stored"])
         apply_batch_config(recipe, fields)
-        epochs = max(1, 8 * effective // len(self.rows))  # as one: an epoch's end would stand in every step
+        epochs = max(1, 8 * effective // len(self.rows))  # one long epoch, so that no step includes an epoch's end
         train_rows, averages = TrainDataset(self.rows * epochs, True, 42), [EMACallback(), SWACallback()]
         trainer = FoldTrainer(
             model,
@@ -170,7 +171,7 @@ class Ours:
             train_dataset=train_rows,
             eval_dataset=[],
             callbacks=[SetEpochCallback(train_rows), *averages],
-            averages=averages,
+            weight_averages=averages,
             letter_ids=self.ids,
             prompts=self.prompts,
             lengths=np.tile(self.lengths.tokens, epochs),
@@ -181,7 +182,7 @@ class Ours:
         return line | self.share_of_matrix_rate(line)
 
     def share_of_matrix_rate(self, line: dict) -> dict:
-        """The language model's products, recomputed ones counted, over what the GPU does at a large fp16 product."""
+        """Rate of the language model's matrix products, with recomputed ones, relative to one large fp16 product."""
         if not ON_GPU or "rows_per_second" not in line:
             return {}
         weights, rate = linear_parameters(Setup(meta_model(self.model_args, self.dtype), True, True)), matrix_rate()
@@ -198,14 +199,14 @@ class Ours:
                 ("letters", score_rows, chosen),
                 ("letters, four orders", permutation_probs, rotations),
             ):
-                told = f"{how}, batch {size}" + ("" if self.plan["stored"] else ", images encoded")
+                label = f"{how}, batch {size}" + ("" if self.plan["stored"] else ", images encoded")
                 try:
                     score(model, rows[: 2 * size], self.prompts, self.ids, size)
                     seconds = timed(partial(score, model, rows, self.prompts, self.ids, size, workers=workers))
                 except torch.OutOfMemoryError:
-                    yield {"failed": "out of memory", "how": told}
+                    yield {"failed": "out of memory", "how": label}
                     continue
-                yield {"answers_per_second": round(count / seconds, 2), "how": told, "peak_gib": peak()}
+                yield {"answers_per_second": round(count / seconds, 2), "how": label, "peak_gib": peak()}
         self.base = model.unload()
 
 
@@ -246,7 +247,7 @@ def usual_arguments(plan: dict, effective: int, micro: int) -> dict:
 
 
 class UsualCollator:
-    """Chat, image and answer through the processor; labels on the answer's letter and the end of the turn."""
+    """Runs chat, image and answer through the processor. Labels are the answer's letter and the end of the turn."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -276,9 +277,9 @@ def generated(model: torch.nn.Module, processor, rows: list[dict]) -> float:
 
 
 def trained(plan: dict, make: Callable[[int, int], Trainer]) -> Iterator[dict]:
-    """Micro-batches of the plan that divide the effective one, from the largest down until they become slower.
+    """Try the plan's micro-batches that divide the effective batch, from the largest down until they become slower.
 
-    At micro-batch 1 a row costs the same whatever the step, so it is measured at the smallest step, and there always.
+    With micro-batch 1 the speed does not depend on the step's size, so it is measured with the smallest step only.
     """
     for effective in plan["effective"]:
         best, smallest = 0.0, effective == min(plan["effective"])
@@ -293,7 +294,7 @@ def trained(plan: dict, make: Callable[[int, int], Trainer]) -> Iterator[dict]:
 
 
 def measured(trainer: Trainer, effective: int, micro: int, plan: dict) -> dict:
-    """Rows a second by the median step after the first, and the peak that torch allocated in GiB."""
+    """Rows per second of the median step (without the first), and the peak memory that torch allocated, in GiB."""
     line, clock = {"effective": effective, "micro": micro}, Clock(plan["steps"], plan["seconds"])
     trainer.add_callback(clock)
     with fresh_memory():
@@ -306,7 +307,7 @@ def measured(trainer: Trainer, effective: int, micro: int, plan: dict) -> dict:
 
 
 class Clock(TrainerCallback):
-    """Stops after `steps` steps, once `seconds` have passed since the first."""
+    """Stops training after `steps` steps, but not before `seconds` have passed since the first step."""
 
     def __init__(self, steps: int, seconds: float):
         self.least, self.seconds = steps, seconds
@@ -346,7 +347,7 @@ def timed(work: Callable) -> float:
 
 
 def matrix_rate(size: int = 8192) -> float:
-    """Operations a second of this GPU at a large fp16 product."""
+    """Operations per second of this GPU for a large fp16 matrix product."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.float16) for _ in range(2))
     timed(lambda: [a @ b for _ in range(3)])
     return 2 * size**3 * 20 / timed(lambda: [a @ b for _ in range(20)])

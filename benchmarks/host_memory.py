@@ -1,9 +1,9 @@
-"""Whether the host's memory stays flat as a contest grows: trains the tiny model on more and more rows.
+"""Measure the host memory of training as the number of rows grows, with the tiny model.
 
     python benchmarks/host_memory.py --rows 1000 10000 100000
 
-Each contest has so many rows over the same 200 drawn pictures; training is --steps steps of 16 rows. One JSON line
-each: the peak resident memory of the training process in MiB, and the seconds from its start to its end.
+All contests share the same 200 drawn images. Training takes --steps steps of 16 rows. Each one gives a JSON line:
+the peak resident memory of the training process in MiB, and its seconds.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""The ladder: what each step of the way is worth, on a larger demo contest whose test answers are known.
+"""Measure what each technique adds, on a larger demo contest whose test answers are known.
 
     make ladder                                            # three seeds; the table goes to outputs/ladder/ladder.md
     python benchmarks/ladder.py --seeds 42 --train_rows 60 --test_rows 100 --max_steps 8      # a quick look
 
-Each seed makes its own folds and trains its own models, by the command lines of the README: train_fold.py for a
+Each seed makes its own folds and trains its own models with the documented command lines: train_fold.py for a
 baseline, three folds, and three folds with larger images; predict.py for raw, EMA and SWA weights and with TTA. All
-seeds answer the same test rows. A rung is compared with the one that it is built on, over all seeds at once, with
-intervals clustered by row: a rung that is not better beyond noise says so. Started again, it goes on where it stopped.
+seeds predict the same test rows. Each rung is compared with the rung that it builds on, over all seeds at once, with
+intervals clustered by row. Run again, the script continues where it stopped.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from vqa.evaluation.significance import WORDS, compare  # noqa: E402
 
 FOLDS = 3
 LARGER = 154  # px, against the demo's 126
-ORDERS, SCALES = ["--num_permutations", "4"], ["--scales", "0.9", "1.0", "1.1"]
-MAJORITY = "3 folds, majority"  # shares of votes are no probabilities: it has no log-loss
-# Each rung, and the one that it is built on.
+PERMUTATIONS, SCALES = ["--num_permutations", "4"], ["--scales", "0.9", "1.0", "1.1"]
+MAJORITY = "3 folds, majority"  # votes are not probabilities, so it has no log-loss
+# Each rung, and the rung that it builds on.
 RUNGS = {
     "base model, untrained": None,
     "200 rows, one epoch": "base model, untrained",
@@ -52,7 +52,7 @@ RUNGS = {
     "3 folds, + permutations + scales": "3 folds, + permutations",
     "3 folds, + permutations + larger images": "3 folds, + permutations",
 }
-# Every rung beside the one it is built on, and in the end the whole way beside a single fold.
+# Every rung against the rung it builds on, and at the end the best cheap one against a single fold.
 COMPARED = [*RUNGS.items(), ("3 folds, + permutations", "one fold")]
 
 
@@ -61,14 +61,14 @@ def main() -> None:
     places = Places(Path(args.root))
     draw_contest(places, args)
     steps = [(seed, words) for seed in args.seeds for words in commands(places, seed, args)]
-    with tqdm(total=len(steps), desc="climbing", unit=" commands") as bar, ThreadPoolExecutor(args.jobs) as pool:
+    with tqdm(total=len(steps), desc="ladder", unit=" commands") as bar, ThreadPoolExecutor(args.jobs) as pool:
 
-        def climb(seed: int) -> None:
+        def run_seed(seed: int) -> None:
             for words in [words for other, words in steps if other == seed]:
                 run_command(words, places.outputs / f"{seed}.log", args.jobs)
                 bar.update()
 
-        list(pool.map(climb, args.seeds))
+        list(pool.map(run_seed, args.seeds))
     table = compare_rungs([read_rungs(places, seed) for seed in args.seeds], Labels(places.data / "test_answers.csv"))
     write_table(places.outputs, table, args, time.time() - start)
 
@@ -78,10 +78,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="(default: 42 43 44)")
     parser.add_argument("--train_rows", type=int, default=360, help="of the contest (default: 360)")
     parser.add_argument("--test_rows", type=int, default=600, help="of the contest (default: 600)")
-    parser.add_argument(
-        "--max_steps", type=int, help="optimiser steps of each training (default: as args/demo has it)"
-    )
-    parser.add_argument("--jobs", type=int, default=3, help="seeds at once, which share the cores out (default: 3)")
+    parser.add_argument("--max_steps", type=int, help="optimiser steps of each training (default: as in args/demo)")
+    parser.add_argument("--jobs", type=int, default=3, help="seeds that run at the same time (default: 3)")
     parser.add_argument("--root", default=".", help="where data/, checkpoints/ and outputs/ are (default: here)")
     return parser.parse_args()
 
@@ -100,14 +98,14 @@ def draw_contest(places: Places, args: argparse.Namespace) -> None:
     if answers.is_file():  # it is written last
         found = tuple(len(read_table(places.data / name, ("id",))) for name in ("train.csv", answers.name))
         if found != wanted:
-            raise UserError(f"{places.data} has {found} rows for training and test, not {wanted}; remove that folder")
+            raise UserError(f"{places.data} has {found} rows (train, test) instead of {wanted}; delete that folder")
         return
     rows = ["--train_rows", str(args.train_rows), "--test_rows", str(args.test_rows)]
     run_command(["data/make_demo.py", *rows, "--output_dir", str(places.data)], places.outputs / "contest.log", 1)
 
 
 def commands(places: Places, seed: int, args: argparse.Namespace) -> list[list[str]]:
-    """The command lines of one seed, in order; the args files that they name are written."""
+    """The command lines of one seed, in order. Writes the args files that they name."""
     checkpoints, outputs = places.checkpoints / str(seed), places.outputs / str(seed)
     folds, larger = ([f"{kind}fold{i}" for i in range(FOLDS)] for kind in ("", "larger/"))
     runs = {name: {"fold": i} for i, name in enumerate(folds)}
@@ -136,14 +134,14 @@ def commands(places: Places, seed: int, args: argparse.Namespace) -> list[list[s
         predict("raw", ["baseline", *folds], "--weights", "raw", "--base", str(files["fold0"])),
         predict("ema", folds, "--weights", "ema"),
         predict("swa", folds, "--weights", "swa"),
-        predict("orders", folds, *ORDERS),
-        predict("scales", folds, *ORDERS, *SCALES),
-        predict("larger", larger, *ORDERS),
+        predict("permutations", folds, *PERMUTATIONS),
+        predict("scales", folds, *PERMUTATIONS, *SCALES),
+        predict("larger", larger, *PERMUTATIONS),
     ]
 
 
 def run_command(words: list[str], log: Path, jobs: int) -> None:
-    """Run one of the project's scripts; what it says goes to the end of `log`."""
+    """Run one of the project's scripts; its output is appended to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
@@ -156,13 +154,13 @@ def run_command(words: list[str], log: Path, jobs: int) -> None:
             stderr=subprocess.STDOUT,
         )
     if done.returncode:
-        raise UserError(f"`python {' '.join(words)}` ended with {done.returncode}; {log} says why")
+        raise UserError(f"`python {' '.join(words)}` failed with exit code {done.returncode}; see {log}")
 
 
 def read_rungs(places: Places, seed: int) -> list[tuple[list[str], np.ndarray]]:
     """(ids, probabilities (rows, letters)) of one seed's rungs, in the order of RUNGS."""
     outputs, names = places.outputs / str(seed), [f"fold{i}.csv" for i in range(FOLDS)]
-    sets = {name: [outputs / name / file for file in names] for name in (*WEIGHTS, "orders", "scales", "larger")}
+    sets = {name: [outputs / name / file for file in names] for name in (*WEIGHTS, "permutations", "scales", "larger")}
     best = [read_json(places.checkpoints / str(seed) / Path(name).stem / "metrics.json")["best"] for name in names]
     chosen = [outputs / weights / name for weights, name in zip(best, names)]
 
@@ -175,10 +173,10 @@ def read_rungs(places: Places, seed: int) -> list[tuple[list[str], np.ndarray]]:
         return ids, ensemble(stack, "weighted", score_weights(validation_scores(files, "log_loss"), "log_loss"))
 
     def stacked(models: dict[str, list[Path]]) -> tuple[list[str], np.ndarray]:
-        evidence = load_oof({name: [str(file) for file in files] for name, files in models.items()})
+        oof = load_oof({name: [str(file) for file in files] for name, files in models.items()})
         ids, stack = join([file for files in models.values() for file in files])
         members = stack.reshape(len(models), FOLDS, *stack.shape[1:]).mean(1)
-        return ids, fit("stack", evidence.stack, evidence.answers)(members)
+        return ids, fit("stack", oof.stack, oof.answers)(members)
 
     ids, stack = join(chosen)
     return [
@@ -188,17 +186,17 @@ def read_rungs(places: Places, seed: int) -> list[tuple[list[str], np.ndarray]]:
         (ids, ensemble(stack, "majority")),
         weighted(chosen),
         stacked({weights: sets[weights] for weights in WEIGHTS}),
-        *(weighted(sets[name]) for name in ("orders", "scales", "larger")),
+        *(weighted(sets[name]) for name in ("permutations", "scales", "larger")),
     ]
 
 
-def compare_rungs(seeds: list[list[tuple[list[str], np.ndarray]]], truth: Labels) -> list[dict]:
-    """A line for each of COMPARED, over the rows of all seeds: a rung's scores, and its difference to another.
+def compare_rungs(seeds: list[list[tuple[list[str], np.ndarray]]], labels: Labels) -> list[dict]:
+    """One line for each of COMPARED, over the rows of all seeds: a rung's scores, and its difference to another rung.
 
-    A test row is one row however many seeds answer it: that clusters the intervals, and no verdict goes without them.
+    All seeds predict the same test rows, so the intervals are clustered by row.
     """
     ids = seeds[0][0][0]
-    answers = np.tile(truth.answers(ids), len(seeds))
+    answers = np.tile(labels.answers(ids), len(seeds))
     clusters = {"row": np.tile(np.arange(len(ids)), len(seeds))}
     values = {name: np.concatenate([rungs[i][1] for rungs in seeds]) for i, name in enumerate(RUNGS)}
     table = []
@@ -208,16 +206,16 @@ def compare_rungs(seeds: list[list[tuple[list[str], np.ndarray]]], truth: Labels
         line["log_loss"] = None if name == MAJORITY else float(row_log_loss(values[name], answers).mean())
         line["seeds"] = (values[name].argmax(1) == answers).reshape(len(seeds), -1).mean(1).tolist()
         if before:
-            found = compare(values[before], values[name], answers, clusters)
-            verdict = WORDS[found.signs[0]] if name == MAJORITY else found.words
-            line |= {"against": before, "p": found.p_value, "verdict": verdict}
-            line |= {"change": found.accuracy.value, "from": found.accuracy.low, "to": found.accuracy.high}
+            result = compare(values[before], values[name], answers, clusters)
+            verdict = WORDS[result.signs[0]] if name == MAJORITY else result.words
+            line |= {"against": before, "p": result.p_value, "verdict": verdict}
+            line |= {"change": result.accuracy.value, "from": result.accuracy.low, "to": result.accuracy.high}
         table.append(line)
     return table
 
 
 def write_table(outputs: Path, table: list[dict], args: argparse.Namespace, seconds: float) -> None:
-    """The table, printed, and in ladder.md and ladder.json."""
+    """Print the table, and write it to ladder.md and ladder.json."""
     lines = [["what", "accuracy", "log-loss", "against", "change of accuracy", "verdict"], ["---"] * 6]
     for line in table:
         loss = "" if line["log_loss"] is None else f"{line['log_loss']:.3f}"

@@ -1,11 +1,11 @@
-"""Measure the peak GPU memory and the time of real training steps, beside the estimates of vqa/memory.py and speed.py.
+"""Measure peak GPU memory and time of training steps, and compare them with the estimates of vqa/training.
 
     python benchmarks/memory.py --configs QWEN_FOLDER --models 3B 7B --sizes 384 768 --batches 1 8 --output mem.jsonl
     python benchmarks/memory.py --models checkpoints/tiny --sizes 112 --batches 2         # a dry run; no GPU needed
 
-Random weights in the shape of `config_3B.json` and so on in QWEN_FOLDER (which also holds Qwen's vocabulary), in 4
-bits where there is a GPU; the adapter, the Trainer and both averages as in train_fold.py. One JSON line a measurement,
-written at once. Every picture has the full pixel budget.
+The models have random weights in the shapes of `config_3B.json` and so on in QWEN_FOLDER (which also has Qwen's
+vocabulary), in 4 bits on a GPU. Adapter, Trainer, EMA and SWA are those of train_fold.py. Each measurement is one JSON
+line. Every image has the full pixel budget.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 from random_model import write_random_model  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
@@ -48,7 +48,7 @@ from vqa.training.memory import (
 from vqa.training.speed import measured_rate, seconds_a_batch  # noqa: E402
 from vqa.training.trainer import FoldTrainer  # noqa: E402
 
-ACCUMULATION = 2  # batches a step, so that gradients are held while the second one is at its peak
+ACCUMULATION = 2  # batches per step, so that gradients exist at the peak of the second one
 EVAL_BATCH = 16
 CHOICES = ["빨간 우산을 쓴 사람", "파란 자전거를 탄 아이", "노란 버스 두 대", "초록색 간판"]
 
@@ -67,10 +67,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--configs", type=Path, help="folder of config_3B.json, ... and Qwen's vocabulary")
     parser.add_argument("--models", nargs="+", default=["3B", "7B"], help="names in it, or model folders")
     parser.add_argument("--sizes", type=int, nargs="+", default=[384, 768], help="image_size (default: 384 768)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows a batch (default: 1 8)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows per batch (default: 1 8)")
     parser.add_argument("--steps", type=int, default=3, help="optimiser steps (default: 3)")
-    parser.add_argument("--folder", help="where the random weights go while it runs (default: the system's)")
-    parser.add_argument("--output", help="file that the JSON lines are appended to as well")
+    parser.add_argument("--folder", help="for the temporary weights (default: the system's)")
+    parser.add_argument("--output", help="file to which the JSON lines are appended")
     return parser.parse_args()
 
 
@@ -82,12 +82,12 @@ def draw_picture(folder: Path) -> Path:
 
 @contextmanager
 def model_folder(name: str, configs: Path | None, place: str | None) -> Iterator[str]:
-    """The folder of a model: `name` itself, left as it is, or random weights that go when the block ends."""
+    """The folder of a model: `name` itself, or random weights that are deleted at the end of the block."""
     if Path(name, "config.json").is_file():
         yield name
         return
     if configs is None or not (configs / f"config_{name}.json").is_file():
-        raise UserError(f"{name} is no model folder, and there is no config_{name}.json in --configs {configs}")
+        raise UserError(f"{name} is not a model folder, and --configs {configs} has no config_{name}.json")
     with tempfile.TemporaryDirectory(dir=place) as folder:
         start = time.time()
         write_random_model(configs / f"config_{name}.json", folder)
@@ -98,7 +98,7 @@ def model_folder(name: str, configs: Path | None, place: str | None) -> Iterator
 
 
 def measure_model(name: str, folder: str, args: argparse.Namespace, picture: Path, temporary: Path) -> None:
-    """Measure one model at every size and batch. The base is loaded once; each measurement has a fresh adapter."""
+    """Measure one model with every size and batch. The base is loaded once; each measurement has a new adapter."""
     on_gpu, start = torch.cuda.is_available(), time.time()
     model_args, dtype = ModelArguments(model=folder, load_in_4bit=on_gpu), model_dtype(fp16=on_gpu)
     processor = load_processor(folder)
@@ -112,7 +112,7 @@ def measure_model(name: str, folder: str, args: argparse.Namespace, picture: Pat
             setup = Setup(shape, on_gpu, checkpointing=True, optimizer=recipe.optim.value)
             line = {"model": name, "image_size": size, "batch": batch_size}
             line |= measure(model, processor, recipe, setup, size, picture)
-            tell(line, args.output)
+            write_line(line, args.output)
             base = model.unload()
             del model
 
@@ -134,7 +134,7 @@ def make_recipe(folder: Path, steps: int, batch_size: int, on_gpu: bool) -> Reci
 
 
 def measure(model, processor, recipe: RecipeArguments, setup: Setup, size: int, picture: Path) -> dict:
-    """Train and validate a few batches: peaks in GiB, seconds a batch (the first step left out), and the estimates."""
+    """Train and validate a few batches: peaks in GiB, seconds per batch without the first step, and the estimates."""
     question = "사진의 왼쪽에 보이는 것은 무엇인가요?"
     rows = [
         {"id": str(i), "image": str(picture), "question": question, "choices": CHOICES, "answer": i % 4}
@@ -150,7 +150,7 @@ def measure(model, processor, recipe: RecipeArguments, setup: Setup, size: int, 
         train_dataset=train_rows,
         eval_dataset=[],
         callbacks=[SetEpochCallback(train_rows), *averages, clock],
-        averages=averages,
+        weight_averages=averages,
         letter_ids=ids,
         prompts=prompts,
     )
@@ -163,7 +163,7 @@ def measure(model, processor, recipe: RecipeArguments, setup: Setup, size: int, 
     return {
         "tokens": shape.tokens,
         "patches": shape.patches,
-        "averaged_steps": averages[0].updates,  # 0: the loss scaler skipped every step, and the optimiser has no state
+        "averaged_steps": averages[0].updates,  # 0: the loss scaler skipped every step, so the optimiser has no state
         **compare("", training.gib, training_peak(setup, shape) / GIB),
         **compare("start_", training.gib_before, (base_bytes(setup) + 4 * trained_parameters(setup)) / GIB),
         **compare("validation_", validation.gib, validation_peak(setup, eval_shape) / GIB),
@@ -189,12 +189,12 @@ def estimated_seconds(setup: Setup, shape: Batch) -> float | None:
 
 
 class Peak:
-    """The most that torch allocates on the GPU within the block, in GiB; None without a GPU."""
+    """Peak memory that torch allocates on the GPU within the block, in GiB; None without a GPU."""
 
     gib = gib_before = None
 
     def __enter__(self):
-        gc.collect()  # the last measurement's trainer refers to itself
+        gc.collect()  # the trainer of the last measurement has reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -207,7 +207,7 @@ class Peak:
 
 
 class Clock(TrainerCallback):
-    """Seconds of the quickest step after the first one, which also starts CUDA up; 0 where there was only one."""
+    """Seconds of the fastest step after the first, which also starts CUDA; 0 if there was only one step."""
 
     def __init__(self):
         self.ends: list[float] = []
@@ -222,7 +222,7 @@ class Clock(TrainerCallback):
         return min((b - a for a, b in zip(self.ends, self.ends[1:])), default=0.0)
 
 
-def tell(line: dict, output: str | None) -> None:
+def write_line(line: dict, output: str | None) -> None:
     text = json.dumps(line)
     print(text, flush=True)
     if output:

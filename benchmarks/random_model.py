@@ -1,4 +1,4 @@
-"""Write a model folder of random weights in a real model's shape: for speed and memory, never for accuracy.
+"""Write a model folder with random weights in the shape of a real model, to measure speed and memory.
 
     python benchmarks/random_model.py QWEN_FOLDER/config_3B.json /tmp/3b
 
@@ -20,7 +20,7 @@ from transformers import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # so that it runs from anywhere, uninstalled
+sys.path.insert(0, str(ROOT))  # so that the script runs from anywhere
 
 from vqa.core.io import read_json  # noqa: E402
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def write_random_model(config_file: Path, output_dir: str | Path) -> None:
-    """Weights (on the GPU where there is one), config and processor, as a model folder. The 7B takes 17 GB."""
+    """Write weights (made on the GPU if there is one), config and processor. The 7B takes 17 GB."""
     qwen_processor(config_file.parent).save_pretrained(output_dir)
     values = read_json(config_file)
     torch.manual_seed(42)
@@ -45,7 +45,7 @@ def write_random_model(config_file: Path, output_dir: str | Path) -> None:
 
 
 def qwen_processor(folder: Path) -> Qwen2_5_VLProcessor:
-    """Qwen2.5-VL's processor from its vocabulary, with the chat template that this project's tiny model carries."""
+    """Qwen2.5-VL's processor from its vocabulary, with the chat template of this project's tiny model."""
     added = sorted(read_json(folder / "added_tokens.json").items(), key=lambda item: item[1])
     tokenizer = Qwen2Tokenizer(vocab=read_json(folder / "vocab.json"), merges=read_merges(folder / "merges.txt"))
     tokenizer.add_tokens([token for token, _ in added], special_tokens=True)

@@ -57,10 +57,10 @@ def test_the_ladder_is_climbed_from_the_contest_to_the_table(here, script, tmp_p
         assert lines[name]["accuracy"] == (answers == truth).mean(), name
     cards = {
         name: json.loads((tmp_path / f"outputs/ladder/5/{name}.json").read_text())
-        for name in ("orders/fold1", "larger/fold1")
+        for name in ("permutations/fold1", "larger/fold1")
     }
     views = ["plain", "rotation 1", "rotation 2", "rotation 3"]
-    assert cards["orders/fold1"]["views"] == views == cards["larger/fold1"]["views"]
+    assert cards["permutations/fold1"]["views"] == views == cards["larger/fold1"]["views"]
     for weights in ladder.WEIGHTS:
         card = json.loads((tmp_path / f"outputs/ladder/5/{weights}/fold1.json").read_text())
         assert card["weights"] == weights and card["views"] == ["plain"]
@@ -73,7 +73,7 @@ def test_the_ladder_is_climbed_from_the_contest_to_the_table(here, script, tmp_p
     assert code == 0 and "is finished; nothing to train" in again and "is finished; nothing to predict" in again, error
     assert (tmp_path / "checkpoints/ladder/5/fold0/metrics.json").stat().st_mtime_ns == trained
     code, _, error = script("ladder", *flags[:4], "--test_rows", "9", *flags[6:])
-    assert code == 2 and "remove that folder" in error.splitlines()[-1]
+    assert code == 2 and "delete that folder" in error.splitlines()[-1]
 
 
 @pytest.fixture
@@ -127,6 +127,6 @@ def test_three_seeds_on_the_same_rows_are_not_three_times_the_rows(planted):
 
 
 def test_a_command_that_fails_is_named_with_its_log(tmp_path):
-    with pytest.raises(UserError, match=r"`python scores.py nowhere` ended with 2; .*said.log says why"):
+    with pytest.raises(UserError, match=r"`python scores.py nowhere` failed with exit code 2; see .*said.log"):
         ladder.run_command(["scores.py", "nowhere"], tmp_path / "said.log", 1)
     assert "error: nowhere: no fold" in (tmp_path / "said.log").read_text()
