@@ -1,9 +1,9 @@
-"""Draw the demo contest in the format of a real one: train.csv, test.csv, sample_submission.csv and pictures.
+"""Draw the demo contest in the form of a real one: train.csv, test.csv, sample_submission.csv and pictures.
 
     python data/make_demo.py                          # data/demo
     python data/make_demo.py --train_rows 2000 --output_dir data/bigger
 
-Questions are in Korean and English. The answers of the test rows go to test_answers.csv, for scoring only.
+Questions are in Korean and English. test_answers.csv has the answers of the test rows, for scoring only.
 """
 
 import argparse
@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
 
+from vqa.core.cli import make_parser  # noqa: E402
 from vqa.core.io import atomic_write  # noqa: E402
-from vqa.data.prompt import LETTERS  # noqa: E402
-from vqa.data.synthetic import CONTEST, ask, draw_scene, four_choices  # noqa: E402
+from vqa.data.rows import LETTERS  # noqa: E402
+from vqa.data.synthetic import CONTEST, draw_row  # noqa: E402
 
 HEADER = ["id", "path", "question", "a", "b", "c", "d"]
 
@@ -38,32 +39,29 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_rows", type=int, default=600, help="(default: 600)")
-    parser.add_argument("--test_rows", type=int, default=1000, help="(default: 1000)")
-    parser.add_argument("--seed", type=int, default=42, help="(default: 42)")
-    parser.add_argument("--output_dir", default="data/demo", help="(default: data/demo)")
+    parser = make_parser(__doc__)
+    parser.add_argument("--train_rows", type=int, default=600, help="number of training rows (default: 600)")
+    parser.add_argument("--test_rows", type=int, default=1000, help="number of test rows (default: 1000)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of all rows (default: 42)")
+    parser.add_argument("--output_dir", default="data/demo", help="folder to write (default: data/demo)")
     return parser.parse_args()
 
 
 def draw_rows(split: str, count: int, folder: Path, seed: int) -> tuple[list[list[str]], list[str]]:
-    """Cells of each row and the answers' letters; the pictures are written on the way."""
+    """(cells of each row, letters of the answers); also writes the pictures."""
     (folder / split).mkdir(parents=True, exist_ok=True)
     names = [f"{split}_{number:04d}" for number in range(1, count + 1)]
     with ProcessPoolExecutor() as pool:
-        drawn = pool.map(partial(draw_row, split=split, folder=folder, seed=seed), names, chunksize=16)
+        drawn = pool.map(partial(write_row, split=split, folder=folder, seed=seed), names, chunksize=16)
         rows = list(tqdm(drawn, desc=f"drawing {split}", total=count))
     return [cells for cells, _ in rows], [letter for _, letter in rows]
 
 
-def draw_row(row_id: str, split: str, folder: Path, seed: int) -> tuple[list[str], str]:
-    """(cells of the row, its answer's letter), drawn by seed and id alone; the picture is written on the way."""
-    rng = random.Random(f"{seed} {row_id}")
-    image, things = draw_scene(rng, CONTEST)
-    question, right, wrong = ask(rng, things, CONTEST)
-    choices, answer = four_choices(rng, right, wrong)
+def write_row(row_id: str, split: str, folder: Path, seed: int) -> tuple[list[str], str]:
+    """(cells of the row, letter of its answer), which depend on seed and id only; also writes the picture."""
+    image, row = draw_row(random.Random(f"{seed} {row_id}"), CONTEST)
     image.save(folder / split / f"{row_id}.jpg", quality=88)
-    return [row_id, f"{split}/{row_id}.jpg", question, *choices], LETTERS[answer]
+    return [row_id, f"{split}/{row_id}.jpg", row["question"], *row["choices"]], LETTERS[row["answer"]]
 
 
 def write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:

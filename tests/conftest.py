@@ -26,7 +26,7 @@ from vqa.core.errors import run_main
 from vqa.data.collator import Collator
 from vqa.data.prompt import LETTERS, letter_ids
 from vqa.data.rows import read_rows
-from vqa.data.synthetic import CONTEST, ask, draw_scene, four_choices
+from vqa.data.synthetic import CONTEST, draw_row
 from vqa.modeling.loading import add_adapter, load_base, load_processor
 from vqa.training.dataset import TrainDataset
 from vqa.training.trainer import FoldTrainer
@@ -66,10 +66,9 @@ def draw_contest(folder: Path, count: int, seed: int = 0) -> Path:
     rows = []
     for number in range(count):
         rng = random.Random(f"{seed} {number}")
-        image, scene = draw_scene(rng, CONTEST)
+        image, row = draw_row(rng, CONTEST)
         image.save(folder / "pictures" / f"{number}.jpg")
-        question, right, wrong = ask(rng, scene, CONTEST)
-        choices, answer = four_choices(rng, right, wrong)
+        question, choices, answer = row["question"], row["choices"], row["answer"]
         wanted = number % 4
         choices[answer], choices[wanted] = choices[wanted], choices[answer]
         rows.append([f"row_{number:03d}", f"pictures/{number}.jpg", question, *choices, LETTERS[wanted]])
@@ -105,7 +104,7 @@ def make_trainer(processor, ids, rows, tmp_path):
             train_dataset=TrainDataset(rows[:8], True, 42),
             eval_dataset=[],
             callbacks=list(callbacks),
-            averages=[],
+            weight_averages=[],
             letter_ids=ids,
             prompts=Collator(processor, 112),
         )

@@ -1,9 +1,8 @@
-"""Drawn pictures and questions about them: the world of the tiny model and of the demo contest.
+"""Synthetic rows: drawn pictures and questions about them, for the tiny model and the demo contest.
 
-Two domains share the shapes and differ in words and looks. `HOME` is what the tiny model is trained on; `CONTEST` is
-the demo: other names for most colours and shapes drawn, other question wordings, grainy paper, outlines and tilted
-shapes. So the tiny model answers the contest in part, and training on the contest's rows has something to
-teach.
+Two domains share the shapes and differ in words and style. The tiny model is trained on `HOME`. The demo is `CONTEST`,
+with other names for most colours and shapes, other question templates, grainy paper, outlines and tilted shapes. So
+the untrained tiny model answers a part of the demo, and fine-tuning improves it.
 """
 
 import math
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from vqa.data.rows import Row
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -23,23 +24,17 @@ COLOURS = {
     "black": (25, 25, 25),
     "brown": (125, 75, 35),
 }
-
-
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-
-
 CORNERS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
-
-
 SIZES = ((240, 180), (180, 240), (208, 208))
 
 
 @dataclass(frozen=True)
 class Domain:
-    """The words of each language, the templates of each kind of question, what is drawn, and how.
+    """Vocabulary, question templates and style of a set of synthetic rows.
 
-    words: language -> kind -> canonical name -> the names in use. questions: language -> kind -> templates.
-    colours, shapes: what is drawn; wrong choices come from all that have words. paper: grain, outlines, tilt.
+    words: language -> kind -> canonical name -> the words for it. questions: language -> kind -> templates.
+    colours, shapes: those that are drawn; wrong choices are any that have words. paper: grain, outlines, tilt.
     """
 
     words: dict[str, dict[str, dict[str, tuple[str, ...]]]]
@@ -131,7 +126,7 @@ class Scene:
 
 
 def draw_scene(rng: random.Random, domain: Domain, size: tuple[int, int] | None = None) -> tuple[Image.Image, Scene]:
-    """A picture and what stands in it."""
+    """(a picture, what it shows)."""
     corners = tuple(rng.sample(list(CORNERS), rng.choice((1, 1, 2, 3, 4))))
     scene = Scene(rng.choice(domain.shapes), rng.choice(domain.colours), corners)
     size = size or rng.choice(SIZES)
@@ -148,16 +143,17 @@ def ask(rng: random.Random, scene: Scene, domain: Domain) -> tuple[str, str, lis
     language = rng.choice(("ko", "en"))
     words = domain.words[language]
     kind = rng.choice(["colour", "shape", "count", *["place"] * (len(scene.corners) == 1)])
-    truth = {
+    name_of = {
         "colour": scene.colour,
         "shape": scene.shape,
         "count": str(len(scene.corners)),
         "place": scene.corners[0],
-    }[kind]
-    said = {part: rng.choice(words[part][getattr(scene, part)]) for part in ("colour", "shape")}
-    question = rng.choice(domain.questions[language][kind]).format(**said)
-    wrong = [rng.choice(names) for name, names in words[kind].items() if name != truth]
-    return question, rng.choice(words[kind][truth]), wrong
+    }
+    right = name_of[kind]
+    names = {part: rng.choice(words[part][getattr(scene, part)]) for part in ("colour", "shape")}
+    question = rng.choice(domain.questions[language][kind]).format(**names)
+    wrong = [rng.choice(synonyms) for name, synonyms in words[kind].items() if name != right]
+    return question, rng.choice(words[kind][right]), wrong
 
 
 def four_choices(rng: random.Random, right: str, wrong: list[str]) -> tuple[list[str], int]:
@@ -167,8 +163,16 @@ def four_choices(rng: random.Random, right: str, wrong: list[str]) -> tuple[list
     return choices, choices.index(right)
 
 
+def draw_row(rng: random.Random, domain: Domain) -> tuple[Image.Image, Row]:
+    """A picture and a row about it, with `question`, `choices` (four) and `answer`; the caller adds id and image."""
+    image, scene = draw_scene(rng, domain)
+    question, right, wrong = ask(rng, scene, domain)
+    choices, answer = four_choices(rng, right, wrong)
+    return image, Row(question=question, choices=choices, answer=answer)
+
+
 def _paper(rng: random.Random, size: tuple[int, int]) -> Image.Image:
-    """Tinted paper with a slope of light and grain."""
+    """Tinted paper with grain, lit from one side."""
     width, height = size
     grain = np.random.default_rng(rng.getrandbits(32))
     tint = np.array([rng.randint(215, 250) for _ in range(3)], dtype=float)
@@ -182,7 +186,7 @@ def _paper(rng: random.Random, size: tuple[int, int]) -> Image.Image:
 def _draw(
     canvas: ImageDraw.ImageDraw, rng: random.Random, scene: Scene, corner: str, size: tuple[int, int], paper: bool
 ) -> None:
-    """One copy in its quarter of the picture, a little off its middle."""
+    """Draw one copy near the middle of its quarter of the picture."""
     width, height = size[0] / 2, size[1] / 2
     column, row = CORNERS[corner]
     radius = min(width, height) * rng.uniform(0.26, 0.38)
@@ -207,7 +211,7 @@ def _draw(
         canvas.polygon(points(*[(math.pi * 2 * k / 3, 1.15) for k in range(3)]), fill=fill, **line)
     elif scene.shape == "star":
         canvas.polygon(points(*[(math.pi * k / 5, 1.2 if k % 2 == 0 else 0.5) for k in range(10)]), fill=fill, **line)
-    else:  # cross: each arm is two corners a third as wide as the whole
+    else:  # cross: two outer corners an arm, a third as wide as the cross
         arms = [(math.pi * k / 2 + side * 0.32, 1.06) for k in range(4) for side in (-1, 1)]
         inner = [(math.pi * (k / 2 + 0.25), 0.47) for k in range(4)]
         corners = [corner for k in range(4) for corner in (arms[2 * k], arms[2 * k + 1], inner[k])]
