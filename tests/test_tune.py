@@ -1,6 +1,6 @@
-"""tune.py: the study on disk, trials that end early or are cut off, and what is written of the best.
+"""tune.py: the study on disk, pruned and interrupted trials, and the args files of the best one.
 
-Most tests put a stand-in for train_fold.py, whose log-loss is a known function of the learning rate.
+Most tests use a stand-in for train_fold.py, whose log-loss is a known function of the learning rate.
 """
 
 import json
@@ -23,13 +23,13 @@ from vqa.config.args_file import read_args_file
 from vqa.config.parser import parse_arguments
 from vqa.core.errors import UserError
 from vqa.evaluation.experiment_log import log_path, read_log
-from vqa.training.search import as_flags, claim_trial, default_space, open_study, read_space
+from vqa.training.search import claim_trial, default_space, open_study, read_space, to_flags
 
 pytestmark = pytest.mark.slow
 
 STAND_IN = """
 import json, math, os, sys, time
-flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+flags = dict(word.split("=", 1) for word in sys.argv if "=" in word)
 rate, folder = float(flags["--learning_rate"]), flags["--output_dir"]
 loss = float(os.environ.get("LOSS") or 0.25 + abs(math.log10(rate / float(os.environ.get("BEST_RATE", 3e-3)))))
 open(folder + "/pid", "w").write(str(os.getpid()))
@@ -62,7 +62,7 @@ def search(tmp_path, contest, script, monkeypatch):
     """Runs tune.py with the stand-in on args of its own; (exit code, stdout, stderr)."""
     (tmp_path / "train.py").write_text(STAND_IN)
     monkeypatch.setattr("vqa.training.search.TRAIN", tmp_path / "train.py")
-    monkeypatch.setattr("vqa.training.search.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("vqa.training.search.POLL_SECONDS", 0.01)
     folds = pd.DataFrame({"id": [f"row_{i:03d}" for i in range(24)], "fold": [i % 3 for i in range(24)]})
     folds.to_csv(tmp_path / "folds.csv", index=False)
     base = {"model": "tiny", "train_csv": str(contest / "train.csv"), "folds_csv": str(tmp_path / "folds.csv")}
@@ -81,7 +81,7 @@ def study_of(folder: Path) -> optuna.Study:
     return optuna.load_study(study_name="tune", storage=f"sqlite:///{folder / 'study' / 'study.db'}")
 
 
-def test_the_best_trial_is_told_against_the_unchanged_args_and_becomes_args_files(search, tmp_path):
+def test_the_best_trial_is_compared_with_the_unchanged_args_and_becomes_args_files(search, tmp_path):
     code, said, error = search(8)
     assert code == 0, error
     trials = study_of(tmp_path).trials
@@ -105,27 +105,27 @@ def test_the_best_trial_is_told_against_the_unchanged_args_and_becomes_args_file
     assert not list((tmp_path / "study").rglob("*.safetensors"))
 
 
-def test_a_search_goes_on_to_the_number_asked_for_and_draws_anew(search, tmp_path):
+def test_a_resumed_search_continues_to_the_number_of_trials_and_samples_new_values(search, tmp_path):
     search(4)
     before = study_of(tmp_path).trials
     code, said, _ = search(4)
-    assert code == 0 and len(study_of(tmp_path).trials) == 4 and "the args as they are" in said
+    assert code == 0 and len(study_of(tmp_path).trials) == 4 and "the unchanged args" in said
     search(7)
     trials = study_of(tmp_path).trials
     assert len(trials) == 7 and [trial.params for trial in trials[:4]] == [trial.params for trial in before]
     rates = [trial.params["learning_rate"] for trial in trials]
-    assert len(set(rates)) == 7  # a restarted sampler of the same seed would draw what it drew before
+    assert len(set(rates)) == 7  # a sampler with the same seed would sample the same values again
 
 
-def test_where_nothing_is_better_it_says_so_and_writes_the_args_as_they_are(search, tmp_path, monkeypatch):
+def test_where_nothing_is_better_it_says_so_and_writes_the_unchanged_args(search, tmp_path, monkeypatch):
     monkeypatch.setenv("LOSS", "0.5")
     code, said, error = search(2)
-    assert code == 0 and "no trial has a lower log-loss than the args as they are: 0.5000" in said, error
+    assert code == 0 and "no trial has a lower log-loss than the unchanged args: 0.5000" in said, error
     assert read_args_file(tmp_path / "args" / "tuned" / "fold0.json")["learning_rate"] == 1e-3
     assert "no importances: 2 trials" in said
 
 
-def test_a_trial_that_does_worse_than_most_is_ended_with_its_process(search, tmp_path, monkeypatch):
+def test_a_trial_that_is_worse_than_the_median_is_pruned_and_its_process_killed(search, tmp_path, monkeypatch):
     """The stand-in sleeps for a minute after a bad validation."""
     space = tmp_path / "space.json"
     space.write_text(
@@ -137,7 +137,7 @@ def test_a_trial_that_does_worse_than_most_is_ended_with_its_process(search, tmp
     monkeypatch.setenv("SLEEPS_ABOVE", "0.8")
     start = time.time()
     code, said, error = search(6, "--space", space)
-    assert code == 0 and "ended early" in said and time.time() - start < 30, error
+    assert code == 0 and "pruned" in said and time.time() - start < 30, error
     last = study_of(tmp_path).trials[-1]
     assert last.state == TrialState.PRUNED and last.params.keys() == {
         "learning_rate",
@@ -148,7 +148,7 @@ def test_a_trial_that_does_worse_than_most_is_ended_with_its_process(search, tmp
         os.kill(int((tmp_path / "study" / f"trial{last.number}" / "pid").read_text()), 0)
 
 
-def test_a_failed_trial_is_passed_over_and_three_in_a_row_or_the_first_end_the_search(search, tmp_path, monkeypatch):
+def test_a_failed_trial_is_skipped_and_three_in_a_row_end_the_search(search, tmp_path, monkeypatch):
     monkeypatch.setenv("FAILS_ABOVE", "0.002")
     code, said, error = search(6)
     states = [trial.state for trial in study_of(tmp_path).trials]
@@ -162,7 +162,7 @@ def test_a_failed_trial_is_passed_over_and_three_in_a_row_or_the_first_end_the_s
     assert [trial.state for trial in study_of(tmp_path).trials[-3:]] == [TrialState.FAIL] * 3
 
 
-def test_where_the_first_trial_fails_nothing_more_is_tried_and_it_comes_first_again(search, tmp_path, monkeypatch):
+def test_the_search_stops_where_the_first_trial_fails_and_repeats_it_when_resumed(search, tmp_path, monkeypatch):
     monkeypatch.setenv("FAILS_ABOVE", "0")
     code, _, error = search(3)
     assert code == 2 and "trial 0 failed: error: it does not learn that fast" in error
@@ -175,7 +175,7 @@ def test_where_the_first_trial_fails_nothing_more_is_tried_and_it_comes_first_ag
 KILLED = """
 import sys
 from pathlib import Path
-import vqa.search as search
+import vqa.training.search as search
 from optuna.distributions import FloatDistribution
 search.TRAIN = Path(sys.argv[1]) / "train.py"
 space = {"learning_rate": FloatDistribution(1e-4, 1e-2)}
@@ -188,10 +188,10 @@ while claimed := search.claim_trial(study, Path(sys.argv[1]) / "study", space, {
 """
 
 
-def test_a_killed_search_loses_no_finished_trial_and_its_running_one_is_failed(tmp_path, monkeypatch):
+def test_a_killed_search_loses_no_finished_trial_and_its_running_one_is_marked_as_failed(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(STAND_IN)
     environment = os.environ | {"BEST_RATE": "1e-3", "SLEEPS_ABOVE": "0.2501", "PYTHONPATH": str(ROOT)}
-    # Nothing is as good as the args as they are, and so every later trial sleeps.
+    # No rate is as good as the default, so every later trial sleeps.
     killed = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, env=environment)
     for _ in range(600):
         time.sleep(0.1)
@@ -219,7 +219,7 @@ def test_a_killed_search_loses_no_finished_trial_and_its_running_one_is_failed(t
         time.sleep(0.1)
         if not Path(f"/proc/{child}").exists() or Path(f"/proc/{child}/stat").read_text().split()[2] == "Z":
             return
-    pytest.fail("the training of the killed search goes on")
+    pytest.fail("the training of the killed search is still running")
 
 
 VALUES = {
@@ -247,12 +247,12 @@ def test_the_default_space_holds_the_args_own_values():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lora_rnk": [1]}, "no fields of training: lora_rnk"),
-        ({"lora_rank": [8, 32]}, "lora_rank does not hold the args' own value 16"),
-        ({"learning_rate": {"low": 1e-3, "high": 1e-2}}, "does not hold the args' own value 0.0002"),
+        ({"lora_rnk": [1]}, "unknown fields lora_rnk"),
+        ({"lora_rank": [8, 32]}, "lora_rank does not include 16, the value of the args"),
+        ({"learning_rate": {"low": 1e-3, "high": 1e-2}}, "does not include 0.0002, the value of the args"),
         ({"learning_rate": {"low": 1e-3}}, "learning_rate: .*high"),
         ({"lora_rank": 8}, "lora_rank: "),
-        ({"weight_decay": [0.1]}, "weight_decay does not hold the args' own value None"),
+        ({"weight_decay": [0.1]}, "weight_decay does not include None, the value of the args"),
     ],
 )
 def test_a_space_that_cannot_be_searched_is_refused(tmp_path, given, message):
@@ -263,24 +263,44 @@ def test_a_space_that_cannot_be_searched_is_refused(tmp_path, given, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_search_of_other_args_is_not_gone_on_with(search):
+def test_a_search_with_other_args_is_not_resumed(search):
     assert search(1)[0] == 0
     code, _, error = search(2, "--seed", "7")
-    assert (code, error.count("\n")) == (2, 1) and "a search with another seed" in error
+    assert (code, error.count("\n")) == (2, 1) and "already contains a search with a different seed" in error
     code, _, error = search(2, "--fold", "null")
     assert (code, error.count("\n")) == (2, 1) and "fold is null" in error
 
 
-def test_every_field_that_is_searched_arrives_by_the_command_line(tmp_path):
+def test_every_sampled_value_arrives_unchanged_by_the_command_line(tmp_path):
     (tmp_path / "fold0.json").write_text(json.dumps({"model": "tiny", "learning_rate": 1e-3, "use_cpu": True}))
     params = {name: choice[0] for name, choice in default_space(VALUES).items() if isinstance(choice, list)}
     params |= {"learning_rate": 1.2345678901234567e-05, "swa_start": None}
     assert params["shuffle_choices"] is False and len(params) == len(VALUES) + 1
-    *_, resolved = parse_arguments([str(tmp_path / "fold0.json"), *as_flags(params)], "")
+    *_, resolved = parse_arguments([str(tmp_path / "fold0.json"), *to_flags(params)], "")
     assert {name: resolved[name] for name in params} == params
 
 
-def test_a_trial_is_a_training_by_the_command_line(trained, script, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "/input/My Models/Qwen2.5-VL-3B-Instruct"),
+        ("model", "True"),
+        ("instruction", "정답의 글자(A, B)만 쓰세요."),
+        ("instruction", "--letter only"),
+        ("instruction", "42"),
+        ("instruction", ""),
+        ("image_root", None),
+        ("shuffle_choices", True),
+    ],
+)
+def test_a_sampled_path_or_text_is_the_one_trained(tmp_path, field, value):
+    """Case, spaces, a leading dash and what looks like a number, a boolean or null."""
+    (tmp_path / "fold0.json").write_text(json.dumps({"model": "tiny", "image_root": "x", "use_cpu": True}))
+    *_, resolved = parse_arguments([str(tmp_path / "fold0.json"), *to_flags({field: value})], "")
+    assert resolved[field] == value and type(resolved[field]) is type(value)
+
+
+def test_a_trial_trains_as_the_command_line_does(trained, script, tmp_path):
     """The first one is the fold that the README's command line trained, to the last digit."""
     args = [trained / "args" / "fold0.json", "--trials", "1", "--output_dir", tmp_path / "study"]
     code, said, error = script("tune", *args)

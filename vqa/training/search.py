@@ -1,7 +1,7 @@
-"""The search of tune.py: what is searched, the study on disk, and how one trial of it runs.
+"""The hyperparameter search of tune.py: the search space, the study on disk, one trial, and the conclusion.
 
-The study is an SQLite file that several launches may share. A trial runs as long as a living process holds its lock,
-so one whose process was killed is known at once, and marked as failed.
+The study is an SQLite file that several launches may share. Each trial holds a lock while it runs, so a trial whose
+process was killed is recognised at once and marked as failed.
 """
 
 import json
@@ -17,29 +17,31 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from vqa.config.arguments import DataArguments, folds_file
 from vqa.core.errors import UserError, preview
-from vqa.core.io import read_json
+from vqa.core.figures import new_figure, save_figure
+from vqa.core.io import read_json, write_json
+from vqa.data.predictions import join
+from vqa.data.table import read_table
+from vqa.evaluation.labels import Labels
+from vqa.evaluation.metrics import row_log_loss
+from vqa.evaluation.oof import weights_folder
+from vqa.evaluation.significance import paired_difference
 
 TRAIN = Path(__file__).resolve().parent.parent.parent / "train_fold.py"
-
-
 POLL_SECONDS = 0.5
-
-
-OVER = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 DEFAULT = "default"  # marks the trial of the unchanged args
-
-
-VALIDATED = ("eval_log_loss", "eval_ema_log_loss", "eval_swa_log_loss")
+CONFIG = "asked"  # where the study keeps the args and the space; the name is that of earlier releases
+VALIDATION_SCORES = ("eval_log_loss", "eval_ema_log_loss", "eval_swa_log_loss")
+MIN_TRIALS = 5  # complete ones, for importances
 
 
 def default_space(values: Mapping) -> dict[str, list | dict]:
-    """What is searched unless told otherwise, around the args' own values; in the form of a space file."""
+    """The default search space around the args' own values, in the form of a space file."""
     rate, epochs, size = (values[name] for name in ("learning_rate", "num_train_epochs", "image_size"))
     rank, alpha = values["lora_rank"], values["lora_alpha"]
-    space = {
+    space: dict[str, list | dict] = {
         "learning_rate": {"low": rate / 4, "high": rate * 4, "log": True},
         "lora_rank": [max(1, rank // 2), rank, rank * 2],
         "lora_alpha": [max(1, alpha // 2), alpha, alpha * 2],
@@ -49,46 +51,50 @@ def default_space(values: Mapping) -> dict[str, list | dict]:
         "loss": ["token", "letter"],
         "shuffle_choices": [True, False],
     }
-    if (values.get("max_steps") or 0) > 0:  # then epochs change nothing
+    if (values.get("max_steps") or 0) > 0:  # then the number of epochs has no effect
         del space["num_train_epochs"]
-    return {name: sorted(set(choice)) if isinstance(choice, list) else choice for name, choice in space.items()}
+    return {name: sorted(set(choices)) if isinstance(choices, list) else choices for name, choices in space.items()}
 
 
 def read_space(path: str | None, values: Mapping, known: set[str]) -> dict[str, BaseDistribution]:
-    """The default space with the file's fields in place of its own; null takes one out, so that it stays as it is."""
-    given = read_json(path) if path else {}
-    if unknown := sorted(given.keys() - known):
-        raise UserError(f"{path}: no fields of training: {preview(unknown)}; see `python train_fold.py --help`")
-    space = {name: choice for name, choice in (default_space(values) | given).items() if choice is not None}
-    found = {}
-    for name, choice in space.items():
+    """The default space, with fields replaced or (null) removed by the space file."""
+    changes = read_json(path) if path else {}
+    if unknown := sorted(changes.keys() - known):
+        raise UserError(f"{path}: unknown fields {preview(unknown)}. See `python train_fold.py --help`.")
+    space = {name: choices for name, choices in (default_space(values) | changes).items() if choices is not None}
+    distributions = {}
+    for name, choices in space.items():
         try:
-            found[name] = as_distribution(choice)
+            distributions[name] = to_distribution(choices)
         except (AttributeError, TypeError, ValueError) as error:
-            remedy = 'give a list of values, or {"low": 1e-5, "high": 1e-3, "log": true}'
-            raise UserError(f"{path}: {name}: {error}; {remedy}") from None
-        own = values.get(name)
-        if own not in choice if isinstance(choice, list) else not choice["low"] <= (own or 0) <= choice["high"]:
+            example = '{"low": 1e-5, "high": 1e-3, "log": true}'
+            raise UserError(f"{path}: {name}: {error}. Give a list of values, or {example}.") from None
+        value = values.get(name)
+        if (
+            value not in choices
+            if isinstance(choices, list)
+            else not choices["low"] <= (value or 0) <= choices["high"]
+        ):
             raise UserError(
-                f"{path or 'the default space'}: {name} does not hold the args' own value {own!r}, which is what all "
-                "else is measured against; add it"
+                f"{path or 'the default space'}: {name} does not include {value!r}, the value of the args. Add it: the "
+                "first trial uses the args as they are."
             )
-    return found
+    return distributions
 
 
-def as_distribution(choice: list | dict) -> BaseDistribution:
-    if isinstance(choice, list):
-        return CategoricalDistribution(choice)
-    whole = all(isinstance(choice.get(name), int) for name in ("low", "high"))
-    return (IntDistribution if whole else FloatDistribution)(**choice)
+def to_distribution(choices: list | dict) -> BaseDistribution:
+    if isinstance(choices, list):
+        return CategoricalDistribution(choices)
+    integers = all(isinstance(choices.get(name), int) for name in ("low", "high"))
+    return (IntDistribution if integers else FloatDistribution)(**choices)
 
 
-def open_study(folder: Path, asked: Mapping, seed: int) -> optuna.Study:
-    """The study in `folder`, made where there is none; refused where it is one of other args or another space.
+def open_study(folder: Path, config: Mapping, seed: int) -> optuna.Study:
+    """The study in `folder`, created if it does not exist. Raises UserError if its args or its space differ.
 
-    Each launch draws by a seed of its own: by the same one, a restarted search would draw what it drew before.
+    Each launch has a different seed: with the same one, a restarted search would sample the same values again.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # tune.py says how each trial ended
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # tune.py prints the trials
     folder.mkdir(parents=True, exist_ok=True)
     with study_lock(folder):
         study = optuna.create_study(
@@ -98,14 +104,14 @@ def open_study(folder: Path, asked: Mapping, seed: int) -> optuna.Study:
             pruner=optuna.pruners.MedianPruner(),
             load_if_exists=True,
         )
-        asked = json.loads(json.dumps(asked, default=str))
-        before, launches = study.user_attrs.get("asked", asked), study.user_attrs.get("launches", 0)
-        if differing := sorted(name for name in before.keys() | asked.keys() if before.get(name) != asked.get(name)):
+        config = json.loads(json.dumps(config, default=str))
+        before, launches = study.user_attrs.get(CONFIG, config), study.user_attrs.get("launches", 0)
+        if changed := sorted(name for name in before.keys() | config.keys() if before.get(name) != config.get(name)):
             raise UserError(
-                f"{folder} holds a search with another {preview(differing)}; go on with the same, or give another "
-                "--output_dir"
+                f"{folder} already contains a search with a different {preview(changed)}. Resume it with its original "
+                "settings, choose another --output_dir, or delete the folder."
             )
-        study.set_user_attr("asked", asked)
+        study.set_user_attr(CONFIG, config)
         study.set_user_attr("launches", launches + 1)
         study.sampler = optuna.samplers.TPESampler(seed=seed + launches)
     return study
@@ -120,13 +126,13 @@ def trial_lock(folder: Path, number: int) -> FileLock:
 
 
 def claim_trial(
-    study: optuna.Study, folder: Path, space: Mapping[str, BaseDistribution], defaults: Mapping, most: int
+    study: optuna.Study, folder: Path, space: Mapping[str, BaseDistribution], defaults: Mapping, max_trials: int
 ) -> tuple[Trial, AcquireReturnProxy] | None:
-    """The next trial and its held lock; None where `most` are over or running. The first one is of `defaults`."""
+    """The next trial with its lock held, or None if `max_trials` are finished or running. The first has `defaults`."""
     with study_lock(folder):
         fail_interrupted_trials(study, folder)
-        trials = study.get_trials(deepcopy=False, states=(*OVER, TrialState.RUNNING, TrialState.WAITING))
-        if sum(trial.state != TrialState.WAITING for trial in trials) >= most:
+        trials = study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING, TrialState.WAITING))
+        if sum(trial.state != TrialState.WAITING for trial in trials) >= max_trials:
             return None
         if not any(trial.user_attrs.get(DEFAULT) for trial in trials):
             study.enqueue_trial({name: defaults[name] for name in space}, {DEFAULT: True})
@@ -135,32 +141,32 @@ def claim_trial(
 
 
 def fail_interrupted_trials(study: optuna.Study, folder: Path) -> None:
-    """Mark as failed the running trials whose lock nobody holds."""
+    """Mark the running trials whose lock is free as failed."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         try:
             with trial_lock(folder, trial.number).acquire(timeout=0):
                 study.tell(trial.number, state=TrialState.FAIL)
-                print(f"trial {trial.number} was cut off; it is marked as failed")
+                print(f"trial {trial.number} was interrupted and is marked as failed")
         except Timeout:
             pass
 
 
 def run_trial(trial: Trial, flags: list[str], folder: Path) -> tuple[TrialState, float | None]:
-    """Train by the command line in `folder`, its output going to train.log; (how it ended, its lowest log-loss).
+    """Run the training command in `folder`, with its output in train.log. Returns (state, lowest log-loss).
 
-    What each validation gives is reported, and a trial that by then does worse than most did is ended. The adapters
-    are removed: those of thirty trials would fill a notebook's disk.
+    Each validation is reported to the study, which may prune the trial. The adapters are deleted: those of thirty
+    trials would fill a notebook's disk.
     """
-    command = [sys.executable, str(TRAIN), *flags, *as_flags(trial.params), "--output_dir", str(folder)]
-    command += ["--save_strategy", "no", "--max_hours", "null"]  # a trial is not gone on with
+    fixed = {"output_dir": str(folder), "save_strategy": "no", "max_hours": None}  # a trial is never resumed
+    command = [sys.executable, str(TRAIN), *flags, *to_flags(trial.params), *to_flags(fixed)]
     folder.mkdir(parents=True, exist_ok=True)
-    seen = []
+    reported: list[float] = []
     with open(folder / "train.log", "wb") as log:
         process = subprocess.Popen(die_with_parent(command), stdout=log, stderr=subprocess.STDOUT)
         try:
             while (code := process.poll()) is None:
                 time.sleep(POLL_SECONDS)
-                report(trial, folder, seen)
+                report_validations(trial, folder, reported)
                 if DEFAULT not in trial.user_attrs and trial.should_prune():
                     return TrialState.PRUNED, None
         finally:
@@ -168,30 +174,102 @@ def run_trial(trial: Trial, flags: list[str], folder: Path) -> tuple[TrialState,
             process.wait()
             for weights in folder.rglob("adapter_model.safetensors"):
                 weights.unlink()
-    report(trial, folder, seen)
-    return (TrialState.COMPLETE, min(seen)) if code == 0 else (TrialState.FAIL, None)
+    report_validations(trial, folder, reported)
+    return (TrialState.COMPLETE, min(reported)) if code == 0 else (TrialState.FAIL, None)
 
 
-def as_flags(params: Mapping) -> list[str]:
-    """Fields and their values as a command line has them."""
-    return [word for name, value in params.items() for word in (f"--{name}", str(value).lower())]
+def to_flags(params: Mapping) -> list[str]:
+    """Fields and values as `--field=value`, one word each, so that a value may contain spaces or start with a dash.
+
+    Only booleans and None need another form than `str`: true, false and null.
+    """
+    forms = {name: json.dumps(v) if v is None or isinstance(v, bool) else str(v) for name, v in params.items()}
+    return [f"--{name}={form}" for name, form in forms.items()]
 
 
 def die_with_parent(command: list[str]) -> list[str]:
-    """The command, ended by the system when this process is killed; it would go on and keep the GPU otherwise."""
+    """The command, killed by the system when this process is killed; otherwise it would continue and keep the GPU."""
     return ["setpriv", "--pdeathsig", "KILL", *command] if shutil.which("setpriv") else command
 
 
-def report(trial: Trial, folder: Path, seen: list[float]) -> None:
-    """Tell the study of the validations that `seen` does not hold yet: the lowest log-loss of raw, EMA and SWA."""
+def report_validations(trial: Trial, folder: Path, reported: list[float]) -> None:
+    """Report new validations to the study and append them to `reported`: the lowest log-loss of raw, EMA and SWA."""
     history = read_json(folder / "history.json") if (folder / "history.json").is_file() else []
-    values = [min(entry[name] for name in VALIDATED if name in entry) for entry in history if VALIDATED[0] in entry]
-    for value in values[len(seen) :]:
-        seen.append(value)
-        trial.report(value, len(seen))
+    validations = [logs for logs in history if VALIDATION_SCORES[0] in logs]
+    for logs in validations[len(reported) :]:
+        reported.append(min(logs[name] for name in VALIDATION_SCORES if name in logs))
+        trial.report(reported[-1], len(reported))
 
 
 def default_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The finished trial of the unchanged args."""
-    over = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return next((trial for trial in over if trial.user_attrs.get(DEFAULT)), None)
+    """The complete trial of the unchanged args."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return next((trial for trial in complete if trial.user_attrs.get(DEFAULT)), None)
+
+
+def count_finished(study: optuna.Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def describe_trial(trial: FrozenTrial) -> str:
+    """One line: how the trial ended, its seconds and its values."""
+    outcome = {TrialState.COMPLETE: f"log-loss {trial.value or 0:.4f}", TrialState.PRUNED: "pruned"}
+    params = ", ".join(f"{name} {_short(value)}" for name, value in trial.params.items())
+    seconds = trial.duration.total_seconds() if trial.duration else 0
+    return f"trial {trial.number}: {outcome.get(trial.state, 'failed')}, {seconds:.0f} s: {params}"
+
+
+def print_gain(default: FrozenTrial, best: FrozenTrial, folder: Path, train_csv: str) -> None:
+    """Print the best trial's changes, and its difference in log-loss to the unchanged args with an interval."""
+    if best.number == default.number or best.value is None or default.value is None:
+        print(f"no trial has a lower log-loss than the unchanged args: {default.value:.4f}")
+        return
+    gain = default.value - best.value
+    print(f"trial {best.number} is the best: log-loss {best.value:.4f}, {gain:.4f} below the unchanged args")
+    for name, value in best.params.items():
+        if value != default.params[name]:
+            print(f"    {name} {_short(default.params[name])} -> {_short(value)}")
+    folders = [folder / f"trial{trial.number}" for trial in (default, best)]
+    ids, stack = join(
+        [weights_folder(place, read_json(place / "metrics.json")["best"]) / "oof.csv" for place in folders]
+    )
+    labels = Labels(train_csv)
+    losses = [row_log_loss(probs, labels.answers(ids)) for probs in stack]
+    difference = paired_difference(*losses, labels.clusters(ids))
+    print(
+        f"paired on {len(ids)} rows: {difference.value:+.4f} (95 % interval {difference.low:+.4f} to "
+        f"{difference.high:+.4f}), {'beyond' if difference.beyond_noise else 'within'} noise. These rows chose the "
+        "trial, so expect a smaller gain on the other folds."
+    )
+
+
+def best_oof(folder: Path) -> Path:
+    return weights_folder(folder, read_json(folder / "metrics.json")["best"]) / "oof.csv"
+
+
+def write_args(folder: Path, args: dict, data: DataArguments) -> None:
+    """Write `args` as base.json, and one file for each fold that extends it."""
+    write_json(folder / "base.json", args)
+    folds = sorted({int(fold) for fold in read_table(folds_file(data), ("fold",))["fold"]})
+    for fold in folds:
+        write_json(folder / f"fold{fold}.json", {"extends": "base.json", "fold": fold})
+    print(f"{folder}: base.json and {len(folds)} folds. Train them with `bash run.sh {folder}`.")
+
+
+def plot_importances(study: optuna.Study, path: Path) -> None:
+    """Draw Optuna's importance of each field for the log-loss."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(complete) < MIN_TRIALS:
+        print(f"no importances: {len(complete)} trials are complete, at least {MIN_TRIALS} are needed")
+        return
+    importances = optuna.importance.get_param_importances(study)
+    names = list(importances)
+    title = f"importance of each field for the log-loss, {len(complete)} trials"
+    figure, axes = new_figure(title, "importance", size=(7, 0.5 * len(names) + 1.2))
+    axes.barh(names[::-1], [importances[name] for name in names[::-1]])
+    save_figure(figure, path)
+    print(f"{path}: " + ", ".join(f"{name} {importances[name]:.2f}" for name in names))
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
