@@ -8,11 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import HEADER, TINY, write_csv
+from conftest import HEADER, ROOT, TINY, write_csv
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+import vqa.data.folds
 from vqa.config.arguments import ModelArguments
 from vqa.core.errors import UserError
 from vqa.core.io import read_json
@@ -73,14 +74,14 @@ def test_a_sound_run_is_ready_and_its_labels_are_shown(case, ids):
     assert "6 q_proj, 6 k_proj" in output and "time: unknown without a GPU" in output
 
 
-def test_a_run_for_a_gpu_is_looked_over_without_one(case, monkeypatch):
+def test_a_run_for_a_gpu_is_checked_without_one(case, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, output, error = case("--load_in_4bit", "true", "--fp16", "true", "--gradient_checkpointing", "true")
     assert code == 0, error
-    assert "14.5 GiB" in output and "training will need one for load_in_4bit, fp16" in output
+    assert "14.5 GiB" in output and "training needs one for load_in_4bit, fp16" in output
 
 
-def test_what_deserves_a_look_is_named_and_does_not_stand_in_the_way(case):
+def test_warnings_are_printed_and_the_run_is_still_ready(case):
     case.table.loc[3, "b"] = case.table.loc[3, "a"]
     case.table.loc[5, "answer"] = "a"
     case.table.loc[5, "d"] = ""
@@ -90,11 +91,11 @@ def test_what_deserves_a_look_is_named_and_does_not_stand_in_the_way(case):
     code, output, _ = case()
     assert code == 0 and output.endswith("\nready\n"), output
     assert "1 row with two equal choices: row_003" in output
-    assert "1 rows offer 3, 23 rows offer 4" in output
-    assert "1 test row with the very image of a training row: test_x and row_000" in output
+    assert "1 row with 3, 23 rows with 4" in output
+    assert "1 test row with the same image as a training row: test_x and row_000" in output
 
 
-def test_a_copied_image_on_both_sides_of_a_fold_is_to_be_mended(case):
+def test_a_copied_image_on_both_sides_of_a_fold_must_be_fixed(case):
     shutil.copy(case.data / "pictures" / "0.jpg", case.data / "pictures" / "1.jpg")
     code, output, _ = case()
     assert code == 1 and "ready" not in output
@@ -102,7 +103,37 @@ def test_a_copied_image_on_both_sides_of_a_fold_is_to_be_mended(case):
     assert "python make_folds.py" in output
 
 
-def test_copies_in_two_training_folds_are_only_worth_a_look(case):
+def test_a_broken_test_image_is_a_warning_and_a_broken_training_image_an_error(case):
+    """Also where it is missing: the images of the other test rows are still compared with those of training."""
+    test = pd.read_csv(case.data / "test.csv", dtype=str)[:3].assign(
+        path=["pictures/x.jpg", "no.jpg", "pictures/2.jpg"]
+    )
+    test.to_csv(case.data / "test.csv", index=False)
+    (case.data / "pictures" / "x.jpg").write_bytes(b"no image")
+    code, output, error = case()
+    assert code == 0 and output.endswith("\nready\n"), error
+    assert "test.csv: 2 images cannot be used: " in output and "`predict.py --skip_bad_images`" in output
+    assert "1 test row with the same image as a training row: row_002 and row_002" in output
+    (case.data / "pictures" / "1.jpg").write_bytes(b"no image")
+    code, _, error = case()
+    assert (code, error.count("\n")) == (2, 1) and "train.csv: 1 of 24 images cannot be used" in error
+
+
+def test_the_folds_file_is_read_once(case, monkeypatch):
+    paths, read_table = [], vqa.data.folds.read_table
+    monkeypatch.setattr(
+        "vqa.data.folds.read_table", lambda path, columns: paths.append(path) or read_table(path, columns)
+    )
+    assert case()[0] == 0 and [path.name for path in paths] == ["folds.csv"]
+
+
+def test_the_remedy_for_a_bad_adapter_names_a_file_that_exists(adapted):
+    (problem,) = adapter_problems(adapted.requires_grad_(False))
+    place = re.search(r"vqa/[\w/]+", problem).group()
+    assert (ROOT / place).exists() and "lora_targets" in (ROOT / place / "base.py").read_text(), problem
+
+
+def test_copies_in_two_training_folds_are_only_a_warning(case):
     case.folds["fold"] = [number % 3 for number in range(len(case.folds))]
     shutil.copy(case.data / "pictures" / "1.jpg", case.data / "pictures" / "2.jpg")
     code, output, _ = case()
@@ -115,7 +146,7 @@ def test_a_run_that_will_not_fit_is_warned_of(case, monkeypatch):
     assert code == 0 and "too much for a 16 GB T4: turn auto_batch on, halve per_device_train_batch_size" in output
     code, output, _ = case("--per_device_train_batch_size", "20000")
     batches, size = re.search(
-        r"auto_batch on a 16 GB T4: a step of 40000 rows as (\d+) x (\d+), with", output
+        r"auto_batch on a 16 GB T4: a step of 40000 rows is (\d+) x (\d+), with", output
     ).groups()
     assert int(batches) * int(size) == 40000 and int(batches) > 1 and "too much" not in output
 
@@ -183,7 +214,7 @@ def test_half_a_download_is_found(tmp_path):
     assert missing_weights(str(tmp_path)) == ["model-00002-of-00002.safetensors"]
 
 
-def test_the_outline_has_the_names_shapes_and_counts_of_the_model_and_no_weights(adapted):
+def test_the_meta_model_has_the_names_shapes_and_counts_of_the_model_and_no_weights(adapted):
     shape = meta_model(ModelArguments(model=TINY), torch.float32)
     assert {p.device.type for p in shape.parameters()} == {"meta"}
     described = [{name: (p.shape, p.requires_grad) for name, p in m.named_parameters()} for m in (shape, adapted)]

@@ -16,15 +16,20 @@ from vqa.data.predictions import read_predictions
 from vqa.data.rows import Row, read_rows
 
 
-def split_rows(rows: list[Row], data: DataArguments, seed: int) -> tuple[list[Row], list[Row]]:
+def split_rows(
+    rows: list[Row], data: DataArguments, seed: int, folds: np.ndarray | None = None
+) -> tuple[list[Row], list[Row]]:
     """(training rows, validation rows) of the rows of train_csv; no validation rows where fold is null.
 
-    Pseudo-labelled test rows are added to the training rows; max_train_rows does not count them.
+    `folds` is the fold of each row, read from the folds file where it is None. Pseudo-labelled test rows are added to
+    the training rows; max_train_rows does not count them.
     """
     train, valid = np.arange(len(rows)), np.array([], dtype=int)
     if data.fold is not None:
         path = folds_file(data)
-        train, valid = split_fold(read_folds(path, [row["id"] for row in rows], data.train_csv), data.fold, path)
+        if folds is None:
+            folds = read_folds(path, [row["id"] for row in rows], data.train_csv)
+        train, valid = split_fold(folds, data.fold, path)
     if data.max_train_rows is not None:
         if data.max_train_rows < 1:
             raise UserError(f"max_train_rows is {data.max_train_rows}. Set it to 1 or more, or leave it out.")
