@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 import train_fold
 from vqa.core.distributed import full_tensor
 from vqa.core.errors import run_main
+from vqa.training import fold_run
 from vqa.training.callbacks import EMACallback, SWACallback
 
 STEPS, DECAY, START = 200, 0.9, 0.25
@@ -49,7 +50,7 @@ def train(argv: list[str], record: Path) -> None:
 
         def train(self, *args, **kwargs):
             result = super().train(*args, **kwargs)
-            for callback in self.averages:
+            for callback in self.validator.weight_averages:
                 averages[callback.name] = {name: full_tensor(tensor) for name, tensor in callback.average.items()}
             return result
 
@@ -132,7 +133,7 @@ def fsdp_on_a_cpu():
     launch = launch_command_parser().parse_args(["--config_file", "args/accelerate/fsdp.yaml", "train_fold.py"])
     made = prepare_multi_gpu_env(_validate_launch_command(launch)[0])
     ours = {name: value for name, value in made.items() if "FSDP" in name}
-    parse = train_fold.parse_arguments
+    parse = fold_run.parse_arguments
 
     def parsed(*args):
         result = parse(*args)
@@ -141,7 +142,7 @@ def fsdp_on_a_cpu():
 
     os.environ.update(ours)
     try:
-        with swapped(train_fold, "parse_arguments", parsed):
+        with swapped(fold_run, "parse_arguments", parsed):
             yield
     finally:
         for name in ours:

@@ -13,6 +13,7 @@ from vqa.data.collator import Collator
 from vqa.data.images import oriented_sizes
 from vqa.training.batching import (
     Lengths,
+    MicroBatches,
     apply_batch_config,
     choose_batch_config,
     choose_micro_batch,
@@ -21,7 +22,6 @@ from vqa.training.batching import (
 )
 from vqa.training.dataset import LengthSortedSampler
 from vqa.training.memory import Setup, meta_model, training_peak
-from vqa.training.trainer import FoldTrainer
 
 LENGTHS = Lengths(np.full(40, 300), np.full(40, 180), 0)
 
@@ -106,53 +106,67 @@ def test_a_split_batch_is_the_rows_in_parts(processor, rows):
     for row, part in zip((rows[:2], rows[2:4], rows[4:]), parts):
         alone = collate(row)
         assert part.keys() == batch.keys()
+        assert part["answer_start"] == batch["answer_start"]
         for key in ("pixel_values", "image_grid_thw", "answer", "offered"):
             assert torch.equal(part[key], alone[key])
         width = alone["input_ids"].shape[1]  # the whole batch may be padded to more
         assert torch.equal(part["input_ids"][:, -width:], alone["input_ids"])
 
 
-def test_a_batch_that_does_not_fit_goes_in_parts_to_the_same_gradients(
-    model, processor, rows, tmp_path, monkeypatch, capsys
-):
-    collate = Collator(processor, image_size=112, with_answer=True)
-    weight = torch.nn.Parameter(torch.zeros(3))
-    model = torch.nn.Module()
-    model.register_parameter("weight", weight)
-    args = SimpleNamespace(
-        auto_batch=True,
-        world_size=1,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        gradient_checkpointing=False,
-        output_dir=str(tmp_path),
-    )
-    trainer = FoldTrainer.__new__(FoldTrainer)
-    trainer.args, trainer.micro_batch_size, trainer.state = args, 4, SimpleNamespace(global_step=6)
-    taken = []
+def micro_batches(tmp_path, **fields):
+    """MicroBatches of a run on a GPU, as the args say it."""
+    usual = {"auto_batch": True, "world_size": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    usual |= {"gradient_checkpointing": False, "output_dir": str(tmp_path), "device": torch.device("cuda")}
+    return MicroBatches(SimpleNamespace(**usual | fields))
 
-    def step(self, model, inputs, items):
+
+def test_a_batch_that_does_not_fit_goes_in_parts_to_the_same_gradients(processor, rows, tmp_path, capsys):
+    collate = Collator(processor, image_size=112, with_answer=True)
+    weight, unused, taken = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(1)), []
+
+    def train(part):
         """Backward of half the rows, then out of memory where there are more than two."""
-        rows = len(inputs["ids"])
-        share = inputs["weight"].sum() / items
+        share = part["weight"].sum() / 10
         weight.grad = torch.full((3,), share) + (0 if weight.grad is None else weight.grad)
-        if rows > 2:
+        if len(part["ids"]) > 2:
             raise torch.OutOfMemoryError
-        taken.append(inputs["ids"])
+        taken.append(part["ids"])
         return share
 
-    monkeypatch.setattr("transformers.Trainer.training_step", step)
     batch = batch_of(collate, rows[:4])
+    parts = micro_batches(tmp_path)
     weight.grad = torch.ones(3)  # of an earlier batch of this step
-    loss = trainer.training_step(model, batch, 10.0)
+    loss = parts.run(train, batch, [weight, unused], step=7)
     assert taken == [batch["ids"][:2], batch["ids"][2:]] and loss == pytest.approx(0.6)
-    assert weight.grad.tolist() == pytest.approx([1.6] * 3)
-    assert "out of GPU memory at step 7: going on with 2 rows at once" in capsys.readouterr().out
+    assert weight.grad.tolist() == pytest.approx([1.6] * 3) and unused.grad is None
+    assert "out of GPU memory at step 7: continuing with 2 rows at once" in capsys.readouterr().out
     assert '"per_device_train_batch_size": 2' in (tmp_path / "batch.json").read_text()
-    args.world_size = 2
+
+
+@pytest.mark.parametrize("field", [{"world_size": 2}, {"auto_batch": False}, {"device": torch.device("cpu")}])
+def test_where_no_second_try_is_possible_gradients_are_left_alone(tmp_path, field):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.grad = before = torch.ones(3)
+
+    def train(part):
+        assert weight.grad is before
+        raise torch.OutOfMemoryError
+
     with pytest.raises(torch.OutOfMemoryError):
-        trainer.micro_batch_size = 4
-        trainer.training_step(model, batch, 10.0)
+        micro_batches(tmp_path, **field).run(train, {}, [weight], step=1)
+
+
+def test_gradients_are_never_copied(tmp_path, monkeypatch):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    monkeypatch.setattr(torch.Tensor, "clone", lambda *args: pytest.fail("a tensor was copied"))
+
+    def train(part):
+        weight.grad = torch.ones(3)
+        return torch.tensor(1.0)
+
+    for _ in range(2):
+        micro_batches(tmp_path).run(train, {"ids": ["a"]}, [weight], step=1)
+    assert weight.grad.tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize("given", [None, False, True])
@@ -161,7 +175,7 @@ def test_what_the_args_leave_open_is_chosen_and_reaches_the_trainer(given, tmp_p
     recipe = RecipeArguments(str(tmp_path), per_device_train_batch_size=32, gradient_checkpointing=given, use_cpu=True)
     recipe.fp16 = True  # a CPU would be refused
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("vqa.training.batching.memory_room", lambda: 2e8)
+    monkeypatch.setattr("vqa.training.batching.available_memory", lambda: 2e8)
     monkeypatch.setattr("vqa.training.batching.measured_rate", lambda setup: 1e15)
     fields = choose_batch_config(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False)
     apply_batch_config(recipe, fields)
@@ -170,5 +184,5 @@ def test_what_the_args_leave_open_is_chosen_and_reaches_the_trainer(given, tmp_p
     assert recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps == 64
     assert recipe.activation_checkpointing_kwargs["use_reentrant"] is False
     recipe.resume_from_checkpoint = "checkpoint-1"
-    monkeypatch.setattr("vqa.training.batching.memory_room", lambda: 1e12)
+    monkeypatch.setattr("vqa.training.batching.available_memory", lambda: 1e12)
     assert choose_batch_config(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False) == fields

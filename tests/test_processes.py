@@ -201,10 +201,10 @@ def test_only_the_first_process_writes(folder, two):
 def test_messages_are_printed_once_and_an_error_is_one_line(folder, two):
     output = (folder / "output.txt").read_text().splitlines()
     steps = EPOCHS * STEPS_AN_EPOCH
-    assert sum("'loss':" in line for line in output) == 2 * (
+    assert sum("  loss " in line for line in output) == 2 * (
         steps + (steps - SAVED)
     )  # DDP and FSDP, each also resumed
-    assert sum(line.startswith("raw  accuracy") for line in output) == 4
+    assert sum(": best weights " in line for line in output) == 4
     assert sum("is finished; nothing to train" in line for line in output) == 1
     assert sum(line.startswith("error: ") for line in output) == 1
     assert sum("fold 7 is not in" in line for line in output) == 1

@@ -11,8 +11,9 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from vqa.core.errors import UserError
 from vqa.training.checkpointing import COMPLETE, CheckpointMarkerCallback, TimeLimitCallback, checkpoint_to_resume
+from vqa.training.validation import Validator
 
-AGAIN = "run the same command in a new session"
+AGAIN = "Run the same command in a new session."
 
 
 def checkpoint(folder, step: int, whole: bool = True):
@@ -29,7 +30,7 @@ def test_auto_takes_the_newest_whole_checkpoint_by_number(tmp_path):
     nine, ten = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
     half = checkpoint(tmp_path, 11, whole=False)
     assert nine != checkpoint_to_resume("auto", tmp_path) == ten
-    with pytest.raises(UserError, match="not a whole one"):
+    with pytest.raises(UserError, match="not a complete one"):
         checkpoint_to_resume(half, tmp_path)
     assert checkpoint_to_resume(None, tmp_path) is None
 
@@ -110,7 +111,7 @@ def test_a_stopped_fold_goes_on_to_the_bytes_of_one_that_was_not(trained, script
     args = [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
     assert script("train_fold", *args, "--max_hours", "0")[:2] == (
         3,
-        f"{part}: no time is left of max_hours; {AGAIN}\n",
+        f"{part}: no time is left of max_hours. {AGAIN}\n",
     )
     assert not part.exists()
     with monkeypatch.context() as patch:
@@ -158,6 +159,16 @@ def test_a_run_that_goes_on_from_its_last_step_trains_no_further(trained, script
     assert (part / "oof.csv").read_bytes() == (whole / "oof.csv").read_bytes()
 
 
+def test_a_resumed_run_forgets_best_adapters_of_later_steps(tmp_path):
+    """Their files may have been overwritten since; the run trains those steps again."""
+    best = {"raw": {"log_loss": 0.5, "step": 4}, "ema": {"log_loss": 0.4, "step": 2}}
+    (tmp_path / "best.json").write_text(json.dumps(best))
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert Validator(args, [], None, [], []).best == {"ema": best["ema"]}
+
+
 def test_other_rows_are_another_run(trained, script, tmp_path):
     """The folds made anew, or a question mended: neither a checkpoint nor a finished fold of the old rows is used."""
     part = tmp_path / "fold0"
@@ -175,4 +186,4 @@ def test_other_rows_are_another_run(trained, script, tmp_path):
         code, _, error = script("train_fold", *flags)
     finally:
         folds.write_text(before)
-    assert code == 2 and "a run with another rows" in error
+    assert code == 2 and "a run with a different split or other rows" in error

@@ -7,12 +7,14 @@ import pytest
 import torch
 from accelerate.utils import GradScalerKwargs
 from torch.utils.data import DataLoader
-from transformers import get_cosine_schedule_with_warmup
+from transformers import TrainerCallback, get_cosine_schedule_with_warmup
 
 from vqa.core.errors import UserError, run_main
+from vqa.training.callbacks import FrozenWeightsCheck, SWACallback
 from vqa.training.checkpointing import COMPLETE, CheckpointMarkerCallback
 from vqa.training.dataset import SetEpochCallback, TrainDataset
-from vqa.training.trainer import MAX_NON_FINITE, SCALER_START
+from vqa.training.loss import MAX_NON_FINITE, FiniteLossCheck
+from vqa.training.trainer import INITIAL_SCALE
 
 
 def optimizer(rate: float) -> torch.optim.Optimizer:
@@ -33,6 +35,26 @@ def test_the_learning_rate_is_held_from_the_step_at_which_swa_begins(make_traine
             schedule.step()
 
 
+def test_swa_averages_the_steps_that_have_its_learning_rate_also_after_skipped_steps(make_trainer):
+    trainer, ours, swa = make_trainer(swa_lr=5e-5, swa_start=0.5), optimizer(2e-4), SWACallback(0.5)
+    scheduler, state = trainer.create_scheduler(20, ours), SimpleNamespace(max_steps=20)
+    for step in range(1, 21):
+        skipped = step in (1, 2)  # by the fp16 scaler
+        held, updates = ours.param_groups[0]["lr"] == pytest.approx(5e-5, abs=1e-12), swa.updates
+        if not skipped:
+            ours.step()
+            scheduler.step()
+        scaled = SimpleNamespace(step_was_skipped=skipped)
+        swa.on_step_end(None, state, None, model=torch.nn.Linear(1, 1), optimizer=scaled)
+        assert (swa.updates > updates) == held, step
+    assert swa.updates == 8
+
+
+def test_the_data_seed_may_be_zero(make_trainer):
+    seeds = [make_trainer(data_seed=seed, seed=42)._get_train_sampler().seed for seed in (0, 7, None)]
+    assert seeds == [0, 7, 42]
+
+
 def test_losses_that_are_not_finite_stop_the_run_with_the_remedy(make_trainer, monkeypatch):
     trainer, seen = make_trainer(max_steps=50), []
 
@@ -43,19 +65,34 @@ def test_losses_that_are_not_finite_stop_the_run_with_the_remedy(make_trainer, m
     monkeypatch.setattr("vqa.training.trainer.answer_logits", broken)
     with pytest.raises(UserError, match=f"{MAX_NON_FINITE} times in a row, the last time for row_00") as error:
         trainer.train()
-    assert len(seen) == MAX_NON_FINITE and "lower the learning rate" in str(error.value)
+    assert len(seen) == MAX_NON_FINITE and "Lower the learning rate" in str(error.value)
 
 
-def test_a_single_loss_that_is_not_finite_does_not(make_trainer):
-    trainer = make_trainer()
+def test_a_single_loss_that_is_not_finite_does_not():
+    check = FiniteLossCheck()
     for value in [float("nan")] * (MAX_NON_FINITE - 1) + [1.0] + [float("inf")] * (MAX_NON_FINITE - 1):
-        trainer._check_finite(torch.tensor(value), ["row"])
+        check.add(torch.tensor(value), ["row"])
+        check.check(step=1)
+    check.add(torch.tensor(float("nan")), ["row"])
+    with pytest.raises(UserError, match="step 2: the loss was not finite"):
+        check.check(step=2)
+
+
+def test_losses_are_read_from_the_gpu_once_an_optimiser_step(make_trainer, monkeypatch):
+    """Reading a value makes the host wait for the GPU; here, the check of a step's losses is what reads them."""
+    trainer, calls = make_trainer(max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=1), []
+    check = trainer.loss_check.check
+    monkeypatch.setattr(
+        trainer.loss_check, "check", lambda step: (calls.append(len(trainer.loss_check.pending)), check(step))
+    )
+    trainer.train()
+    assert calls == [2, 2, 2] and not trainer.loss_check.pending
 
 
 def test_the_scaler_starts_where_the_first_steps_are_not_lost(make_trainer):
     handlers = make_trainer()._build_accelerator_args()["kwargs_handlers"]
-    assert [h.init_scale for h in handlers if isinstance(h, GradScalerKwargs)] == [SCALER_START]
-    assert SCALER_START < torch.amp.GradScaler("cpu").get_scale()
+    assert [h.init_scale for h in handlers if isinstance(h, GradScalerKwargs)] == [INITIAL_SCALE]
+    assert INITIAL_SCALE < torch.amp.GradScaler("cpu").get_scale()
 
 
 def test_skipped_steps_are_those_at_which_the_schedule_stood_still(make_trainer):
@@ -88,15 +125,18 @@ def test_choices_are_shuffled_anew_each_epoch_in_workers_that_outlive_it(rows):
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders[0])
 
 
-def test_a_run_that_changed_the_base_is_not_finished(make_trainer):
-    from train_fold import fingerprints, finish
+def test_a_run_that_changed_the_base_fails(make_trainer):
+    trainer = make_trainer([FrozenWeightsCheck()], max_steps=1)
+    trainer.train()
 
-    trainer = make_trainer()
-    before = fingerprints(trainer.model)
-    with torch.no_grad():
-        trainer.model.get_input_embeddings().weight[0, 0] += 1.0
-    with pytest.raises(RuntimeError, match="changed weights of the base"):
-        finish(trainer, before, 1.0, {})
+    class Careless(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                model.get_input_embeddings().weight[0, 0] += 1.0
+
+    trainer.add_callback(Careless())
+    with pytest.raises(RuntimeError, match="changed 1 frozen weights of the base model, first .*embed_tokens"):
+        trainer.train()
 
 
 def test_gpu_memory_that_runs_out_is_one_line(capsys):

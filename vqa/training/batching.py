@@ -1,12 +1,12 @@
-"""Which rows share a batch, and how many: rows of like length, and as many as the GPU's memory holds.
+"""How many rows go through the model at once: as many as GPU memory holds.
 
-What the args say is an optimiser step: `per_device_train_batch_size` times `gradient_accumulation_steps` rows. With
-`auto_batch` these rows are cut into the micro-batches that this GPU gets through quickest, and gradient checkpointing
+The args say how many rows an optimiser step has: `per_device_train_batch_size` times `gradient_accumulation_steps`.
+With `auto_batch` these rows are cut into the micro-batches that this GPU processes fastest, and gradient checkpointing
 is left out where its memory is not needed. The mean over the step's rows stays the same.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,23 +22,24 @@ from vqa.core.io import read_json, write_json
 from vqa.data.collator import Collator
 from vqa.data.images import image_tokens, target_size
 from vqa.data.prompt import LETTERS, build_messages, render_chat
+from vqa.data.rows import Row
 from vqa.training.memory import CUDA_BYTES, Batch, Setup, meta_model, training_peak
 from vqa.training.speed import measured_rate, seconds_a_batch
 
 
-def rows_per_step(args) -> int:
+def rows_per_step(args: RecipeArguments) -> int:
     """Rows of an optimiser step, on all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def split_batch(batch: dict, most: int) -> list[dict]:
-    """The batch in batches of at most `most` rows; image tensors, which hold all rows' images in a row, go along."""
+    """The batch in parts of at most `most` rows; image tensors hold all rows' images one after another."""
     rows = len(batch["ids"])
     if rows <= most:
         return [batch]
     patches = batch["image_grid_thw"].prod(1)
     sizes = [min(most, rows - start) for start in range(0, rows, most)]
-    parts = [{} for _ in sizes]
+    parts: list[dict] = [{} for _ in sizes]
     for key, value in batch.items():
         if key in ("pixel_values", "image_features"):
             along = 1 if key == "image_features" else 0
@@ -46,6 +47,8 @@ def split_batch(batch: dict, most: int) -> list[dict]:
             pieces = value.split([int(chunk.sum()) for chunk in of_rows.split(sizes)], dim=along)
         elif isinstance(value, torch.Tensor):
             pieces = value.split(sizes)
+        elif isinstance(value, int):
+            pieces = [value] * len(sizes)
         else:
             pieces = [value[start : start + most] for start in range(0, rows, most)]
         for part, piece in zip(parts, pieces):
@@ -53,46 +56,101 @@ def split_batch(batch: dict, most: int) -> list[dict]:
     return parts
 
 
-SLACK = 0.94  # of the memory: what the estimate may be short of, and blocks that do not fit together
+class MicroBatches:
+    """Runs each batch in one part, and in smaller equal parts once GPU memory has run out.
+
+    Only with `auto_batch`, in one process and on a GPU: other processes would wait for one that repeats its batch.
+    The smaller size is kept for the rest of the run, and for a resumed one (batch.json).
+    """
+
+    def __init__(self, args: RecipeArguments):
+        self.args, self.rows = args, args.per_device_train_batch_size
+        self.can_retry = args.auto_batch and args.world_size == 1 and args.device.type == "cuda"
+
+    def run(
+        self,
+        train: Callable[[dict], torch.Tensor],
+        batch: dict,
+        parameters: Sequence[torch.nn.Parameter],
+        step: int,
+    ) -> torch.Tensor:
+        """The sum of `train(part)`, which runs forward and backward passes and returns the loss, over the parts.
+
+        `parameters` are the trained ones. Their gradients from earlier batches of this step are set aside and added
+        at the end, so that a part that failed halfway leaves nothing behind and no gradient is copied.
+        """
+        if not self.can_retry:
+            return train(batch)
+        earlier = [parameter.grad for parameter in parameters]
+        while True:
+            for parameter in parameters:
+                parameter.grad = None
+            try:
+                loss = torch.stack([train(part) for part in split_batch(batch, self.rows)]).sum()
+                break
+            except torch.OutOfMemoryError:
+                if self.rows == 1:
+                    raise
+            self._shrink(step)
+        pairs = [(parameter, gradient) for parameter, gradient in zip(parameters, earlier) if gradient is not None]
+        for parameter, gradient in pairs:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return loss
+
+    def _shrink(self, step: int) -> None:
+        """Take the next smaller equal part of a batch from now on."""
+        size = self.args.per_device_train_batch_size
+        self.rows = max(rows for rows in range(1, self.rows) if size % rows == 0)
+        torch.cuda.empty_cache()
+        print(f"out of GPU memory at step {step}: continuing with {self.rows} rows at once")
+        config = {
+            "per_device_train_batch_size": self.rows,
+            "gradient_accumulation_steps": size // self.rows * self.args.gradient_accumulation_steps,
+            "gradient_checkpointing": self.args.gradient_checkpointing,
+        }
+        write_json(Path(self.args.output_dir, RECORD), config)
 
 
-RECORD = "batch.json"  # in the fold's folder: a run that goes on keeps the batches that it began with
+SLACK = 0.94  # of the memory: the estimate may be short, and free blocks may be too small
+
+RECORD = "batch.json"  # in the fold's folder: a resumed run keeps the micro-batches that it began with
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each row, text and image together, and of its image alone; `patches` that make an image token."""
+    """Tokens of each row, text and image together, and of its image alone; `patches` make an image token."""
 
     tokens: np.ndarray
     image_tokens: np.ndarray
     patches: int
 
-    def batch(self, rows: int, statistic=np.max) -> Batch:
+    def batch(self, rows: int, statistic: Callable[[np.ndarray], float] = np.max) -> Batch:
+        """A batch of `rows` rows, all as long as the longest row (or another statistic of the lengths)."""
         return Batch(rows, int(statistic(self.tokens)), self.patches * int(statistic(self.image_tokens)))
 
 
 def count_tokens(
-    rows: Sequence[dict], collate: Collator, sizes: Mapping[str, tuple[int, int]], show: bool = True
+    rows: Sequence[Row], collate: Collator, sizes: Mapping[str, tuple[int, int]], show: bool = True
 ) -> Lengths:
-    """How long the rows are as the model reads them, answers included, without decoding an image.
+    """The tokens of each row with its answer, counted without decoding an image.
 
-    `sizes`: image -> (width, height) of it upright, of every image that the rows show. Of several wordings of a
-    question the longest counts: which one an epoch asks is drawn later.
+    `sizes` has the upright (width, height) of every image of the rows. Of a question and its paraphrases the longest
+    counts, since each epoch draws one.
     """
     image_tokens = count_image_tokens(sizes, collate)
     bar = tqdm(rows, desc="counting tokens", unit=" rows", leave=False, disable=not show)
-    asked = (row | {"question": max([row["question"], *row.get("paraphrases", [])], key=len)} for row in bar)
-    chats = (build_messages(row, {"type": "image"}, collate.instruction, collate.special) for row in asked)
+    longest = ({**row, "question": max([row["question"], *row.get("paraphrases", [])], key=len)} for row in bar)
+    chats = (build_messages(row, {"type": "image"}, collate.instruction, collate.special) for row in longest)
     texts = (render_chat(collate.processor, chat, LETTERS[0]) for chat in chats)
-    some = iter(lambda: list(itertools.islice(texts, 1000)), [])  # not all at once: only the counts are kept
+    chunks = iter(lambda: list(itertools.islice(texts, 1000)), [])  # not all at once: only the counts are kept
     tokenizer = collate.processor.tokenizer
-    text_tokens = np.array([len(ids) - 1 for part in some for ids in tokenizer(part).input_ids])  # 1: <|image_pad|>
+    text_tokens = np.array([len(ids) - 1 for chunk in chunks for ids in tokenizer(chunk).input_ids])  # - <|image_pad|>
     of_images = np.array([image_tokens[row["image"]] for row in rows])
     return Lengths(text_tokens + of_images, of_images, collate.processor.image_processor.merge_size**2)
 
 
 def count_image_tokens(sizes: Mapping[str, tuple[int, int]], collate: Collator) -> dict[str, int]:
-    """Image -> tokens that the pixel budget gives it."""
+    """Image -> its number of tokens at the collator's image size."""
     patch = collate.processor.image_processor.patch_size
     grids = {path: target_size(*size, collate.image_size, patch=patch) for path, size in sizes.items()}
     return {path: image_tokens(*grid, patch) for path, grid in grids.items()}
@@ -103,37 +161,36 @@ def choose_batch_config(
 ) -> dict[str, int | bool]:
     """Micro-batch, accumulation and checkpointing for this GPU, as fields of the recipe; empty without `auto_batch`.
 
-    `encodes_images`: whether training runs the vision tower, whose features are not stored.
+    `encodes_images`: whether training runs the vision tower, because its features are not stored.
     """
     record = Path(recipe.output_dir, RECORD)
     if recipe.resume_from_checkpoint and record.is_file():
         return read_json(record)
     if not recipe.auto_batch or not torch.cuda.is_available():
         return {}
-    dtype = model_dtype(recipe.fp16, recipe.bf16)
-    setup = make_setup(model_args, recipe, meta_model(model_args, dtype))
+    setup = make_setup(model_args, recipe, meta_model(model_args, model_dtype(recipe.fp16, recipe.bf16)))
     lengths = lengths if encodes_images else replace(lengths, patches=0)
-    rate = measured_rate(setup)
     rows = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    fields = choose_micro_batch(setup, lengths, rows, SLACK * memory_room(), rate, recipe.wants_checkpointing)
-    write_json(record, fields)
-    return fields
+    room = SLACK * available_memory()
+    config = choose_micro_batch(setup, lengths, rows, room, measured_rate(setup), recipe.wants_checkpointing)
+    write_json(record, config)
+    return config
 
 
 def make_setup(args: ModelArguments, recipe: RecipeArguments, model: PeftModel) -> Setup:
-    """What a run holds in memory beside its batches."""
+    """What a run holds in memory besides its batches."""
     averages = (recipe.ema_decay > 0) + (recipe.swa_start is not None)
     return Setup(model, args.load_in_4bit, bool(recipe.gradient_checkpointing), recipe.optim.value, averages)
 
 
-def apply_batch_config(recipe: RecipeArguments, fields: dict[str, int | bool]) -> None:
-    """Set what `fit_batches` found in the recipe."""
-    for name, value in fields.items():
+def apply_batch_config(recipe: RecipeArguments, config: dict[str, int | bool]) -> None:
+    """Set the fields that `choose_batch_config` chose."""
+    for name, value in config.items():
         recipe.set_checkpointing(value) if name == "gradient_checkpointing" else setattr(recipe, name, value)
 
 
-def memory_room() -> int:
-    """Bytes that torch may allocate on this GPU, as far as this process was not limited to a share of it."""
+def available_memory() -> int:
+    """Bytes that torch may allocate on this GPU; fewer where the process was limited to a share of it."""
     total = torch.cuda.get_device_properties(0).total_memory
     return int(min(total - CUDA_BYTES, total * torch.cuda.get_per_process_memory_fraction()))
 
@@ -141,21 +198,22 @@ def memory_room() -> int:
 def choose_micro_batch(
     setup: Setup, lengths: Lengths, rows: int, room: float, rate: float, checkpointing: bool | None
 ) -> dict[str, int | bool]:
-    """The way through `rows` rows of a step that takes the fewest seconds of those that fit into `room` bytes.
+    """The fastest way through the `rows` rows of a step that fits into `room` bytes.
 
-    Judged by the longest rows; where nothing fits by the estimate, one row at a time with checkpointing is tried.
-    `checkpointing`: None leaves it open. `rate` is the GPU's, in operations a second.
+    The longest rows are what has to fit. Where nothing fits by the estimate, one row at a time with checkpointing is
+    tried. `checkpointing` None leaves it open. `rate` is the GPU's, in operations a second.
     """
-    ways = []
-    for micro in (size for size in range(1, rows + 1) if rows % size == 0):
-        batch = lengths.batch(micro)
-        for recomputed in (False, True) if checkpointing is None else (checkpointing,):
-            way = replace(setup, checkpointing=recomputed)
-            if training_peak(way, batch) <= room:
-                ways.append((rows // micro * seconds_a_batch(way, batch, True, rate), -micro, recomputed))
-    _, size, recomputed = min(ways, default=(0, -1, checkpointing is not False))
+    fitting = []
+    for size in (size for size in range(1, rows + 1) if rows % size == 0):
+        batch = lengths.batch(size)
+        for recompute in (False, True) if checkpointing is None else (checkpointing,):
+            candidate = replace(setup, checkpointing=recompute)
+            if training_peak(candidate, batch) <= room:
+                seconds = rows // size * seconds_a_batch(candidate, batch, True, rate)
+                fitting.append((seconds, -size, recompute))  # of equal times the larger batch
+    _, negative_size, recompute = min(fitting, default=(0, -1, checkpointing is not False))
     return {
-        "per_device_train_batch_size": -size,
-        "gradient_accumulation_steps": rows // -size,
-        "gradient_checkpointing": recomputed,
+        "per_device_train_batch_size": -negative_size,
+        "gradient_accumulation_steps": rows // -negative_size,
+        "gradient_checkpointing": recompute,
     }

@@ -1,9 +1,9 @@
-"""EMA and SWA of the trainable weights, as TrainerCallbacks.
+"""TrainerCallbacks: EMA and SWA of the trainable weights, readable log lines, and the check of the frozen base.
 
     ema = EMACallback(decay=0.99)
     swa = SWACallback(start=0.5)
     Trainer(..., callbacks=[ema, swa])
-    with ema.applied(model):     # the model holds the average here, its own weights again afterwards
+    with ema.average_parameters(model):     # the model holds the average here, its own weights again afterwards
         ...
 
 Only the trainable parameters are averaged, by name and in float32: eight bytes a parameter of the adapter for both,
@@ -16,40 +16,44 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
 
+from vqa.core.compat import foreach_lerp_
 from vqa.core.distributed import full_tensor, shard_like
 
 
 class WeightAverage(TrainerCallback):
-    """A running average of the trainable weights; what kind of average it is, is the subclass's `weight`.
+    """A running average of the trainable weights; a subclass's `weight` makes it an EMA or an SWA.
 
-    The average is written into every checkpoint (`<name>.safetensors`) and read back when a run resumes.
+    Steps that the fp16 loss scaler skipped changed nothing and do not count: `steps` are those that were taken, as
+    the learning rate's schedule counts them. The average is written into every checkpoint (`<name>.safetensors`) and
+    read back when a run resumes.
     """
 
     name: str
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.average: dict[str, torch.Tensor] = {}
-        self.updates = 0
+        self.steps = self.updates = 0
 
     def weight(self) -> float:
         """Share of the current weights in the next average, given the number of updates so far; 1 copies them."""
         raise NotImplementedError
 
-    def is_due(self, args, state) -> bool:
-        """Whether the optimiser step that just ended is one to average."""
+    def is_due(self, max_steps: int) -> bool:
+        """Whether the step that was just taken, number `self.steps` of at most `max_steps`, is averaged."""
         return True
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module) -> None:
         """average += weight * (current - average), for each trainable parameter."""
-        weight = self.weight()
-        for name, parameter in trainable_parameters(model):
-            if name not in self.average:
-                self.average[name] = parameter.detach().float().clone()
-            else:
-                self.average[name].lerp_(parameter.detach().float(), weight)
+        current = {name: parameter.detach().float() for name, parameter in trainable_parameters(model)}
+        if self.average:
+            averages = [self.average[name] for name in current]
+            foreach_lerp_(averages, list(current.values()), self.weight())  # as in torch.optim.swa_utils
+        else:
+            self.average = {name: tensor.clone() for name, tensor in current.items()}
         self.updates += 1
 
     @contextmanager
@@ -64,27 +68,31 @@ class WeightAverage(TrainerCallback):
     @torch.no_grad()
     def _swap(self, model: torch.nn.Module) -> None:
         for name, parameter in trainable_parameters(model):
-            held = parameter.detach().float().clone()
+            own = parameter.detach().float().clone()
             parameter.copy_(self.average[name])
-            self.average[name] = held
+            self.average[name] = own
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step:  # a resumed run
             tensors = load_file(Path(args.resume_from_checkpoint, self.file_name))
             self.updates = int(tensors.pop("updates"))
+            # Earlier releases counted the Trainer's steps.
+            self.steps = int(tensors.pop("steps", state.global_step))
             parameters = dict(trainable_parameters(model))
             self.average = {name: shard_like(parameters[name], tensor) for name, tensor in tensors.items()}
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        # A step that the fp16 loss scaler skipped changed nothing, so it does not count.
-        if not getattr(optimizer, "step_was_skipped", False) and self.is_due(args, state):
-            self.update(model)
+        if not getattr(optimizer, "step_was_skipped", False):
+            self.steps += 1
+            if self.is_due(state.max_steps):
+                self.update(model)
 
     def on_save(self, args, state, control, **kwargs):
         average = {name: full_tensor(tensor) for name, tensor in self.average.items()}
         if state.is_world_process_zero:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")  # there already: the Trainer made it
-            save_file(average | {"updates": torch.tensor(self.updates)}, folder / self.file_name)
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")  # the Trainer made it just before
+            counts = {"updates": torch.tensor(self.updates), "steps": torch.tensor(self.steps)}
+            save_file(average | counts, folder / self.file_name)
 
     @property
     def file_name(self) -> str:
@@ -125,8 +133,8 @@ class SWACallback(WeightAverage):
     def weight(self) -> float:
         return 1.0 / (self.updates + 1)
 
-    def is_due(self, args, state) -> bool:
-        since = state.global_step - swa_start_step(self.start, state.max_steps)
+    def is_due(self, max_steps: int) -> bool:
+        since = self.steps - swa_start_step(self.start, max_steps)
         return since >= 0 and since % self.every == 0
 
 
@@ -138,3 +146,52 @@ def swa_start_step(start: float, steps: int) -> int:
 def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """(name, parameter) of what is trained, named as in the bare model whatever wraps it."""
     return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+class FrozenWeightsCheck(TrainerCallback):
+    """Fails a run that changed a weight which is not trained.
+
+    Compares the sum of each tensor's bytes before and after training. That takes milliseconds on a GPU and finds any
+    update of a tensor by an optimiser; only a change that keeps the sum, such as two swapped bytes, goes unnoticed.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.before = byte_sums(model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        after = byte_sums(model)
+        if changed := [name for name, total in self.before.items() if after[name] != total]:
+            raise RuntimeError(f"training changed {len(changed)} frozen weights of the base model, first {changed[0]}")
+
+
+def byte_sums(model: torch.nn.Module) -> dict[str, int]:
+    """Name -> sum of its bytes, of each parameter that is not trained. Under FSDP all processes have to call it."""
+    frozen = {name.removeprefix("module."): p for name, p in model.named_parameters() if not p.requires_grad}
+    sums = [full_tensor(p).detach().flatten().view(torch.uint8).sum() for p in frozen.values()]
+    return dict(zip(frozen, torch.stack(sums).tolist())) if sums else {}
+
+
+class LogCallback(TrainerCallback):
+    """Prints each log of the Trainer as one line.
+
+    fold0  step 25/69  loss 0.812  lr 1.9e-04
+    fold0  step 69/69  accuracy 0.714  log_loss 0.752  ema_accuracy 0.721  ema_log_loss 0.744
+    """
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        scores = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+        parts = [f"{name} {value:.3f}" for name, value in scores.items()]
+        if "loss" in logs:
+            parts = [f"loss {logs['loss']:.3g}", f"lr {logs['learning_rate']:.2g}"]
+            if logs.get("skipped_steps"):
+                parts.append(f"skipped steps {logs['skipped_steps']}")
+        if parts and state.is_world_process_zero:  # the Trainer's last log, of its speed, has neither
+            place = f"{Path(args.output_dir).name}  step {state.global_step}/{state.max_steps}"
+            tqdm.write("  ".join([place, *parts]))  # above the progress bar, if there is one
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bar without its dicts of logs: LogCallback prints those."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass

@@ -1,4 +1,4 @@
-"""Going on with a run that was cut off: whole checkpoints only, and a stop before the notebook dies."""
+"""Resuming a run that was cut off: complete checkpoints only, and a stop before the time limit."""
 
 import os
 import time
@@ -10,17 +10,16 @@ from transformers import TrainerCallback
 
 from vqa.core.errors import UserError
 
-COMPLETE = "complete"  # written last into a checkpoint folder; one without it was cut off while being written
-
+COMPLETE = "complete"  # written last into a checkpoint folder; without it, the checkpoint was cut off while written
 
 STARTED = time.time()
 
 
 class CheckpointMarkerCallback(TrainerCallback):
-    """Marks a checkpoint as whole. Has to come after the callbacks that write into it, such as the averages.
+    """Marks a checkpoint as complete. Has to come after the callbacks that write into it, such as the averages.
 
-    And where epochs are evaluated but steps saved, the checkpoint of an epoch's last step is written after that
-    evaluation, as everywhere else: a run that goes on from a checkpoint has been evaluated at its step.
+    Where epochs are evaluated but steps saved, the checkpoint of an epoch's last step is written after the
+    evaluation, as everywhere else: a resumed run has been evaluated at its step.
     """
 
     deferred = False
@@ -40,20 +39,22 @@ class CheckpointMarkerCallback(TrainerCallback):
 
 
 def checkpoint_to_resume(wanted: str | None, folder: str | Path) -> str | None:
-    """The checkpoint that the args name; with `auto` the newest whole one in the fold's folder, if there is one."""
+    """The checkpoint that the args name; for `auto` the newest complete one in the fold's folder, if there is one."""
     if wanted == "auto":
-        whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
-        newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+        complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
+        newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
         wanted = newest and str(newest)
     if not wanted:
         return None
     if not Path(wanted, COMPLETE).is_file():
-        raise UserError(f"resume_from_checkpoint: {wanted} is not a checkpoint folder, or not a whole one; try `auto`")
-    wrote, here = Path(wanted, COMPLETE).read_text(), PartialState().num_processes
-    if wrote and int(wrote) != here:  # the Trainer would count steps and rows otherwise, without a word
         raise UserError(
-            f"{wanted} was written by {wrote} processes and this run has {here}; go on with `accelerate launch "
-            f"--num_processes {wrote}`, or remove the folder {Path(wanted).parent} to begin anew"
+            f"resume_from_checkpoint: {wanted} is not a checkpoint folder, or not a complete one. Try auto."
+        )
+    saved, now = Path(wanted, COMPLETE).read_text(), PartialState().num_processes
+    if saved and int(saved) != now:  # the Trainer would silently count steps and rows in another way
+        raise UserError(
+            f"{wanted} was written by {saved} processes and this run has {now}. Resume it with `accelerate launch "
+            f"--num_processes {saved}`, or delete {Path(wanted).parent} to start over."
         )
     return wanted
 
@@ -63,12 +64,12 @@ def is_epoch_end(state) -> bool:
 
 
 class TimeLimitCallback(TrainerCallback):
-    """Stops the run, with a checkpoint, before `max_hours` have passed; `stopped` then says so. None: never.
+    """Stops the run, with a checkpoint, before `max_hours` have passed, and sets `stopped`. None: no limit.
 
-    Hours count from the start of run.sh (`RUN_STARTED`, seconds since 1970), otherwise of this process. What the next
-    step and an evaluation may take, judged by the longest so far, has to fit in; before the first evaluation it is
-    taken to be as long as `evaluation_steps` steps. A stop adds no evaluation, so that the run goes on as if it had
-    never been stopped.
+    Hours count from the start of run.sh (`RUN_STARTED`, seconds since 1970), otherwise of this process. The longest
+    step and the longest evaluation so far have to fit into the time left; before the first evaluation, it is assumed
+    to take as long as `evaluation_steps` steps. A stop adds no evaluation, so that the resumed run is the same as one
+    that was never stopped.
     """
 
     def __init__(self, max_hours: float | None, evaluation_steps: float = 0.0):
@@ -76,11 +77,11 @@ class TimeLimitCallback(TrainerCallback):
         self.deadline = float(os.environ.get("RUN_STARTED", STARTED)) + 3600 * hours
         self.evaluation_steps = evaluation_steps
         self.stopped = False
-        self.last = time.time()  # the end of whatever came last
+        self.last = time.time()  # the end of the latest step, evaluation or save
         self.longest_step = self.longest_evaluation = 0.0
 
     def is_late(self) -> bool:
-        """Whether the next step and an evaluation may not end in time."""
+        """Whether the next step and an evaluation may end after the time limit."""
         evaluation = self.longest_evaluation or self.evaluation_steps * self.longest_step
         return time.time() + 2 * self.longest_step + evaluation > self.deadline
 
@@ -102,5 +103,5 @@ class TimeLimitCallback(TrainerCallback):
         self.last = time.time()
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopped and not is_epoch_end(state):  # the Trainer takes any stop for the end of an epoch
+        if self.stopped and not is_epoch_end(state):  # the Trainer treats any stop as the end of an epoch
             control.should_evaluate = control.should_save = False

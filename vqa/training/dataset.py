@@ -1,4 +1,4 @@
-"""The training rows as a Dataset, and the sampler that sorts each optimiser step by length."""
+"""The training rows as a Dataset, and the sampler that sorts the rows of each optimiser step by length."""
 
 import random
 from collections.abc import Iterator
@@ -7,21 +7,24 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from vqa.data.rows import Row
+
 
 class TrainDataset(torch.utils.data.Dataset):
-    """Training rows; each asks its question in one of its wordings and, with `shuffle`, shows its choices in an order
-    that are drawn from seed, row and epoch alone.
+    """Training rows, augmented by draws from seed, row id and epoch alone.
+
+    Each epoch draws one of a row's question and paraphrases, and with `shuffle` a permutation of its choices.
     """
 
-    def __init__(self, rows: list[dict], shuffle: bool, seed: int):
+    def __init__(self, rows: list[Row], shuffle: bool, seed: int):
         self.rows, self.shuffle, self.seed = rows, shuffle, seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive an epoch
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with workers that outlive an epoch
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict:
-        row = dict(self.rows[index])
+    def __getitem__(self, index: int) -> Row:
+        row = self.rows[index].copy()
         draw = random.Random(f"{self.seed} {row['id']} {int(self.epoch)}")
         if self.shuffle:
             row["permutation"] = list(range(len(row["choices"])))
@@ -32,7 +35,7 @@ class TrainDataset(torch.utils.data.Dataset):
 
 
 class SetEpochCallback(TrainerCallback):
-    """Tells the training rows which epoch it is: accelerate tells only the sampler."""
+    """Sets the epoch of the training rows: accelerate sets only the sampler's."""
 
     def __init__(self, rows: TrainDataset):
         self.rows = rows
@@ -42,13 +45,17 @@ class SetEpochCallback(TrainerCallback):
 
 
 class LengthSortedSampler(torch.utils.data.Sampler):
-    """An epoch's rows at random, drawn by seed and epoch alone, those of each optimiser step from short to long.
+    """An epoch's rows in random order, drawn by seed and epoch alone; the rows of a step are sorted by length.
 
-    So the step's micro-batches pad little, and its gradient is that of any random step. Steps of like rows would pad
-    less, but rows of like length are rows of like questions, and the model learns worse from them (EXPERIMENTS.md).
+    So the micro-batches of a step need little padding, and the step's gradient is that of random rows. Sorting the
+    whole epoch would pad less, but rows of similar length have similar questions, and the model learns worse from
+    them (EXPERIMENTS.md).
 
-    Args: `lengths`, tokens of each row; `rows`, of an optimiser step on all processes; `epoch`, int64 (), which is
-    told from outside: accelerate does not reach the sampler of several processes that go on from a checkpoint.
+    Args:
+        lengths: tokens of each row.
+        rows: number of rows of an optimiser step on all processes.
+        seed: of the draws.
+        epoch: int64 (), set from outside: accelerate does not reach the sampler of several processes that resume.
     """
 
     def __init__(self, lengths: np.ndarray, rows: int, seed: int, epoch: torch.Tensor):

@@ -1,0 +1,156 @@
+"""One run, which is one fold to train: its arguments and rows, whether its folder is finished, and its metrics."""
+
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+
+from vqa.config.arguments import DataArguments, ModelArguments
+from vqa.config.parser import field_names, non_default_fields, parse_arguments
+from vqa.config.recipe import RecipeArguments
+from vqa.core.errors import UserError, preview
+from vqa.core.io import read_json, write_json
+from vqa.data.predictions import join
+from vqa.data.rows import Row, read_rows
+from vqa.data.splits import rows_fingerprint, split_rows
+from vqa.evaluation.experiment_log import log_run
+from vqa.evaluation.labels import Labels
+from vqa.evaluation.metrics import score_with_interval
+from vqa.evaluation.oof import weights_folder
+
+# Fields that may differ when a run is resumed: they change where and how fast it runs, not its result.
+RESUME_SAFE_FIELDS = {
+    "disable_tqdm",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "logging_steps",
+    "max_hours",
+    "output_dir",
+    "per_device_eval_batch_size",
+    "report_to",
+    "resume_from_checkpoint",
+    "save_total_limit",
+    "test_csv",
+    "vision_cache",
+    "vision_cache_dir",
+    "vision_cache_gb",
+}
+# What releases before a field existed did, where that is not the field's default. Add to it with such a field.
+OLD_DEFAULTS: dict = {}
+# Fields that the runs of one command have in common, since they share the loaded base model.
+SHARED_FIELDS = ("model", "load_in_4bit", "trust_remote_code", "fp16", "bf16", "use_cpu", "full_determinism")
+
+
+@dataclass
+class FoldRun:
+    """The arguments of one fold and its rows. `config` is an args file that repeats the run."""
+
+    model_args: ModelArguments
+    data: DataArguments
+    recipe: RecipeArguments
+    config: dict
+    train_rows: list[Row] = field(default_factory=list)
+    valid_rows: list[Row] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+    def read_rows(self) -> tuple[list[Row], list[Row]]:
+        """(training rows, validation rows), read from train_csv."""
+        rows = read_rows(self.data.train_csv, self.data.image_root, with_answer=True)
+        return split_rows(rows, self.data, self.recipe.seed)
+
+    def rows_fingerprint(self) -> str:
+        return rows_fingerprint(self.train_rows, self.valid_rows)
+
+    def is_finished(self) -> bool:
+        """Whether the folder has this very run, complete. Raises UserError where it has another one."""
+        if not (self.folder / "args.json").is_file():
+            return False
+        changed = changed_fields(read_json(self.folder / "args.json"), self.config)
+        if not changed and (self.folder / "rows.json").is_file():
+            rows = read_json(self.folder / "rows.json")  # an older release's has no version: it hashed image paths
+            same_rows = "version" not in rows or rows["fingerprint"] == self.rows_fingerprint()
+            changed = [] if same_rows else ["split or other rows"]
+        if changed:
+            raise UserError(
+                f"{self.folder} already contains a run with a different {preview(changed)}. Resume it with its "
+                "original settings, choose another --output_dir, or delete the folder."
+            )
+        if not self.recipe.resume_from_checkpoint:
+            raise UserError(
+                f"{self.folder} already contains this run. Add --resume_from_checkpoint auto to continue it, choose "
+                "another --output_dir, or delete the folder."
+            )
+        return (self.folder / "metrics.json").is_file()
+
+    def write_config(self) -> None:
+        """Write what `is_finished` compares with."""
+        write_json(self.folder / "args.json", self.config)
+        write_json(self.folder / "rows.json", {"version": 2, "fingerprint": self.rows_fingerprint()})
+
+    def write_metrics(self, metrics: dict) -> None:
+        """Add the run to the experiment log and write metrics.json, the last file: it marks the fold as complete."""
+        metrics["run"] = log_training(self.folder, metrics, self.config)
+        write_json(self.folder / "metrics.json", metrics)
+
+
+def parse_runs(argv: list[str], description: str) -> list[FoldRun]:
+    """The runs of `[ARGS.json ...] [--field value ...]`, one for each args file; the flags hold for all of them.
+
+    Raises UserError where they cannot share a process.
+    """
+    files = list(takewhile(lambda word: not word.startswith("-"), argv))
+    flags = argv[len(files) :]
+    runs = [FoldRun(*parse_arguments([*file, *flags], description)) for file in ([f] for f in files)]
+    runs = runs or [FoldRun(*parse_arguments(flags, description))]
+    for file, run in zip(files[1:], runs[1:]):
+        differing = [name for name in SHARED_FIELDS if run.config.get(name) != runs[0].config.get(name)]
+        if differing:
+            raise UserError(
+                f"{files[0]} and {file} differ in {preview(differing)}, but the args files of one command share the "
+                "loaded base model. Train them by separate commands."
+            )
+        if run.recipe.resume_from_checkpoint not in (None, "auto"):
+            raise UserError("resume_from_checkpoint names one checkpoint for several args files. Use auto.")
+    if len({run.folder.resolve() for run in runs}) < len(runs):
+        raise UserError("several args files have the same output_dir. Leave out --output_dir: each has its own.")
+    for run in runs:
+        run.config |= {"resume_from_checkpoint": None, "max_hours": None}  # of this session, not of the run
+    return runs
+
+
+def changed_fields(before: dict, config: dict) -> list[str]:
+    """Names of the fields that differ between two configs, except those of RESUME_SAFE_FIELDS.
+
+    Either may come from an earlier release. A field that it lacks counts as OLD_DEFAULTS says, or as the default;
+    fields that do not exist any more are left out.
+    """
+    known = field_names() - RESUME_SAFE_FIELDS
+    configs = [{key: value for key, value in (OLD_DEFAULTS | c).items() if key in known} for c in (before, config)]
+    old, new = (non_default_fields(c) for c in configs)
+    return sorted(key for key in old.keys() | new.keys() if (key in old, old.get(key)) != (key in new, new.get(key)))
+
+
+def log_training(folder: Path, metrics: dict, config: dict) -> str:
+    """Add a run to the experiment log; returns its id there.
+
+    The scores of each set of weights get their number of rows and the interval of their accuracy.
+    """
+    labels, oof = Labels(config["train_csv"]), {}
+    for name, scores in metrics["weights"].items():
+        ids, (probabilities,) = join([weights_folder(folder, name) / "oof.csv"])
+        oof[name] = ids, probabilities
+        scores |= score_with_interval(probabilities, labels.answers(ids), labels.clusters(ids))
+    return log_run(
+        "training",
+        folder,
+        non_default_fields(config),
+        metrics["seconds"],
+        metrics["fingerprints"]["rows"],
+        metrics["weights"].get(metrics["best"]),
+        config["train_csv"],
+        oof.get(metrics["best"]),
+    )

@@ -1,0 +1,88 @@
+"""The loss of training: cross-entropy at the answer's tokens, as pure functions of logits and a batch."""
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from vqa.core.errors import UserError, preview
+from vqa.data.collator import IGNORE
+from vqa.inference.scoring import letter_logits
+
+MAX_NON_FINITE = 5
+
+
+def answer_loss(
+    logits: torch.Tensor, batch: Mapping[str, torch.Tensor], letter_ids: torch.Tensor, kind: str
+) -> torch.Tensor:
+    """Loss of each row, float32 (rows,).
+
+    Args:
+        logits: float32 (rows, answer tokens, vocabulary); column i predicts the i-th token of the answer.
+        batch: what the collator returns for rows with answers.
+        letter_ids: int64 (10,), the token id of each letter, on the device of the logits.
+        kind: "token" or "letter", as the recipe's field `loss`.
+    """
+    if kind == "letter":
+        return letter_loss(logits[:, 0], batch["offered"], letter_ids, batch["answer"], batch.get("target"))
+    return token_loss(logits, batch["labels"][:, -logits.shape[1] :], letter_ids, batch.get("target"))
+
+
+def letter_loss(
+    logits: torch.Tensor,
+    offered: torch.Tensor,
+    letter_ids: torch.Tensor,
+    answer: torch.Tensor,
+    target: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross-entropy (rows,) over the letters that a row offers, from logits (rows, vocabulary) at the letter.
+
+    `answer` (rows,) is the index of the right letter; a soft `target` (rows, 10) takes its place.
+    """
+    letters = letter_logits(logits, letter_ids, offered)
+    if target is None:
+        return cross_entropy(letters, answer, reduction="none")
+    letters = letters.clamp(min=torch.finfo(letters.dtype).min)  # 0 * log(0) has to be 0, not NaN
+    return cross_entropy(letters, target, reduction="none")
+
+
+def token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, letter_ids: torch.Tensor, target: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy (rows,) over the vocabulary at the labels (rows, tokens), as in language modelling.
+
+    With a soft `target` (rows, 10), the first token's label is that distribution over the letters.
+    """
+    losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+    if target is not None:
+        vocabulary = torch.zeros_like(logits[:, 0]).index_copy(1, letter_ids, target)
+        letter = cross_entropy(logits[:, 0], vocabulary, reduction="none")
+        losses = torch.cat([letter[:, None], losses[:, 1:]], dim=1)
+    return losses.sum(1) / (labels != IGNORE).sum(1)
+
+
+class FiniteLossCheck:
+    """Stops a run whose loss is not finite several times in a row; the fp16 scaler skips such steps silently.
+
+    Losses stay on the GPU until `check`, which waits for it: call it once an optimiser step, not once a batch.
+    """
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[torch.Tensor, list[str]]] = []
+        self.in_a_row = 0
+
+    def add(self, loss: torch.Tensor, ids: list[str]) -> None:
+        """Note the loss, a scalar, of the rows `ids`."""
+        self.pending.append((loss.detach().isfinite(), ids))
+
+    def check(self, step: int) -> None:
+        """Raise UserError where MAX_NON_FINITE losses in a row, up to those of this step, were not finite."""
+        finite = torch.stack([flag for flag, _ in self.pending]).tolist() if self.pending else []
+        for is_finite, (_, ids) in zip(finite, self.pending):
+            self.in_a_row = 0 if is_finite else self.in_a_row + 1
+            if self.in_a_row == MAX_NON_FINITE:
+                raise UserError(
+                    f"step {step}: the loss was not finite {MAX_NON_FINITE} times in a row, the last time for "
+                    f"{preview(ids)}. Lower the learning rate, resume an earlier checkpoint, or use bf16."
+                )
+        self.pending.clear()

@@ -1,0 +1,90 @@
+"""What the folds of one process share: the base model, its processor, its fingerprints and the stored features."""
+
+import gc
+from functools import cached_property
+
+import torch
+from peft import PeftModel
+from transformers import enable_full_determinism, set_seed
+
+from vqa.config.arguments import DataArguments, ModelArguments
+from vqa.config.recipe import RecipeArguments
+from vqa.core.compat import is_fsdp_launch
+from vqa.core.dtypes import model_dtype
+from vqa.core.hashing import checkpoint_fingerprint, frozen_fingerprint, trainable_fingerprint
+from vqa.data.prompt import letter_ids
+from vqa.data.rows import Row
+from vqa.modeling.feature_store import FeatureStore, open_feature_store
+from vqa.modeling.loading import add_adapter, load_base, load_processor
+
+
+class SharedBase:
+    """Lends the frozen base model to one fold after another, each with a fresh adapter.
+
+    A fold trained here has the same bytes as one trained in a process of its own: the adapter is drawn right after
+    seeding, and removing it leaves the base as it was loaded. FSDP splits the base for good, so there it is loaded
+    for each fold.
+    """
+
+    def __init__(self, model_args: ModelArguments, recipe: RecipeArguments):
+        self.model_args = model_args
+        self.dtype = model_dtype(recipe.fp16, recipe.bf16)
+        self.base: torch.nn.Module | None = None
+        self.adapted: PeftModel | None = None
+        self.stores: dict[tuple, FeatureStore | None] = {}
+        self.base_fingerprints: dict[str, str] = {}
+
+    @cached_property
+    def processor(self):
+        return load_processor(self.model_args.model, self.model_args.trust_remote_code)
+
+    @cached_property
+    def letter_ids(self) -> list[int]:
+        """The token id of each letter."""
+        return letter_ids(self.processor)
+
+    def add_adapter(self, args: ModelArguments, recipe: RecipeArguments) -> PeftModel:
+        """The base with a fresh adapter, drawn by the recipe's seed."""
+        seed_everything(recipe)
+        if self.base is None:
+            self.base = load_base(args.model, args.load_in_4bit, self.dtype, args.trust_remote_code)
+            set_seed(recipe.seed)  # whatever loading has drawn
+        self.adapted = add_adapter(self.base, args.lora_rank, args.lora_alpha, args.lora_dropout)
+        return self.adapted
+
+    def remove_adapter(self) -> None:
+        """Take the adapter away after a fold, and free what its Trainer held."""
+        if is_fsdp_launch():
+            self.base = None
+        elif self.adapted is not None:
+            self.base = self.adapted.unload()
+            self.base.gradient_checkpointing_disable()  # PEFT prepares the model for it if it finds it on
+        self.adapted = None
+        gc.collect()  # a Trainer refers to itself
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def features(self, data: DataArguments, rows: list[Row], show: bool) -> FeatureStore | None:
+        """The store with the image features of `rows`, opened once for the folds that have the same settings."""
+        key = (data.vision_cache, data.vision_cache_dir, data.vision_cache_gb, data.image_size)
+        if key not in self.stores:
+            self.stores[key] = open_feature_store(self.adapted, self.processor, data, [rows], show)
+        elif store := self.stores[key]:
+            store.add(self.adapted, rows, show)
+        return self.stores[key]
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the base as loaded and of the fresh adapter, and a fingerprint of the base's files.
+
+        To call before training, on the main process only. The base is hashed once: FrozenWeightsCheck makes sure
+        that no fold changes it.
+        """
+        if not self.base_fingerprints:
+            files = checkpoint_fingerprint(self.model_args.model)
+            self.base_fingerprints = {"base": frozen_fingerprint(self.adapted), "files": files}
+        return self.base_fingerprints | {"initial_adapter": trainable_fingerprint(self.adapted)}
+
+
+def seed_everything(recipe: RecipeArguments) -> None:
+    """Seed all generators; with `full_determinism` also choose the deterministic kernels."""
+    (enable_full_determinism if recipe.full_determinism else set_seed)(recipe.seed)
