@@ -207,7 +207,7 @@ def test_what_cannot_be_trusted_is_refused_in_one_line(contest, analyze):
     change(copies["z"] / "args.json", train_csv="elsewhere.csv")
     for name, told in {
         "u": "were exchanged or the answers changed",
-        "v": "rows are not of fold 0, so its model trained on them",
+        "v": "rows are not of fold 0, so its model was trained on them",
         "w": "no finished fold",
         "x": "no finished fold",
         "y": "ema weights is missing",

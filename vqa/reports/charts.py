@@ -23,7 +23,7 @@ def histogram(values: Mapping[str, Sequence[int]], title: str, xlabel: str) -> F
         label = name if name.isascii() else f"file {number + 1}"
         axes.stairs(counts / len(numbers), edges, color=COLOURS[number % len(COLOURS)], label=label, linewidth=1.4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)  # outside: it hides no data
     return figure
 
 
@@ -68,5 +68,5 @@ def learning_curves(curves: Mapping[str, Sequence[np.ndarray]], score: str) -> F
         means = [np.mean([fold[fold[:, 0] == step, 1][0] for fold in folds]) for step in steps]
         axes.plot(steps, means, color=COLOURS[number], marker="o", markersize=3, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)  # outside: it hides no data
     return figure

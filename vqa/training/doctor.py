@@ -92,8 +92,8 @@ def read_contest(report: Report, data: DataArguments, seed: int) -> Contest:
     if broken := find_bad_images(test, data.test_csv):
         number, paths = pluralize(len(broken), "image"), preview_bad_images(broken)
         report.warnings.append(
-            f"{data.test_csv}: {number} cannot be used: {paths}. Replace the files, or answer their rows from the text "
-            "alone with `predict.py --skip_bad_images`."
+            f"{data.test_csv}: {number} cannot be used: {paths}. Replace the files, or answer their rows from the "
+            "text alone with `predict.py --skip_bad_images`."
         )
     test = [row for row in test if row["image"] not in broken]
     folds = None

@@ -19,23 +19,17 @@ from vqa.modeling.loading import add_adapter, check_model_path
 
 GIB = 2**30
 
+T4_BYTES = 14.5 * GIB  # usable memory of a 16 GB T4
 
-T4_BYTES = 14.5 * GIB  # what a T4's 16 GB are in practice
-
-
-CUDA_BYTES = 0.6 * GIB  # beside what torch allocates: the CUDA context, and blocks that do not fit together
-
+CUDA_BYTES = 0.6 * GIB  # besides what torch allocates: the CUDA context and fragmentation
 
 # nf4: half a byte; one byte of scale for 64 parameters; one float32 for 256 of those scales.
 BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 
-
-# Bytes of optimiser state for a trained parameter, where it is not AdamW's two float32 moments.
+# Optimiser state per trained parameter, where it is not the two float32 moments of AdamW.
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
 
-
-WORKSPACE_BYTES = 32 * 2**20  # cuBLAS's own, at its largest
-
+WORKSPACE_BYTES = 32 * 2**20  # of cuBLAS
 
 # Bytes that live at once within a vision block, for each of its widest layer's outputs: queries and keys are rotated
 # in float32, and the MLP has three such outputs and, at the layer that is guarded against overflow, a float32 copy.
@@ -44,7 +38,7 @@ VISION_BYTES = 12
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides the memory beside the batch. `model`: the adapted model, on whatever device, as `outline` makes."""
+    """What decides the memory besides the batch. `model` has its adapter, on any device: see `meta_model`."""
 
     model: PeftModel
     load_in_4bit: bool
@@ -55,7 +49,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows in a batch, tokens of each with its padding, and patches of each image (four to an image token)."""
+    """Number of rows, tokens of each row with padding, and patches of each image (four make an image token)."""
 
     rows: int
     tokens: int
@@ -63,7 +57,7 @@ class Batch:
 
 
 def meta_model(args: ModelArguments, dtype: torch.dtype) -> PeftModel:
-    """The base model with its adapter on the `meta` device: names and shapes without weights, in a second or two."""
+    """The base model with its adapter on the `meta` device: names and shapes, no weights."""
     check_model_path(args.model)
     config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     with torch.device("meta"):
@@ -74,8 +68,8 @@ def meta_model(args: ModelArguments, dtype: torch.dtype) -> PeftModel:
 def training_peak(setup: Setup, batch: Batch) -> int:
     """Bytes at the worst moment of an optimiser step.
 
-    That is either while the vision tower runs, or once the language model has run forward: then the checkpoints of
-    all layers are held, and either the logits or one layer in its backward pass on top of them.
+    That is while the vision tower runs, or at the end of the language model's forward pass: then the checkpoints of
+    all layers are kept, plus the logits or the backward pass of one layer.
     """
     kept = checkpoint_bytes(setup, batch) if setup.checkpointing else layers(setup) * layer_bytes(setup, batch)
     one_layer = layer_bytes(setup, batch) if setup.checkpointing else 0
@@ -84,7 +78,7 @@ def training_peak(setup: Setup, batch: Batch) -> int:
 
 
 def validation_peak(setup: Setup, batch: Batch) -> int:
-    """Bytes at the worst moment of a validation, when there are no gradients and nothing is kept for them."""
+    """Bytes at the worst moment of a validation: no gradients, no kept activations."""
     text, count = text_config(setup), batch.rows * batch.tokens
     in_layer = count * (3 * text.hidden_size + 4 * text.intermediate_size) * element(setup) + weight_bytes(setup)
     resident = resident_bytes(setup) - gradient_bytes(setup)
@@ -92,12 +86,12 @@ def validation_peak(setup: Setup, batch: Batch) -> int:
 
 
 def resident_bytes(setup: Setup) -> int:
-    """Bytes that are held throughout."""
+    """Bytes in use during the whole run."""
     return sum(resident_terms(setup).values())
 
 
 def resident_terms(setup: Setup) -> dict[str, int]:
-    """What is held throughout, by name, in bytes."""
+    """Bytes in use during the whole run, by name."""
     trained = trained_parameters(setup)
     return {
         "base model": base_bytes(setup),
@@ -110,7 +104,7 @@ def resident_terms(setup: Setup) -> dict[str, int]:
 
 
 def base_bytes(setup: Setup) -> int:
-    """The frozen weights: the language model's linear layers in 4 bits, if asked for, everything else in 16 or 32."""
+    """The frozen weights: with load_in_4bit the language model's linear layers in 4 bits, the others in 16 or 32."""
     total = sum(p.numel() for p in setup.model.parameters() if not p.requires_grad)
     quantised = linear_parameters(setup) if setup.load_in_4bit else 0
     return int(quantised * BYTES_IN_4BIT) + (total - quantised) * element(setup)
@@ -127,7 +121,7 @@ def checkpoint_bytes(setup: Setup, batch: Batch) -> int:
 
 
 def layer_bytes(setup: Setup, batch: Batch) -> int:
-    """What one decoder layer keeps for its backward pass. Frozen weights need no gradient, so their inputs go."""
+    """What one decoder layer keeps for its backward pass. Inputs of frozen weights are not kept."""
     text, size = text_config(setup), element(setup)
     hidden, inner = text.hidden_size, text.intermediate_size
     heads = text.num_attention_heads * head_size(setup)
@@ -141,12 +135,12 @@ def layer_bytes(setup: Setup, batch: Batch) -> int:
 
 
 def backward_bytes(setup: Setup, batch: Batch) -> int:
-    """Beside the above, in a layer's backward pass: three gradients as wide as the MLP, and one weight in 16 bits."""
+    """Besides `layer_bytes`, in a layer's backward pass: three gradients as wide as the MLP, one weight in 16 bits."""
     return 3 * batch.rows * batch.tokens * text_config(setup).intermediate_size * element(setup) + weight_bytes(setup)
 
 
 def weight_bytes(setup: Setup) -> int:
-    """The largest weight as bitsandbytes unpacks it for one product."""
+    """The largest weight after bitsandbytes has dequantised it."""
     text = text_config(setup)
     return text.hidden_size * text.intermediate_size * element(setup) if setup.load_in_4bit else 0
 
@@ -161,7 +155,7 @@ def logit_bytes(setup: Setup, batch: Batch, positions: int = 4) -> int:
 
 
 def vision_bytes(setup: Setup, batch: Batch) -> int:
-    """The vision tower's forward pass without gradients: the patches as they come, and one block at work on them."""
+    """The vision tower's forward pass without gradients: the input patches and the activations of one block."""
     tower = vision_tower(setup.model.get_base_model())
     pixels = tower.patch_embed.proj.weight[0].numel()
     widest = max(m.out_features for m in tower.blocks.modules() if isinstance(m, nn.Linear))
@@ -169,7 +163,7 @@ def vision_bytes(setup: Setup, batch: Batch) -> int:
 
 
 def linear_parameters(setup: Setup) -> int:
-    """Weights of the linear layers that bitsandbytes packs: neither the vision tower's nor the output layer."""
+    """Weights of the layers that bitsandbytes quantises: all linear ones outside the vision tower and the head."""
     base = setup.model.get_base_model()
     spared = {*vision_tower(base).modules(), base.get_output_embeddings()}
     linear = (m for m in base.modules() if isinstance(m, nn.Linear) and m not in spared)
@@ -181,7 +175,7 @@ def trained_parameters(setup: Setup) -> int:
 
 
 def targets(setup: Setup) -> list[nn.Module]:
-    """The layers that carry an adapter."""
+    """The layers with an adapter."""
     return [setup.model.get_base_model().get_submodule(name) for name in adapted_module_names(setup.model)]
 
 

@@ -1,4 +1,4 @@
-"""What has to hold before a GPU hour is spent. Training itself makes the cheap checks; doctor.py makes all of them."""
+"""Checks before training. train_fold.py runs the cheap ones, doctor.py all of them."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,13 +9,14 @@ from vqa.core.compat import adapted_module_names
 from vqa.core.errors import UserError, preview
 from vqa.core.io import read_json
 from vqa.data.collator import IGNORE, Collator
-from vqa.data.prompt import LETTERS, build_messages, letter_ids, render_chat, shown_answer
+from vqa.data.prompt import build_messages, letter_ids, render_chat, shown_answer
+from vqa.data.rows import LETTERS, Row
 from vqa.data.splits import split_problems
 from vqa.modeling.families import vision_tower
 from vqa.modeling.vision import unwrap_base_model
 
 
-def check_before_training(model: PeftModel, collate: Collator, train_rows: list[dict], valid_rows: list[dict]) -> None:
+def check_before_training(model: PeftModel, collate: Collator, train_rows: list[Row], valid_rows: list[Row]) -> None:
     """Stop with a UserError that lists what is wrong with the prompt, the labels, the adapter or the split.
 
     `collate` is the collator of training rows (`with_answer=True`).
@@ -26,14 +27,14 @@ def check_before_training(model: PeftModel, collate: Collator, train_rows: list[
         raise UserError("; ".join(problems))
 
 
-def supervised_texts(collate: Collator, rows: list[dict]) -> list[str]:
-    """What the labels of each row cover, decoded: `b<|im_end|>`."""
+def supervised_texts(collate: Collator, rows: list[Row]) -> list[str]:
+    """The text that the labels of each row cover, such as `b<|im_end|>`."""
     labels = collate(rows)["labels"]
     return [collate.processor.tokenizer.decode(row[row != IGNORE]) for row in labels]
 
 
-def label_problems(collate: Collator, rows: list[dict]) -> list[str]:
-    """One line for each row whose labels are not exactly its right letter and the end of the turn."""
+def label_problems(collate: Collator, rows: list[Row]) -> list[str]:
+    """One line for each row whose labels do not cover exactly the right letter and the end of the turn."""
     problems = []
     for row, text in zip(rows, supervised_texts(collate, rows)):
         conversation, letter = build_messages(row, {"type": "image"}), LETTERS[shown_answer(row)]
@@ -41,19 +42,19 @@ def label_problems(collate: Collator, rows: list[dict]) -> list[str]:
         wanted = render_chat(collate.processor, conversation, letter)[len(prompt) :].rstrip()
         if text != wanted:
             problems.append(
-                f"the labels of {row['id']} cover {text!r} and not {wanted!r}; use the chat template and the "
-                "tokenizer that came with the model"
+                f"the labels of {row['id']} cover {text!r} and not {wanted!r}. Use the chat template and the "
+                "tokenizer that came with the model."
             )
     return problems
 
 
 def adapter_targets(model: PeftModel) -> dict[str, int]:
-    """The layers that carry an adapter: their own name -> how many there are."""
+    """The layers with an adapter: last part of the name -> number of layers."""
     return dict(Counter(name.rpartition(".")[2] for name in adapted_module_names(model)))
 
 
 def adapter_problems(model: PeftModel) -> list[str]:
-    """Whether the adapter, or anything else that is trained, lies in the vision tower, or there is none at all."""
+    """One line if nothing is trained, or if a trained parameter is in the vision tower."""
     if not any(p.requires_grad for p in model.parameters()):
         return ["nothing of the model is trained: no layer's name matches `lora_targets` (vqa/modeling/families)"]
     trained = [name for name, p in vision_tower(unwrap_base_model(model)).named_parameters() if p.requires_grad]
@@ -64,7 +65,7 @@ def adapter_problems(model: PeftModel) -> list[str]:
 
 
 def missing_weights(model: str) -> list[str]:
-    """Files of weights that a model folder lacks, as half a download does. Empty for a name on the model hub."""
+    """Weight files that a model folder lacks, as after a partial download. Empty for a name on the model hub."""
     folder = Path(model)
     if not folder.is_dir():
         return []

@@ -69,16 +69,10 @@ def read_space(path: str | None, values: Mapping, known: set[str]) -> dict[str, 
         except (AttributeError, TypeError, ValueError) as error:
             example = '{"low": 1e-5, "high": 1e-3, "log": true}'
             raise UserError(f"{path}: {name}: {error}. Give a list of values, or {example}.") from None
-        value = values.get(name)
-        if (
-            value not in choices
-            if isinstance(choices, list)
-            else not choices["low"] <= (value or 0) <= choices["high"]
-        ):
-            raise UserError(
-                f"{path or 'the default space'}: {name} does not include {value!r}, the value of the args. Add it: the "
-                "first trial uses the args as they are."
-            )
+        value, is_list = values.get(name), isinstance(choices, list)
+        if value not in choices if is_list else not choices["low"] <= (value or 0) <= choices["high"]:
+            place = path or "the default space"
+            raise UserError(f"{place}: {name} does not include {value!r}, the value of the args. Add it.")
     return distributions
 
 

@@ -1,4 +1,4 @@
-"""How long training will take on this GPU: its arithmetic, counted, over the speed of a product timed here."""
+"""Estimated training time: the counted operations divided by the measured speed of a matrix product."""
 
 import time
 
@@ -7,21 +7,18 @@ import torch
 from vqa.modeling.families import vision_tower
 from vqa.training.memory import Batch, Setup, layers, linear_parameters, text_config
 
-# A step takes so many times as long as its matrix products alone: attention, norms, dropout, unpacking 4 bits.
+# A step takes this many times as long as its matrix products: attention, norms, dropout, dequantisation.
 # Measured on an H100 with the 3B in 4 bits, batches of 64.
 BESIDE_PRODUCTS = 2.8
 
-
-# Where batches are small it is the host that limits: seconds to launch one layer's kernels, once through. The same
-# GPU, batches of 4 and 8.
+# Small batches are limited by the host: seconds to launch one layer's kernels. Same GPU, batches of 4 and 8.
 LAUNCH_SECONDS = 0.005
 
-
-T4_OPERATIONS = 65e12  # a second, by the T4's data sheet (fp16 on tensor cores): to compare ways, not to tell the time
+T4_OPERATIONS = 65e12  # per second, from the data sheet (fp16 tensor cores): good for comparisons, not for times
 
 
 def seconds_a_batch(setup: Setup, batch: Batch, training: bool, operations_a_second: float) -> float:
-    """Seconds of one batch, right within a factor of two or so."""
+    """Seconds of one batch, within a factor of about two."""
     products = operations(setup, batch, training) / operations_a_second
     return max(BESIDE_PRODUCTS * products, LAUNCH_SECONDS * layers(setup) * passes(setup, training))
 
@@ -39,17 +36,17 @@ def operations(setup: Setup, batch: Batch, training: bool) -> int:
 
 
 def passes(setup: Setup, training: bool) -> int:
-    """How often a batch goes through the language model's layers: forward, backward, and forward for checkpoints."""
+    """Passes through the language model: forward, backward, and forward again with gradient checkpointing."""
     return (3 if setup.checkpointing else 2) if training else 1
 
 
 def measured_rate(setup: Setup) -> float:
-    """Operations a second of this GPU at the language model's largest product, in the model's dtype, at its best."""
+    """Highest operations per second of this GPU for the language model's largest product, in the model's dtype."""
     text, dtype = text_config(setup), setup.model.get_base_model().dtype
     tokens = torch.randn(8192, text.hidden_size, device="cuda").to(dtype)
     weight = torch.randn(text.hidden_size, text.intermediate_size, device="cuda").to(dtype)
     seconds = float("inf")
-    for _ in range(5):  # the first ones also start CUDA up, and raise the clock
+    for _ in range(5):  # the first ones also start CUDA and raise the clock
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(10):
