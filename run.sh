@@ -1,26 +1,40 @@
 #!/usr/bin/env bash
-# The whole job for a folder of args files: folds, training of each fold, prediction, ensemble, scores.
-#   bash run.sh args                                  # the 3B in three folds
-#   bash run.sh args/7b --num_train_epochs 5          # fields of the training, given here, override the args files
-#   LABELS=data/demo/test_answers.csv bash run.sh args/demo      # where the test answers are known: a table of scores
-#   bash run.sh args --max_hours 11                   # training stops with a checkpoint before a notebook of 12 hours dies
-#   JOBS=2 bash run.sh args                           # two folds at once, where there is room for two
-# Run again, it does not train a finished fold anew, and goes on with one that was cut off from its last checkpoint.
+# A whole contest: folds, training, prediction, ensemble, scores, for all fold*.json in a folder of args files.
+#   bash run.sh args                               # the 3B in three folds
+#   bash run.sh args/7b --num_train_epochs 5       # flags of the training override the args files
+#   bash run.sh args --max_hours 11                # stop training with a checkpoint after 11 hours, for 12-hour notebooks
+#   LABELS=test_answers.csv bash run.sh args       # a table of scores, where the test answers are known
+#   JOBS=2 bash run.sh args                        # train two folds at once, each in a process of its own
+#   LAUNCH="accelerate launch --config_file args/accelerate/fsdp.yaml" bash run.sh args/7b
+# Run it again to continue: finished folds are skipped, others resume from their latest checkpoint.
 set -euo pipefail
-export RUN_STARTED=${RUN_STARTED:-$(date +%s)} # max_hours counts from here, over all folds
-LABELS=${LABELS:-${TRUTH:-}} # TRUTH: the name of the release before
+export RUN_STARTED=${RUN_STARTED:-$(date +%s)} # max_hours counts from here
+LABELS=${LABELS:-${TRUTH:-}}                   # TRUTH: its name in earlier releases
+JOBS=${JOBS:-1}
 args=${1:-}
 args=${args%/}
-case "$args" in args | args/*) ;; *) echo "error: usage: bash run.sh args, or a folder below it such as args/7b" >&2; exit 2 ;; esac
-case " ${*:2} " in *" --output_dir"* | *" --train_csv"* | *" --image_root"* | *" --folds_csv"* | *" --fold"[\ =]*)
-  echo "error: train_csv, image_root, folds_csv and fold belong into the args files, which every step reads; a fold's" \
-    "folder is named after its args file" >&2
+case "$args" in args | args/*) ;; *)
+  echo "error: name the folder args or one below it. Usage: bash run.sh args/7b [--field value ...]" >&2
+  exit 2 ;;
+esac
+shift
+case " $* " in *" --output_dir"* | *" --train_csv"* | *" --image_root"* | *" --folds_csv"* | *" --fold"[\ =]*)
+  echo "error: set train_csv, image_root, folds_csv and fold in the args files, because all steps read them." \
+    "The args file's name also names the output folder." >&2
   exit 2 ;;
 esac
 outputs=outputs${args#args}
 checkpoints=checkpoints${args#args}
-mkdir -p "$outputs"
-echo stage,seconds >"$outputs/seconds.txt"
+files=("$args"/fold*.json)
+names=("${files[@]##*/}")
+names=("${names[@]%.json}")
+[ -t 2 ] || export HF_HUB_DISABLE_PROGRESS_BARS=1
+
+gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+[ -z "${CUDA_VISIBLE_DEVICES:-}" ] || gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
+launch=python # with one GPU or none
+[ "$gpus" -lt 2 ] || launch="accelerate launch --multi_gpu --num_processes $gpus --num_machines 1 --mixed_precision no --dynamo_backend no"
+read -ra launch <<<"${LAUNCH:-$launch}"
 
 stage() { # stage NAME COMMAND...: run it and note its seconds
   local start=$SECONDS
@@ -29,27 +43,24 @@ stage() { # stage NAME COMMAND...: run it and note its seconds
   echo "$1,$((SECONDS - start))" >>"$outputs/seconds.txt"
 }
 
-files=("$args"/fold*.json)
-folds=()
-predictions=()
-stage folds python make_folds.py "${files[0]}"
-for file in "${files[@]}"; do
-  fold=$(basename "$file" .json)
-  folds+=("$checkpoints/$fold")
-  predictions+=("$outputs/$fold.csv")
-done
-train() { # every fold, JOBS at a time, the cores shared out among them
-  local jobs=${JOBS:-1}
-  export OMP_NUM_THREADS=$((($(nproc) + jobs - 1) / jobs))
-  printf '%s\n' "${files[@]}" |
-    # xargs starts no further fold after a 255: when the time is up, or nothing else could go better.
-    xargs -P "$jobs" -I {} sh -c 'accelerate launch --quiet train_fold.py "$@" --resume_from_checkpoint auto || exit 255' \
-      sh {} "$@"
+train() { # all folds in one process, which loads the base model once; or JOBS processes that share the cores
+  export OMP_NUM_THREADS=$((($(nproc) + JOBS - 1) / JOBS))
+  if [ "$JOBS" = 1 ]; then
+    "${launch[@]}" train_fold.py "${files[@]}" --resume_from_checkpoint auto "$@"
+  else # after exit code 255 xargs starts no further fold
+    printf '%s\n' "${files[@]}" | xargs -P "$JOBS" -I {} sh -c '"$@" || exit 255' \
+      sh "${launch[@]}" train_fold.py {} --resume_from_checkpoint auto "$@"
+  fi
 }
-stage "train ${#files[@]} folds" train "${@:2}"
-unset OMP_NUM_THREADS
-# The untrained base is asked only where there is something to compare with.
-stage predict env OMP_NUM_THREADS="$(nproc)" accelerate launch --quiet predict.py "${folds[@]}" ${LABELS:+--base "${folds[0]}/args.json"} \
+
+mkdir -p "$outputs"
+echo stage,seconds >"$outputs/seconds.txt"
+stage folds python make_folds.py "${files[0]}"
+stage "train ${#files[@]} folds" train "$@"
+export OMP_NUM_THREADS=$(nproc)
+# With LABELS, the untrained base model is scored too, for comparison.
+stage predict "${launch[@]}" predict.py "${names[@]/#/$checkpoints/}" ${LABELS:+--base "$checkpoints/${names[0]}/args.json"} \
   --num_permutations 4 --output_dir "$outputs"
-stage ensemble python ensemble.py "${predictions[@]}"
+predictions=("${names[@]/#/$outputs/}")
+stage ensemble python ensemble.py "${predictions[@]/%/.csv}"
 python scores.py "$outputs" ${LABELS:+--labels "$LABELS"}

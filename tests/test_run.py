@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 
 
@@ -15,36 +16,71 @@ def loop(tmp_path):
     shutil.copy(ROOT / "run.sh", tmp_path)
     (tmp_path / "bin").mkdir()
 
-    def call(*flags: str, training: int = 0):
-        for name, code in (("python", 0), ("accelerate", training)):
+    def call(*flags: str, training: int = 0, gpus: int = 0, **variables: str):
+        """`training`: exit code of train_fold.py. `gpus`: how many nvidia-smi lists."""
+        calls = tmp_path / "calls.txt"
+        calls.unlink(missing_ok=True)
+        note = f'echo "$(basename $0) $*" >> {calls}; case "$*" in *train_fold.py*) exit {training};; esac'
+        for name, body in (("python", note), ("accelerate", note), ("nvidia-smi", f"seq {gpus}")):
             path = tmp_path / "bin" / name
-            path.write_text(f'#!/bin/sh\necho {name} "$@" >> calls.txt\nexit {code}\n')
+            path.write_text(f"#!/bin/sh\n{body}\n")
             path.chmod(0o755)
-        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        cleared = {key: os.environ[key] for key in os.environ.keys() - {"CUDA_VISIBLE_DEVICES", "JOBS", "LABELS"}}
+        environment = cleared | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | variables
         command = ["bash", "run.sh", *flags]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        calls = tmp_path / "calls.txt"
         return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stderr
 
     return call
 
 
+FILES = [f"args/fold{fold}.json" for fold in range(3)]
+
+
 def test_every_fold_is_trained_predicted_and_ensembled(loop):
     code, calls, error = loop("args", "--learning_rate", "1e-4")
     assert code == 0, error
-    trained = [call for call in calls if call.startswith("accelerate launch") and "train_fold.py" in call]
-    assert len(trained) == 3
-    for fold, call in enumerate(trained):
-        assert f"train_fold.py args/fold{fold}.json --learning_rate 1e-4" in call
-        assert "--resume_from_checkpoint auto" in call
-    assert sum("predict.py checkpoints/fold0 checkpoints/fold1 checkpoints/fold2" in call for call in calls) == 1
+    train = f"python train_fold.py {' '.join(FILES)} --resume_from_checkpoint auto --learning_rate 1e-4"
+    assert [call for call in calls if "train_fold.py" in call] == [train]
+    predict = "predict.py checkpoints/fold0 checkpoints/fold1 checkpoints/fold2 --num_permutations 4"
+    assert sum(predict in call for call in calls) == 1
     assert any("ensemble.py outputs/fold0.csv outputs/fold1.csv outputs/fold2.csv" in call for call in calls)
 
 
-def test_a_fold_that_was_stopped_is_the_last_one(loop):
-    code, calls, _ = loop("args", training=1)
-    assert code != 0
-    assert sum(call.startswith("accelerate") for call in calls) == 1 and not any("predict" in call for call in calls)
+def test_with_jobs_every_fold_has_a_process_of_its_own(loop):
+    code, calls, error = loop("args/7b", "--seed", "1", JOBS="2")
+    assert code == 0, error
+    trained = sorted(call for call in calls if "train_fold.py" in call)
+    assert trained == [
+        f"python train_fold.py args/7b/fold{fold}.json --resume_from_checkpoint auto --seed 1" for fold in range(3)
+    ]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_after_a_fold_that_was_stopped_nothing_is_predicted(loop, jobs):
+    code, calls, _ = loop("args", training=3, JOBS=jobs)
+    assert code == (3 if jobs == "1" else 124)  # 124: of xargs
+    assert 1 <= sum("train_fold.py" in call for call in calls) <= int(jobs)
+    assert not any("predict" in call for call in calls)
+
+
+def test_several_gpus_have_a_process_each_and_one_has_plain_python(loop):
+    def launcher(**options):
+        return next(call for call in loop("args", **options)[1] if "train_fold.py" in call).split(" train_fold.py")[0]
+
+    assert launcher(gpus=1) == launcher(gpus=2, CUDA_VISIBLE_DEVICES="1") == "python"
+    defaults = "--num_machines 1 --mixed_precision no --dynamo_backend no"  # accelerate warns of those not given
+    assert launcher(gpus=2) == f"accelerate launch --multi_gpu --num_processes 2 {defaults}"
+    assert launcher(gpus=2, LAUNCH="accelerate launch x") == "accelerate launch x"
+    launch_command_parser().parse_args([*launcher(gpus=2).split()[2:], "train_fold.py"])
+
+
+@pytest.mark.parametrize("name", ["LABELS", "TRUTH"])
+def test_known_labels_are_scored_with_the_untrained_base(loop, name):
+    code, calls, error = loop("args", **{name: "answers.csv"})
+    assert code == 0, error
+    assert any("predict.py" in call and "--base checkpoints/fold0/args.json" in call for call in calls)
+    assert any("scores.py outputs --labels answers.csv" in call for call in calls)
 
 
 @pytest.mark.parametrize(

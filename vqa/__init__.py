@@ -2,3 +2,8 @@
 
 core -> config -> data -> evaluation, modeling -> inference -> training, reports
 """
+
+import logging
+
+# On a CPU, bitsandbytes warns at import that a kernel for 4 bits is missing; 4 bits need a GPU here anyway.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
