@@ -1,10 +1,10 @@
 """Make checkpoints/tiny: a Qwen2.5-VL of under 4 M parameters that answers questions about drawn shapes.
 
-    python checkpoints/make_tiny.py                      # what was committed; minutes on a GPU, hours on two cores
-    python checkpoints/make_tiny.py --steps 20 --output_dir /tmp/tiny     # a look at how it goes
+    python checkpoints/make_tiny.py                                       # minutes on a GPU, hours on two cores
+    python checkpoints/make_tiny.py --steps 20 --output_dir /tmp/tiny     # a quick try
 
-Same architecture, processor, special tokens and prompt as the real 3B and 7B, so that the scripts are tried on it as
-they are. Every picture and question is drawn by vqa/drawn.py; the weights are what this script wrote.
+It has the architecture, processor, special tokens and prompt of the real 3B and 7B, so the scripts run on it
+unchanged. vqa/data/synthetic.py draws every picture and question; this script wrote the committed weights.
 """
 
 import argparse
@@ -36,13 +36,26 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from anywhere, uninstalled
 
+from vqa.core.cli import make_parser  # noqa: E402
 from vqa.data.collator import Collator  # noqa: E402
 from vqa.data.images import target_size  # noqa: E402
 from vqa.data.prompt import LETTERS, build_messages, letter_ids, render_chat  # noqa: E402
-from vqa.data.synthetic import COLOURS, CONTEST, CORNERS, HOME, SHAPES, SIZES, Domain, ask, draw_scene, four_choices  # noqa: E402
+from vqa.data.synthetic import (  # noqa: E402
+    COLOURS,
+    CONTEST,
+    CORNERS,
+    HOME,
+    SHAPES,
+    SIZES,
+    Domain,
+    ask,
+    draw_row,
+    draw_scene,
+    four_choices,
+)
 from vqa.inference.scoring import score_rows  # noqa: E402
-from vqa.modeling.loading import load_base, load_processor  # noqa: E402
 from vqa.modeling.families.qwen2_5_vl import batch_vision_windows  # noqa: E402
+from vqa.modeling.loading import load_base, load_processor  # noqa: E402
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
@@ -94,26 +107,22 @@ def main() -> None:
 
 
 def evaluate(folder: str, count: int) -> None:
-    """Print the letters that the model in `folder` gets right of `count` new rows of each domain, by kind of question.
+    """Print the accuracy of the model in `folder` on `count` new rows of each domain, by kind of question.
 
-    Asked as the scripts ask it: the collator's prompt, the logits of the letters.
+    It is scored like in the scripts: the collator's prompt, the logits of the letters.
     """
     processor, model = load_processor(folder), load_base(folder, load_in_4bit=False, dtype=torch.float32)
     for name, domain in (("home", HOME), ("contest", CONTEST)):
         rng, rows, kinds = random.Random(f"evaluate {name}"), [], []
         with tempfile.TemporaryDirectory() as pictures:
             for number in range(count):
-                image, scene = draw_scene(rng, domain)
-                question, right, wrong = ask(rng, scene, domain)
-                choices, answer = four_choices(rng, right, wrong)
+                image, row = draw_row(rng, domain)
                 path = Path(pictures, f"{number}.png")
                 image.save(path)
-                rows.append(
-                    {"id": f"{number}", "image": path, "question": question, "choices": choices, "answer": answer}
-                )
-                kinds.append(kind_of(right, domain))
-            shown = score_rows(model, rows, Collator(processor, 126), letter_ids(processor), 32, name)
-        right = shown.argmax(1) == [row["answer"] for row in rows]
+                rows.append({**row, "id": f"{number}", "image": str(path)})
+                kinds.append(kind_of(row["choices"][row["answer"]], domain))
+            probs = score_rows(model, rows, Collator(processor, 126), letter_ids(processor), 32, name)
+        right = probs.argmax(1) == [row["answer"] for row in rows]
         by_kind = {kind: right[[k == kind for k in kinds]].mean() for kind in sorted(set(kinds))}
         print(f"{name}: {right.mean():.1%} of {count}; " + ", ".join(f"{k} {v:.0%}" for k, v in by_kind.items()))
 
@@ -125,7 +134,7 @@ def kind_of(answer: str, domain: Domain) -> str:
 
 
 def save(model, processor, folder: str) -> None:
-    """Write the model folder, whole, in the bfloat16 that the 3B and 7B are stored in."""
+    """Write the model folder atomically, in bfloat16 like the 3B and 7B."""
     part = Path(f"{folder}.part")
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(part)
     processor.save_pretrained(part)
@@ -134,28 +143,30 @@ def save(model, processor, folder: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch_size", type=int, default=128, help="pictures a step")
-    parser.add_argument("--learning_rate", type=float, default=8e-4, help="from 1e-3 on it collapses to guessing")
-    parser.add_argument("--workers", type=int, default=torch.get_num_threads())
-    parser.add_argument("--save_every", type=int, default=200, help="steps between two looks at the weights")
-    parser.add_argument("--evaluate", type=int, metavar="ROWS", help="only measure the model in --output_dir")
-    parser.add_argument("--start_from", help="go on from the weights in this folder")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output_dir", default="checkpoints/tiny")
+    parser = make_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (default: 3000)")
+    parser.add_argument("--batch_size", type=int, default=128, help="pictures a step (default: 128)")
+    parser.add_argument(
+        "--learning_rate", type=float, default=8e-4, help="at 1e-3 and above it collapses to guessing (default: 8e-4)"
+    )
+    parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="processes that draw")
+    parser.add_argument("--save_every", type=int, default=200, help="steps between two saves (default: 200)")
+    parser.add_argument(
+        "--evaluate", type=int, metavar="ROWS", help="only measure the model in --output_dir on this many rows"
+    )
+    parser.add_argument("--start_from", help="start from the weights in this folder")
+    parser.add_argument("--seed", type=int, default=42, help="(default: 42)")
+    parser.add_argument("--output_dir", default="checkpoints/tiny", help="(default: checkpoints/tiny)")
     return parser.parse_args()
 
 
 def make_processor(seed: int) -> Qwen2_5_VLProcessor:
-    """A byte-level BPE of Qwen's form, learned from drawn questions, in a processor of Qwen2.5-VL's form."""
+    """A Qwen2.5-VL processor with a small byte-level BPE, trained on synthetic questions."""
     rng = random.Random(seed)
     corpus = []
     for domain in itertools.islice(itertools.cycle((HOME, CONTEST)), 4000):
-        question, right, wrong = ask(rng, draw_scene(rng, domain)[1], domain)
-        choices, answer = four_choices(rng, right, wrong)
-        row = {"question": question, "choices": choices, "answer": answer}
-        corpus += ["You are a helpful assistant.", "system\n", "user\n", "assistant\n", right]
+        row = draw_row(rng, domain)[1]
+        corpus += ["You are a helpful assistant.", "system\n", "user\n", "assistant\n", row["choices"][row["answer"]]]
         corpus.append(build_messages(row, {"type": "image"})[0]["content"][1]["text"])
 
     qwen = Qwen2Tokenizer()._tokenizer  # its normaliser and its splitting into words
@@ -179,7 +190,7 @@ def make_processor(seed: int) -> Qwen2_5_VLProcessor:
 
 
 def make_model(processor) -> Qwen2_5_VLForConditionalGeneration:
-    """Qwen2.5-VL's architecture with every width and depth made small."""
+    """The Qwen2.5-VL architecture with small widths and depths."""
     token = processor.tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
@@ -216,10 +227,10 @@ def make_model(processor) -> Qwen2_5_VLForConditionalGeneration:
 
 
 class DrawnBatches(torch.utils.data.Dataset):
-    """Item `i` is the i-th batch, drawn from seed and i alone, so the number of workers changes nothing.
+    """Item `i` is the i-th batch. It depends on seed and i only, so the number of workers changes nothing.
 
-    All pictures of a batch have one size, so that the vision tower takes them as one stack of frames; they travel as
-    bytes and are normalised on the device; positions are worked out here: what remains there is arithmetic.
+    All pictures of a batch have one size, so that the vision tower takes them as one stack of frames. Workers return
+    them as bytes, with the positions of all tokens; the device only normalises.
     """
 
     def __init__(self, processor, model, args: argparse.Namespace):
@@ -270,7 +281,7 @@ class DrawnBatches(torch.utils.data.Dataset):
         """Tokens of the prompt and of the reply, and the right choice where the question offers some."""
         question, right, wrong = ask(rng, scene, HOME)
         text, answer = question, None
-        if rng.random() < 0.7:  # the others are answered in a word, which teaches seeing sooner
+        if rng.random() < 0.7:  # the others are answered in a word, which teaches vision sooner
             choices, answer = four_choices(rng, right, wrong)
             text = build_messages({"question": question, "choices": choices}, {})[0]["content"][1]["text"]
             right = LETTERS[answer]
@@ -279,14 +290,14 @@ class DrawnBatches(torch.utils.data.Dataset):
         return *self.tokenizer([prompt, f"{right}<|im_end|>"]).input_ids, answer
 
     def choice_tokens(self, prompt: list[int]) -> list[tuple[int, int]]:
-        """(place of the letter, place of the last token before the line break) of each choice in a prompt."""
+        """(index of the letter, index of the last token before the line break) of each choice in a prompt."""
         lines = [i for i in range(1, len(prompt)) if prompt[i] in self.letters and prompt[i - 1] != self.image]
         lines = [i for i in lines if self.tokenizer.decode(prompt[i + 1]) == "."]
         return [(i, prompt.index(self.newline, i) - 1) for i in lines]
 
 
 def train(model, processor, args: argparse.Namespace) -> None:
-    """AdamW and a cosine to zero; the bar shows the loss and which share of letters and of other tokens is right."""
+    """AdamW with a cosine schedule to zero. The bar shows the loss and the accuracy of letters and of other tokens."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batches = DrawnBatches(processor, make_model(processor), args)
     loader = torch.utils.data.DataLoader(
@@ -320,9 +331,9 @@ def train(model, processor, args: argparse.Namespace) -> None:
         logits = model.lm_head(shown.last_hidden_state[:, :-1][labels[:, 1:] != -100])
         target = labels[labels != -100]
         loss = torch.nn.functional.cross_entropy(logits, target)
-        seen = probe_loss(probe(features.unflatten(0, (len(images), -1)).mean(1)).split(probed, dim=1), looks)
+        probed_loss = probe_loss(probe(features.unflatten(0, (len(images), -1)).mean(1)).split(probed, dim=1), looks)
         hint = hint_loss(model, shown, *hints) if fade else 0.0
-        (loss + 0.3 * fade * hint + 0.5 * fade * seen).backward()
+        (loss + 0.3 * fade * hint + 0.5 * fade * probed_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -336,28 +347,28 @@ def train(model, processor, args: argparse.Namespace) -> None:
             bar.set_postfix(loss=f"{loss.item():.3f}", **{k: f"{v.mean():.3f}" for k, v in parts.items()})
 
 
-def probe_loss(told: tuple[torch.Tensor, ...], looks: torch.Tensor) -> torch.Tensor:
-    """What the vision tower, asked at its own end, says about the picture: shape, colour, and which corners are taken.
+def probe_loss(logits: tuple[torch.Tensor, ...], looks: torch.Tensor) -> torch.Tensor:
+    """Loss of linear probes on the vision tower's output: shape, colour, and which corners are taken.
 
-    It learns to see sooner so. Asked for shapes alone it forgets colours, and asked for both, places.
+    The tower learns faster with it. Probed for shapes alone it forgets colours; for both, places.
     """
-    shape, colour, corners = told
+    shape, colour, corners = logits
     one_of = torch.nn.functional.cross_entropy
     taken = torch.nn.functional.binary_cross_entropy_with_logits(corners, looks[:, 2:].float())
     return one_of(shape, looks[:, 0]) + one_of(colour, looks[:, 1]) + taken
 
 
 def hint_loss(model, shown, own_letter: torch.Tensor, right_choice: torch.Tensor) -> torch.Tensor:
-    """Show the model how a letter is found, which it would take millions of rows to find out by itself.
+    """Auxiliary loss that teaches how to find the letter, which would otherwise take millions of rows.
 
-    Each hint is rows of (row, place that looks, place looked at, token known there): the end of a choice looks at its
-    own letter (layer 2), the end of the prompt looks at the right choice (layer 5), and the hidden states in between
-    already spell the letter and the answer's first token. Faded out before the end, so the last word is the task's.
+    A hint is (row, query position, key position, token): the end of a choice attends to its own letter (layer 2), the
+    end of the prompt attends to the right choice (layer 5), and the hidden states after layer 4 already predict the
+    letter and the answer's first token. It fades out before training ends, so the last steps optimise the task alone.
     """
     loss = 0.0
-    for (row, place, key, token), layer, heads in ((own_letter.T, 1, 1), (right_choice.T, 4, 2)):
-        attention = shown.attentions[layer][row, :heads, place, key]
-        spelled = model.lm_head(model.model.language_model.norm(shown.hidden_states[4][row, place]))
+    for (row, query, key, token), layer, heads in ((own_letter.T, 1, 1), (right_choice.T, 4, 2)):
+        attention = shown.attentions[layer][row, :heads, query, key]
+        spelled = model.lm_head(model.model.language_model.norm(shown.hidden_states[4][row, query]))
         loss = loss - (attention + 1e-6).log().mean() + torch.nn.functional.cross_entropy(spelled, token)
     return loss
 
