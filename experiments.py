@@ -1,13 +1,13 @@
-"""The experiment log: every finished training, prediction and ensemble, newest last.
+"""Print the experiment log: every finished training, prediction and ensemble, newest last.
 
     python experiments.py                                   # the table
-    python experiments.py --compare mh2k3x9a mh2k7c01       # which args differ, and is the second better?
-    python experiments.py --public_score 0.8271             # what the leaderboard said of the latest ensemble
-    python experiments.py --public_score 0.8271 mh2k9d4f    # or of that one
+    python experiments.py --compare mh2k3x9a mh2k7c01       # which args differ, and is the second run better?
+    python experiments.py --public_score 0.8271             # record the leaderboard score of the latest ensemble
+    python experiments.py --public_score 0.8271 mh2k9d4f    # or of that run
     python experiments.py --plot                            # validation against leaderboard, as a PNG beside the log
 
-The scripts write the log themselves: experiments/log.csv, or the file that the environment variable EXPERIMENTS_LOG
-names. Scores are out of fold: of rows that the run's models were not trained on.
+The other scripts write the log: experiments/log.csv, or the file in the environment variable EXPERIMENTS_LOG.
+Accuracy, its 95 % interval and log-loss are out of fold: on rows that the run's models were not trained on.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from vqa.core.cli import make_parser
 from vqa.core.errors import UserError, preview, run_main
 from vqa.core.figures import new_figure, save_figure
 from vqa.data.predictions import read_predictions
@@ -41,64 +42,65 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", metavar="ID", help="for --public_score (default: the latest ensemble)")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--compare", nargs=2, metavar="ID", help="two runs: by their args and by the rows both scored")
-    what.add_argument("--public_score", type=float, help="what the leaderboard said, as a share: 0.8271")
-    what.add_argument("--plot", action="store_true", help="draw out-of-fold accuracy against the leaderboard's")
+    parser = make_parser(__doc__)
+    parser.add_argument("run", nargs="?", metavar="ID", help="run of --public_score (default: the latest ensemble)")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--compare", nargs=2, metavar="ID", help="compare the args and the scores of two runs")
+    action.add_argument("--public_score", type=float, metavar="X", help="record a leaderboard score from 0 to 1")
+    action.add_argument("--plot", action="store_true", help="draw out-of-fold accuracy against leaderboard score")
     args = parser.parse_args()
     if args.run and args.public_score is None:
-        raise UserError(f"{args.run}: an id on its own says nothing; give --public_score with it, or --compare")
+        raise UserError(f"{args.run}: an id alone does nothing. Add --public_score, or use --compare.")
     if args.public_score is not None and not 0 <= args.public_score <= 1:
-        raise UserError(f"--public_score {args.public_score:g} is no share; give 82.71 % as 0.8271")
+        raise UserError(f"--public_score {args.public_score:g} is not between 0 and 1. Write 82.71 % as 0.8271.")
     return args
 
 
 def as_table(log: pd.DataFrame) -> pd.DataFrame:
-    """What a terminal has room for: a line a run, with the args in which it differs from others of its kind."""
+    """A line for each run, with the args in which it differs from other runs of its kind."""
     runs, public = log[log["kind"] != "leaderboard"], public_scores(log)
     table = runs[["id", "time", "kind", "output"]].copy()
     for name in ("rows", "accuracy"):
-        table[name] = runs[name].map(shortened)
-    bounds = zip(runs["low"].map(shortened), runs["high"].map(shortened))
+        table[name] = runs[name].map(round_cell)
+    bounds = zip(runs["low"].map(round_cell), runs["high"].map(round_cell))
     table["interval"] = [f"{low}-{high}" if low else "" for low, high in bounds]
-    table["log_loss"] = runs["log_loss"].map(shortened)
-    table["public"] = [shortened(public.get(name, "")) for name in runs["id"]]
-    for name in ("seconds", "peak_gib", "parents"):
-        table[name] = runs[name]
-    table["args"] = telling_args(runs)
+    table["log_loss"] = runs["log_loss"].map(round_cell)
+    table["public"] = [round_cell(public.get(name, "")) for name in runs["id"]]
+    table[["seconds", "peak_gib", "parents"]] = runs[["seconds", "peak_gib", "parents"]]
+    table["args"] = differing_args(runs)
     return table
 
 
-def shortened(number: str) -> str:
-    """Four decimals of a number that has any."""
+def round_cell(number: str) -> str:
+    """A number with four decimals, if it has any."""
     return f"{float(number):.4f}" if "." in number else number
 
 
-def telling_args(runs: pd.DataFrame) -> list[str]:
+def differing_args(runs: pd.DataFrame) -> list[str]:
     """The args of each run that are not the same in all runs of its kind, cut to one line."""
-    args = [json.loads(cell) for cell in runs["args"]]
-    shown = []
-    for kind, own in zip(runs["kind"], args):
-        others = [other for other, its in zip(args, runs["kind"]) if its == kind]
-        telling = {k: v for k, v in own.items() if len(others) == 1 or any(other.get(k) != v for other in others)}
-        line = " ".join(f"{name}={value}" for name, value in telling.items())
-        shown.append(line if len(line) <= ARGS_WIDTH else f"{line[: ARGS_WIDTH - 3]}...")
-    return shown
+    args, lines = runs["args"].map(json.loads), []
+    for kind, run_args in zip(runs["kind"], args):
+        peers = args[runs["kind"] == kind]
+        line = " ".join(
+            f"{name}={value}"
+            for name, value in run_args.items()
+            if len(peers) == 1 or any(peer.get(name) != value for peer in peers)
+        )
+        lines.append(line if len(line) <= ARGS_WIDTH else f"{line[: ARGS_WIDTH - 3]}...")
+    return lines
 
 
 def public_scores(log: pd.DataFrame) -> dict[str, str]:
-    """Run -> what the leaderboard said of it, the last time."""
-    said = log[log["kind"] == "leaderboard"]
-    return dict(zip(said["parents"], said["public_score"]))
+    """Run -> its latest leaderboard score."""
+    scores = log[log["kind"] == "leaderboard"]
+    return dict(zip(scores["parents"], scores["public_score"]))
 
 
 def find_run(log: pd.DataFrame, name: str) -> pd.Series:
-    found = log[log["id"] == name]
-    if found.empty:
-        raise UserError(f"{log_path()}: no run {name!r}; `python experiments.py` lists them")
-    return found.iloc[0]
+    runs = log[log["id"] == name]
+    if runs.empty:
+        raise UserError(f"{log_path()}: no run {name!r}. `python experiments.py` lists all runs.")
+    return runs.iloc[0]
 
 
 def compare_runs(log: pd.DataFrame, first: str, second: str) -> None:
@@ -109,29 +111,29 @@ def compare_runs(log: pd.DataFrame, first: str, second: str) -> None:
     print(differing.to_string(na_rep="(default)") if len(differing) else "no args differ")
     files = [log_path().with_name(f"{run['id']}.csv") for run in runs]
     if missing := [run["id"] for run, file in zip(runs, files) if not file.is_file()]:
-        raise UserError(f"{preview(missing)}: no out-of-fold rows were scored, so there is nothing more to compare")
+        raise UserError(f"{preview(missing)}: no out-of-fold rows were scored. Compare the scores of other runs.")
     (ids, values), (other, other_values) = (read_predictions(file) for file in files)
     both = pd.Index(ids).intersection(other)
     if both.empty:
-        raise UserError(f"{first} and {second} scored no row in common; compare runs of one fold, or of all folds")
+        raise UserError(f"{first} and {second} have no scored row in common. Compare runs of the same folds.")
     stack = [v[pd.Index(i).get_indexer(both)] for i, v in ((ids, values), (other, other_values))]
     print(f"\non the {len(both)} rows that both scored:")
-    print_comparison(first, second, list(both), np.stack(stack), Labels(runs[1]["truth"]))
+    print_comparison(first, second, list(both), np.stack(stack), Labels(runs[1]["labels"]))
 
 
 def record_public_score(log: pd.DataFrame, score: float, name: str | None) -> None:
-    """Add what the leaderboard said; say how that compares with validation."""
+    """Add a leaderboard score to the log, and print whether it is within the interval of validation."""
     ensembles = log[log["kind"] == "ensemble"]
     if name is None and ensembles.empty:
-        raise UserError(f"{log_path()}: no ensemble in it yet; make one with ensemble.py, or name another run")
-    run_ = find_run(log, name) if name else ensembles.iloc[-1]
-    log_run("leaderboard", run_["output"], {}, parents=[run_["id"]], public_score=score)
-    print(f"{run_['id']} ({run_['output']}, {run_['time']}): {score:.4f} on the leaderboard", end="")
-    if run_["accuracy"]:
-        low, high = float(run_["low"]), float(run_["high"])
-        place = "below" if score < low else "above" if score > high else "within"
-        print(f", {place} the 95 % interval of validation, {low:.4f} to {high:.4f}", end="")
-    print()
+        raise UserError(f"{log_path()}: no ensemble in it. Make one with ensemble.py, or name another run.")
+    run = find_run(log, name) if name else ensembles.iloc[-1]
+    log_run("leaderboard", run["output"], {}, parents=[run["id"]], public_score=score)
+    line = f"{run['id']} ({run['output']}, {run['time']}): {score:.4f} on the leaderboard"
+    if run["accuracy"]:
+        low, high = float(run["low"]), float(run["high"])
+        position = "below" if score < low else "above" if score > high else "within"
+        line += f", {position} the 95 % interval of validation, {low:.4f} to {high:.4f}"
+    print(line)
 
 
 def plot_leaderboard(log: pd.DataFrame, path: Path) -> None:
@@ -139,18 +141,18 @@ def plot_leaderboard(log: pd.DataFrame, path: Path) -> None:
     public = public_scores(log)
     runs = log[log["id"].isin(public) & (log["accuracy"] != "")]
     if runs.empty:
-        raise UserError(f"{log_path()}: no run has both an out-of-fold and a public score; record one: --public_score")
+        raise UserError(f"{log_path()}: no run has an out-of-fold and a public score. Add one with --public_score.")
     x, low, high = (runs[name].astype(float) for name in ("accuracy", "low", "high"))
     y = runs["id"].map(public).astype(float)
     figure, axes = new_figure("", "out-of-fold accuracy, 95 % interval", "leaderboard", size=(6, 6))
     axes.errorbar(x, y, xerr=(x - low, high - x), fmt="o", capsize=3)
-    for name, *place in zip(runs["id"], x, y):
-        axes.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    for name, *point in zip(runs["id"], x, y):
+        axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_aspect("equal", adjustable="datalim")
     axes.axline((x.mean(), x.mean()), slope=1, linestyle=":", color="grey", label="equal")
     axes.legend()
     save_figure(figure, path)
-    print(f"{path}: runs with both scores: {len(runs)}")
+    print(f"{path}: {len(runs)} runs with both scores")
 
 
 if __name__ == "__main__":

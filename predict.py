@@ -23,6 +23,7 @@ import os
 import torch
 from accelerate import PartialState
 
+from vqa.config.arguments import reader_options
 from vqa.core.cli import add_hidden_alias, make_parser, non_default_args
 from vqa.core.compat import string_to_bool
 from vqa.core.distributed import run_on_main_and_broadcast
@@ -50,11 +51,11 @@ def main() -> None:
     checkpoints, base_fingerprint = run_on_main_and_broadcast(lambda: load_checkpoints(args))
     data = checkpoints[0].data
     csv = args.csv or (data.train_csv if args.oof else data.test_csv)
-    source = csv, args.image_root or data.image_root, args.skip_bad_images
+    source, reader = (csv, args.image_root or data.image_root, args.skip_bad_images), reader_options(data)
     if args.oof:
-        folds = run_on_main_and_broadcast(lambda: read_oof_rows(*source, checkpoints))
+        folds = run_on_main_and_broadcast(lambda: read_oof_rows(*source, checkpoints, reader))
     else:
-        folds = [run_on_main_and_broadcast(lambda: read_test_rows(*source))]
+        folds = [run_on_main_and_broadcast(lambda: read_test_rows(*source, reader))]
     predictor = Predictor(checkpoints[0], args.batch_size, args.workers)
     permutations = args.num_permutations, args.permutation_set
     options = predictor.collate, args.scales, *permutations, args.num_paraphrases, args.flip

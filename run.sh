@@ -63,4 +63,4 @@ stage predict "${launch[@]}" predict.py "${names[@]/#/$checkpoints/}" ${LABELS:+
   --num_permutations 4 --output_dir "$outputs"
 predictions=("${names[@]/#/$outputs/}")
 stage ensemble python ensemble.py "${predictions[@]/%/.csv}"
-python scores.py "$outputs" ${LABELS:+--labels "$LABELS"}
+python summarize.py "$outputs" ${LABELS:+--labels "$LABELS"}

@@ -1,23 +1,22 @@
-"""The table at the end of run.sh: what each step of the way scored, with its interval, and what it cost.
+"""Print the table at the end of run.sh: the score of each step, with its interval, and the seconds that it took.
 
-    python scores.py outputs/demo                                            # out-of-fold scores of the folds
-    python scores.py outputs/demo --labels data/demo/test_answers.csv         # test rows whose answers are known
+    python summarize.py outputs/demo                                            # out-of-fold scores of the folds
+    python summarize.py outputs/demo --labels data/demo/test_answers.csv        # test rows with known answers
 
-Nothing is trained or predicted here: the numbers are computed from the prediction files in the folder and in its
-plain/. The same numbers go to scores.json in that folder.
+The scores are computed from the prediction files in the folder and in its plain/, and are also written to scores.json
+there. low and high bound the 95 % interval of the accuracy.
 """
 
 import argparse
-import functools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from vqa.core.cli import add_hidden_alias, make_parser
 from vqa.core.errors import UserError, run_main
 from vqa.core.io import write_json
-from vqa.data.predictions import join, read_card, read_predictions
-from vqa.data.predictions import validation_scores as scores_in_training
+from vqa.data.predictions import join, read_card, read_predictions, validation_scores
 from vqa.data.table import read_table
 from vqa.evaluation.ensembling import ensemble, score_weights
 from vqa.evaluation.labels import Labels
@@ -31,8 +30,8 @@ def main() -> None:
     folder = Path(args.folder)
     folds = sorted(folder.glob("fold*.csv"))
     if not folds:
-        raise UserError(f"{folder}: no fold*.csv in it; predict with predict.py first")
-    table = test_scores(folder, folds, args.labels) if args.labels else validation_scores(folds)
+        raise UserError(f"{folder}: no fold*.csv in it. Predict with predict.py first.")
+    table = test_table(folder, folds, Labels(args.labels)) if args.labels else validation_table(folds)
     seconds = read_seconds(folder / "seconds.txt")
     print(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
     if seconds:
@@ -41,43 +40,45 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="where predict.py wrote, such as outputs/demo")
-    parser.add_argument("--labels", help="CSV of `id,answer` for the test rows, where they are known")
+    parser = make_parser(__doc__)
+    parser.add_argument("folder", help="folder that predict.py wrote to, such as outputs/demo")
+    parser.add_argument("--labels", metavar="CSV", help="CSV with `id,answer` of the test rows, if they are known")
+    add_hidden_alias(parser, "--truth", "--labels")
     return parser.parse_args()
 
 
-def validation_scores(folds: list[Path]) -> list[dict]:
-    """Out-of-fold accuracy and log-loss of each fold, as training measured them."""
-    found = [read_card(path).get("validation") or {} for path in folds]
-    names = ("accuracy", "log_loss")
-    return [{"step": path.stem} | {name: scores.get(name) for name in names} for path, scores in zip(folds, found)]
+def validation_table(folds: list[Path]) -> list[dict]:
+    """Each fold's out-of-fold accuracy and log-loss, as training measured them."""
+    scores = [read_card(path).get("validation") or {} for path in folds]
+    return [
+        {"step": path.stem, "accuracy": fold.get("accuracy"), "log_loss": fold.get("log_loss")}
+        for path, fold in zip(folds, scores)
+    ]
 
 
-def test_scores(folder: Path, folds: list[Path], truth: str) -> list[dict]:
-    """One line a step: untrained base, each fold, each ensemble; the latter two without and with TTA."""
-    table, score = [], functools.partial(score_step, truth=Labels(truth))
-    if (folder / "base" / "base.csv").is_file():
-        table.append(score("base model, untrained", *read_predictions(folder / "base" / "base.csv")))
-    plain = sorted((folder / "plain").glob("fold*.csv"))
+def test_table(folder: Path, folds: list[Path], labels: Labels) -> list[dict]:
+    """A line for the untrained base model, each fold and each ensemble; the latter two without and with TTA."""
+    table, base, plain = [], folder / "base" / "base.csv", sorted((folder / "plain").glob("fold*.csv"))
+    if base.is_file():
+        table.append(score_step("base model, untrained", *read_predictions(base), labels))
     for suffix, files in (("", plain), (" + TTA", folds)) if plain else (("", folds),):
-        table += [score(path.stem + suffix, *read_predictions(path)) for path in files]
+        table += [score_step(path.stem + suffix, *read_predictions(path), labels) for path in files]
         if len(files) > 1:
             ids, stack = join(files)
-            weights = score_weights(scores_in_training(files, "log_loss"), "log_loss")
-            table += [score(f"{method}{suffix}", ids, ensemble(stack, method, weights)) for method in METHODS]
-            table[-len(METHODS) + METHODS.index("majority")]["log_loss"] = None  # shares of votes are no probabilities
+            weights = score_weights(validation_scores(files, "log_loss"), "log_loss")
+            table += [score_step(f"{name}{suffix}", ids, ensemble(stack, name, weights), labels) for name in METHODS]
+            table[-2]["log_loss"] = None  # majority: shares of votes are not probabilities
     return table
 
 
-def score_step(step: str, ids: list[str], probabilities: np.ndarray, truth: Labels) -> dict:
-    answers = truth.answers(ids)
-    found = score_with_interval(probabilities, answers, truth.clusters(ids))
-    return {"step": step} | {name: found[name] for name in ("rows", "accuracy", "low", "high", "log_loss")}
+def score_step(step: str, ids: list[str], probabilities: np.ndarray, labels: Labels) -> dict:
+    """A line of the table, named `step`."""
+    scores = score_with_interval(probabilities, labels.answers(ids), labels.clusters(ids))
+    return {"step": step} | {name: scores[name] for name in ("rows", "accuracy", "low", "high", "log_loss")}
 
 
 def read_seconds(path: Path) -> dict[str, int]:
-    """Stage -> seconds, as run.sh noted them."""
+    """Stage -> seconds, as run.sh wrote them."""
     if not path.is_file():
         return {}
     table = read_table(path, ("stage", "seconds"))

@@ -58,7 +58,7 @@ def test_a_training_is_logged_with_what_differs_its_scores_and_their_interval(tr
 
 
 def test_runs_that_finish_side_by_side_are_all_logged(log):
-    code = "from vqa.experiments import log_run\nfor i in range(8): print(log_run('training', f'out{i}', {'i': i}))"
+    code = "from vqa.evaluation.experiment_log import log_run\nfor i in range(8): print(log_run('training', f'out{i}', {'i': i}))"
     runs = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
@@ -148,7 +148,7 @@ def test_two_runs_are_compared_by_their_args_and_on_the_rows_that_both_scored(en
 def test_runs_of_different_folds_have_nothing_to_compare(trained, script):
     ids = [json.loads((trained / f"checkpoints/fold{fold}/metrics.json").read_text())["run"] for fold in (0, 1)]
     code, said, error = script("experiments", "--compare", *ids)
-    assert code == 2 and "scored no row in common" in error and error.count("\n") == 1
+    assert code == 2 and "have no scored row in common" in error and error.count("\n") == 1
     assert "loss" in said and "learning_rate" not in said
 
 
@@ -165,19 +165,19 @@ def test_the_leaderboards_word_is_kept_shown_and_drawn(ensembles, script, log):
     assert [(line[0], line[public]) for line in lines[1:]] == [(first, "0.9900"), (second, f"{accuracy:.4f}")]
     assert "method=greedy" in said
     code, said, error = script("experiments", "--plot")
-    assert code == 0 and "both scores: 2" in said, error
+    assert code == 0 and "2 runs with both scores" in said, error
     assert log.with_name("leaderboard.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_the_log_cannot_answer_is_one_line(log, script):
-    for args, message in (([], "no such file"), (["--public_score", "82.71"], "0.8271"), (["x"], "an id on its own")):
+    for args, message in (([], "no such file"), (["--public_score", "82.71"], "0.8271"), (["x"], "an id alone")):
         code, _, error = script("experiments", *args)
         assert (code, error.count("\n")) == (2, 1) and message in error
     log_run("training", "out", {})
     for args, message in (
         (["--public_score", "0.5"], "no ensemble"),
         (["--compare", "x", "y"], "no run 'x'"),
-        (["--plot"], "no run has both"),
+        (["--plot"], "no run has an out-of-fold and a public score"),
     ):
         code, _, error = script("experiments", *args)
         assert (code, error.count("\n")) == (2, 1) and message in error

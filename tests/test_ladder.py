@@ -127,6 +127,6 @@ def test_three_seeds_on_the_same_rows_are_not_three_times_the_rows(planted):
 
 
 def test_a_command_that_fails_is_named_with_its_log(tmp_path):
-    with pytest.raises(UserError, match=r"`python scores.py nowhere` failed with exit code 2; see .*said.log"):
-        ladder.run_command(["scores.py", "nowhere"], tmp_path / "said.log", 1)
+    with pytest.raises(UserError, match=r"`python summarize.py nowhere` failed with exit code 2; see .*said.log"):
+        ladder.run_command(["summarize.py", "nowhere"], tmp_path / "said.log", 1)
     assert "error: nowhere: no fold" in (tmp_path / "said.log").read_text()

@@ -1,4 +1,4 @@
-"""Ensembles by the command line on planted out-of-fold files: what is tuned, what is refused, what is said."""
+"""Ensembles by the command line on planted out-of-fold files: what is tuned, what is refused, what is printed."""
 
 import json
 
@@ -120,7 +120,7 @@ def test_exchanged_ids_are_refused_without_cards_by_agreement(planted, script):
         exchange(planted, file)
     code, _, error = script("ensemble", *files, *given)
     assert (code, error.count("\n")) == (2, 1), error
-    assert "swapped/fold*.csv: its probabilities go with" in error and "were exchanged" in error
+    assert "swapped/fold*.csv: its probabilities correlate with" in error and "were exchanged" in error
     assert not list(planted.folder.rglob("submission.csv"))
 
 
@@ -151,7 +151,7 @@ def test_out_of_fold_files_in_the_same_views_are_taken_and_checked(planted, scri
         card = json.loads(swapped.with_suffix(".json").read_text())
         swapped.with_suffix(".json").write_text(json.dumps(card | {key: other}))
         code, said, error = script("ensemble", *files)
-        assert code == 0 and f"{files[1]}: made with TTA, out of fold without" in said, error
+        assert code == 0 and f"{files[1]}: predicted with TTA, but the out-of-fold rows without" in said, error
         swapped.with_suffix(".json").write_text(json.dumps(card))
 
 
@@ -160,7 +160,7 @@ def test_rows_that_a_fold_was_trained_on_are_refused(planted, script):
     planted.oof(files[0]).write_bytes(planted.oof(files[1]).read_bytes())
     code, _, error = script("ensemble", *files)
     assert (code, error.count("\n")) == (2, 1)
-    assert "200 rows are not of fold 0, so its model trained on them: r0001, r0004, r0007" in error
+    assert "200 rows are not of fold 0, so its model was trained on them: r0001, r0004, r0007" in error
     args = planted.oof(files[0]).with_name("args.json")
     args.write_text(args.read_text().replace('"fold": 0', '"fold": null'))
     assert "was trained on every row" in script("ensemble", *files)[2]
@@ -173,12 +173,12 @@ def test_a_row_that_its_fold_lacks_is_named(planted, script):
     assert code == 2 and "1 rows of fold 2 are missing: r0002" in error
 
 
-def test_one_model_is_averaged_and_why_nothing_is_tuned_is_said(planted, script):
+def test_one_model_is_averaged_and_the_reason_is_printed(planted, script):
     values = planted.probabilities(1.0)
     files = planted.model("good", values)
     code, said, error = script("ensemble", *files)
     assert code == 0, error
-    assert "mean is used: folds of one model have no out-of-fold rows in common" in said
+    assert "mean is used: the folds of one model have no out-of-fold rows in common" in said
     assert f"accuracy {(values.argmax(1) == planted.answers)[:TRAIN].mean():.4f} (95 % interval" in said
     for method in ("greedy", "stack"):
         code, _, error = script("ensemble", *files, "--method", method)
@@ -191,7 +191,7 @@ def test_without_out_of_fold_files_mean_is_used_and_said_and_tuning_is_refused(p
     code, said, error = script("ensemble", *files)
     assert code == 0 and "no out-of-fold rows: " in said and "mean is used: without out-of-fold rows" in said, error
     code, _, error = script("ensemble", *files, "--method", "stack")
-    assert (code, error.count("\n")) == (2, 1) and "other/fold1/oof.csv: not there" in error
+    assert (code, error.count("\n")) == (2, 1) and "other/fold1/oof.csv: no such file" in error
     code, said, error = script("ensemble", *files, "--method", "weighted")
     assert code == 0 and "weighted of" in said, "the cards have each fold's score"
 
@@ -199,10 +199,10 @@ def test_without_out_of_fold_files_mean_is_used_and_said_and_tuning_is_refused(p
 def test_models_validated_on_different_rows_are_not_tuned(planted, script):
     files = planted.model("good", planted.probabilities(1.5)) + planted.model("other", planted.probabilities(1.0))
     code, said, error = script("ensemble", *files[:5])
-    assert code == 0 and "were not validated on the same rows: 200 are in one only: r0002" in said, error
+    assert code == 0 and "were validated on different rows: 200 are in only one of them: r0002" in said, error
     given = ["--oof", *(planted.oof(file) for file in files[:5])]
     code, _, error = script("ensemble", *files[:5], *given)
-    assert code == 2 and "were not validated on the same rows" in error
+    assert code == 2 and "were validated on different rows" in error
 
 
 def test_the_mean_of_two_models_is_not_the_mean_of_their_files(planted, script):
@@ -216,7 +216,7 @@ def test_the_mean_of_two_models_is_not_the_mean_of_their_files(planted, script):
     assert expected != ["abcd"[i] for i in (3 * good + other)[TRAIN:].argmax(1)]
 
 
-def test_temperature_mends_a_model_that_is_too_sure(planted, script):
+def test_temperature_corrects_an_overconfident_model(planted, script):
     values = planted.probabilities(1.0) ** 4
     files = planted.model("good", values / values.sum(1, keepdims=True))
     code, said, error = script("ensemble", *files, "--temperature")
@@ -240,7 +240,7 @@ def test_what_the_submission_changes_and_what_it_may_not_write_over(planted, scr
     values = planted.probabilities(1.0)
     files = planted.model("good", values)
     code, said, error = script("ensemble", *files)
-    assert code == 0 and "that was there" not in said, error
+    assert code == 0 and "previous submission" not in said, error
     trained = (planted.answers[:TRAIN] == 0).mean()
     count = (values[TRAIN:].argmax(1) == 0).sum()
     assert f"letters: a {count} ({count / TEST:.1%}, in training {trained:.1%})" in said
@@ -248,7 +248,7 @@ def test_what_the_submission_changes_and_what_it_may_not_write_over(planted, scr
     lines = output.read_text().splitlines()
     lines[3:5] = [line[:-1] + "abcd"["abcd".index(line[-1]) - 1] for line in lines[3:5]]
     output.write_text("\n".join(lines) + "\n")
-    assert "2 of 300 answers differ from the submission that was there" in script("ensemble", *files)[1]
+    assert "2 of 300 answers differ from the previous submission" in script("ensemble", *files)[1]
     code, _, error = script("ensemble", *files, "--output", files[0])
     assert code == 2 and "exists and is not a submission" in error
 
@@ -280,4 +280,4 @@ def test_an_ensembles_probabilities_are_the_mean_and_do_not_get_among_the_predic
     np.testing.assert_allclose(table[["p_a", "p_b", "p_c", "p_d"]], values[TRAIN:], atol=1e-15)
     among = files[0].with_name("all.csv")
     code, _, error = script("ensemble", *files, "--probabilities", among)
-    assert (code, error.count("\n")) == (2, 1) and "would lie among the predictions" in error and not among.exists()
+    assert (code, error.count("\n")) == (2, 1) and "is in the folder of the predictions" in error and not among.exists()

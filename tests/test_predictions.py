@@ -9,7 +9,9 @@ from conftest import command, write_csv
 
 from vqa.core.errors import UserError
 from vqa.data import predictions
-from vqa.data.predictions import is_submission, join, read_predictions, write_predictions, write_submission
+from vqa.data.predictions import is_prediction_file, join, read_predictions, write_predictions
+from vqa.data.rows import LETTERS
+from vqa.data.submission import read_submission_form, write_submission
 
 
 def write(path, ids, values):
@@ -27,7 +29,7 @@ def test_what_is_written_is_read_back_exactly(tmp_path, stack):
     path = write(tmp_path / "p.csv", [f"r{i}" for i in range(50)], stack[0])
     ids, values = read_predictions(path)
     assert ids == [f"r{i}" for i in range(50)]
-    assert (values[:, :4] == stack[0]).all() and values.shape == (50, 10)
+    assert (values[:, :4] == stack[0]).all() and values.shape == (50, len(LETTERS))
     assert path.read_text().splitlines()[0] == "id,answer,p_a,p_b,p_c,p_d"
     assert list(pd.read_csv(path)["answer"]) == ["abcd"[i] for i in stack[0].argmax(1)]
 
@@ -67,13 +69,15 @@ def test_a_file_that_holds_no_probabilities_is_refused(tmp_path, cells, message)
 
 def test_a_submission_follows_the_sample(tmp_path):
     sample = write_csv(tmp_path / "sample.csv", [["z", "a"], ["x", "a"]], ["id", "answer"])
-    write_submission(tmp_path / "s.csv", ["x", "z"], np.eye(4)[[1, 3]], sample)
+    choices = {name: ["1", "2", "3", "4"] for name in "xyz"}
+    form = read_submission_form(sample, ["x", "z"], choices)
+    write_submission(tmp_path / "s.csv", ["x", "z"], np.eye(4)[[1, 3]], form, choices)
     assert (tmp_path / "s.csv").read_text() == "id,answer\nz,d\nx,b\n"
-    assert is_submission(tmp_path / "s.csv")
-    with pytest.raises(UserError, match="sample.csv: 1 ids are not in the predictions: z"):
-        write_submission(tmp_path / "s.csv", ["x"], np.eye(4)[[1]], sample)
-    with pytest.raises(UserError, match="sample.csv: 1 ids of the predictions are missing: y"):
-        write_submission(tmp_path / "s.csv", ["x", "y", "z"], np.eye(4)[[1, 1, 1]], sample)
+    assert not is_prediction_file(tmp_path / "s.csv")
+    with pytest.raises(UserError, match="sample.csv: 1 of its ids have no prediction: z"):
+        read_submission_form(sample, ["x"], choices)
+    with pytest.raises(UserError, match="sample.csv: 1 predicted ids are not in it: y"):
+        read_submission_form(sample, ["x", "y", "z"], choices)
 
 
 @pytest.mark.parametrize("text", ["\ufeffid,answer,p_a,p_b\n", "answer,p_a,note,p_b,id\n", "id,answer,p_a,p_b\r\n"])
@@ -105,7 +109,7 @@ def test_a_file_with_other_choices_is_refused(tmp_path, stack):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["ensemble", "scores"])
+@pytest.mark.parametrize("script", ["ensemble", "summarize"])
 def test_scripts_that_only_read_tables_import_no_model_library(script):
     code = (
         f"import {script}, sys; print(sorted({{'torch', 'transformers', 'datasets', 'sklearn'}} & set(sys.modules)))"

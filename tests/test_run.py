@@ -80,7 +80,7 @@ def test_known_labels_are_scored_with_the_untrained_base(loop, name):
     code, calls, error = loop("args", **{name: "answers.csv"})
     assert code == 0, error
     assert any("predict.py" in call and "--base checkpoints/fold0/args.json" in call for call in calls)
-    assert any("scores.py outputs --labels answers.csv" in call for call in calls)
+    assert any("summarize.py outputs --labels answers.csv" in call for call in calls)
 
 
 @pytest.mark.parametrize(

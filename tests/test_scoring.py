@@ -39,7 +39,7 @@ def test_the_score_does_not_depend_on_the_batch(model, processor, ids, rows):
 
 
 def test_a_permuted_view_is_mapped_back_to_the_choices(processor, ids, rows):
-    """With a stand-in for the model that likes the letter of a certain text, every order gives the same answer."""
+    """A stand-in that likes the letter of a certain text gives every permutation the same answer."""
 
     class LikesText(torch.nn.Module):
         def __init__(self, text):
@@ -55,8 +55,8 @@ def test_a_permuted_view_is_mapped_back_to_the_choices(processor, ids, rows):
             return type("Output", (), {"logits": logits})
 
     row = {**rows[0], "choices": ["one", "two", "three", "four"]}
-    orders = [[0, 1, 2, 3], [1, 2, 3, 0], [3, 1, 0, 2]]
-    got = score_rows(LikesText("three"), [{**row, "permutation": order} for order in orders], blind(processor), ids, 3)
+    permuted = [{**row, "permutation": p} for p in ([0, 1, 2, 3], [1, 2, 3, 0], [3, 1, 0, 2])]
+    got = score_rows(LikesText("three"), permuted, blind(processor), ids, 3)
     assert got.argmax(1).tolist() == [2, 2, 2]
     assert got[0] == pytest.approx(got[1]) and got[0] == pytest.approx(got[2])
 
@@ -73,7 +73,7 @@ def test_logits_that_are_not_finite_name_their_rows(processor, ids, rows):
             return type("Output", (), {"logits": logits})
 
     shown = [rows[0], {**rows[1], "question": "Is it unlike the others?"}, rows[2]]
-    with pytest.raises(UserError, match=f"1 rows have logits that are not finite: {rows[1]['id']};"):
+    with pytest.raises(UserError, match=f"1 rows have logits that are not finite: {rows[1]['id']}\\."):
         score_rows(Broken(), shown, blind(processor), ids, 2)
 
 

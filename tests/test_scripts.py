@@ -127,15 +127,15 @@ def test_predict_and_ensemble_by_their_command_lines(trained):
     assert card["views"] == ["plain", "rotation 1", "scale 0.8"] and card["validation"]["log_loss"] > 0
 
     (outputs / "seconds.txt").write_text("stage,seconds\ntrain,7\n")
-    truth = trained / "data" / "train.csv"
-    done = command(sys.executable, "scores.py", outputs, "--labels", truth)
+    labels = trained / "data" / "train.csv"
+    done = command(sys.executable, "summarize.py", outputs, "--labels", labels)
     assert done.returncode == 0 and "fold1 + TTA" in done.stdout, done.stderr
     scores = {line["step"]: line for line in json.loads((outputs / "scores.json").read_text())["scores"]}
-    right = pd.read_csv(outputs / "fold0.csv").merge(pd.read_csv(truth), on="id", suffixes=("", "_true"))
+    right = pd.read_csv(outputs / "fold0.csv").merge(pd.read_csv(labels), on="id", suffixes=("", "_true"))
     assert scores["fold0 + TTA"]["accuracy"] == (right["answer"] == right["answer_true"]).mean()
     assert {"base model, untrained", "mean", "majority", "weighted + TTA"} <= set(scores)
     assert all(line["low"] <= line["accuracy"] <= line["high"] for line in scores.values())
-    done = command(sys.executable, "scores.py", outputs)
+    done = command(sys.executable, "summarize.py", outputs)
     assert done.returncode == 0 and "fold0" in done.stdout and "train 7" in done.stdout, done.stderr
 
     files = sorted(str(path) for path in outputs.glob("fold*.csv"))
@@ -215,7 +215,7 @@ def test_without_a_fold_every_row_is_trained_on_and_nothing_is_validated(trained
     assert (output / "adapter_model.safetensors").is_file() and not (output / "oof.csv").exists()
 
 
-@pytest.mark.parametrize("name", ["train_fold", "make_folds", "predict", "ensemble", "scores"])
+@pytest.mark.parametrize("name", ["train_fold", "make_folds", "predict", "ensemble", "summarize", "experiments"])
 def test_help_teaches_and_ends_well(script, name):
     code, output, _ = script(name, "--help")
     assert code == 0 and f"python {name}.py" in output
@@ -267,9 +267,9 @@ def test_other_scripts_refuse_bad_input_too(trained, script, tmp_path):
         ("predict", [], "no folds given"),
         ("predict", [trained / "checkpoints" / "fold0", "--scales", "0"], "above 0"),
         ("ensemble", [tmp_path / "x.csv"], "no such file"),
-        ("ensemble", [trained / "data" / "sample_submission.csv"], "none of the 1 files holds probabilities"),
+        ("ensemble", [trained / "data" / "sample_submission.csv"], "none of the 1 files has probabilities"),
         ("ensemble", [trained / "data" / "train.csv"], "column p_a, p_b is missing"),
-        ("scores", [tmp_path], "no fold"),
+        ("summarize", [tmp_path], "no fold"),
         ("make_folds", [tmp_path / "x.json"], "no such file"),
     ):
         code, _, error = script(name, *args)

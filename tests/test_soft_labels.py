@@ -35,8 +35,8 @@ def read_one(tmp_path, *cells, header=ANNOTATED):
 def test_the_answer_is_the_majoritys_and_of_a_tie_the_one_chosen_first(tmp_path, cells, answer, shares):
     row = read_one(tmp_path, *cells)
     assert row["answer"] == answer and row["annotators"] == pytest.approx(shares)
-    truth = Labels(tmp_path / "t.csv")
-    assert list(truth.answers(["r1"])) == [answer] and truth.shares(["r1"])[0, :3] == pytest.approx(shares)
+    labels = Labels(tmp_path / "t.csv")
+    assert list(labels.answers(["r1"])) == [answer] and labels.soft_labels(["r1"])[0, :3] == pytest.approx(shares)
 
 
 def test_a_single_answer_stands_beside_its_annotators_and_for_those_that_are_missing(tmp_path):
@@ -52,7 +52,7 @@ def test_a_single_answer_stands_beside_its_annotators_and_for_those_that_are_mis
     [
         (["a", "d", "a"], "row 1 .id r1., answer2: answer 'd' is not offered"),
         (["a", "one", "a"], "answer2: answer 'one' is not offered"),
-        (["", " ", ""], "row 1 .id r1.: answer and answer1, answer2, answer3 are all blank"),
+        (["", " ", ""], "1 row without an answer in answer1 or answer2 or answer3: r1"),
     ],
 )
 def test_an_annotator_who_answers_nothing_that_is_offered_is_named(tmp_path, cells, message):

@@ -7,8 +7,9 @@ from PIL import Image, ImageOps
 
 from vqa.config.arguments import DataArguments
 from vqa.data.collator import Collator
-from vqa.inference.scoring import choice_probs, normalize
+from vqa.inference.scoring import choice_probs
 from vqa.inference.tta import ViewPredictions, choice_permutations, group_by_image, make_views, stack_views
+from vqa.inference.view_cache import CachedView
 from vqa.modeling.feature_store import open_feature_store
 
 
@@ -20,14 +21,14 @@ def test_scales_change_the_grid_that_the_model_sees(processor, rows, capsys):
         seen, before = collate(view.changed_rows())["image_grid_thw"], collate([rows[i] for i in view.changed])
         assert (seen != before["image_grid_thw"]).any(1).all()
         assert len(view.changed) == len(rows)
-    assert "scale 0.9: another grid for 24 of 24 rows" in capsys.readouterr().out
+    assert "scale 0.9: 24 of 24 rows get another grid" in capsys.readouterr().out
 
 
 def test_a_scale_that_changes_no_grid_gives_no_view(processor, rows, tmp_path, capsys):
     Image.new("RGB", (56, 56)).save(tmp_path / "smallest.png")  # four tokens, the fewest there are
     smallest = {**rows[0], "image": str(tmp_path / "smallest.png")}
     assert [view.name for view in make_views([smallest], Collator(processor, 140), [0.9, 1.0])] == ["plain"]
-    assert "another grid for 0 of 1 rows" in capsys.readouterr().out
+    assert "0 of 1 rows get another grid" in capsys.readouterr().out
     views = make_views([smallest, rows[0]], Collator(processor, 140), [0.9, 1.0])
     assert [view.changed for view in views] == [[0, 1], [1]]
 
@@ -39,43 +40,44 @@ def test_scales_that_give_the_same_grid_are_one_view(processor, rows):
 
 @pytest.mark.parametrize("permutation_set", ["cyclic", "latin"])
 @pytest.mark.parametrize("count", range(2, 11))
-def test_every_choice_stands_once_at_every_letter(permutation_set, count):
-    orders = choice_permutations(count, permutation_set)
-    assert orders[0] == list(range(count)), "the CSV's own order comes first"
-    assert all(sorted(order) == list(range(count)) for order in orders)
-    assert all(len({order[letter] for order in orders}) == count == len(orders) for letter in range(count))
+def test_every_choice_is_once_at_every_letter(permutation_set, count):
+    permutations = choice_permutations(count, permutation_set)
+    assert permutations[0] == list(range(count)), "the CSV's order is the first"
+    assert all(sorted(permutation) == list(range(count)) for permutation in permutations)
+    assert len(permutations) == count
+    assert all(len({permutation[i] for permutation in permutations}) == count for i in range(count))
 
 
 @pytest.mark.parametrize("count", [2, 4, 6, 8, 10])
 def test_in_a_latin_set_of_an_even_count_every_choice_follows_every_other_once(count):
-    pairs = [(a, b) for order in choice_permutations(count, "latin") for a, b in zip(order, order[1:])]
+    pairs = [pair for permutation in choice_permutations(count, "latin") for pair in zip(permutation, permutation[1:])]
     assert sorted(pairs) == [(a, b) for a in range(count) for b in range(count) if a != b]
 
 
-def test_a_row_of_two_choices_has_two_orders(processor, rows):
+def test_a_row_of_two_choices_has_two_permutations(processor, rows):
     short = [{**rows[0], "choices": ["x", "y"]}, rows[1]]
     views = make_views(short, Collator(processor, 140), num_permutations=4)
     assert [view.changed for view in views] == [[0, 1], [0, 1], [1], [1]]
     assert [view.rows[0]["permutation"] for view in views[1:]] == [[1, 0], [0, 1], [1, 0]]
 
 
-def test_wordings_ask_the_same_in_other_words_of_the_rows_that_have_them(processor, rows, capsys):
+def test_paraphrases_replace_the_question_of_the_rows_that_have_them(processor, rows, capsys):
     asked = [rows[0], {**rows[1], "paraphrases": ["이건 뭔가요?", "뭐죠?"]}, {**rows[2], "paraphrases": ["what?"]}]
     views = make_views(asked, Collator(processor, 140), num_permutations=2, num_paraphrases=4)
-    assert [(view.name, view.changed) for view in views[2:]] == [("wording 1", [1, 2]), ("wording 2", [1])]
+    assert [(view.name, view.changed) for view in views[2:]] == [("paraphrase 1", [1, 2]), ("paraphrase 2", [1])]
     assert [[row["question"] for row in view.changed_rows()] for view in views[2:]] == [
         ["이건 뭔가요?", "what?"],
         ["뭐죠?"],
     ]
     assert [len(together) for together in group_by_image(views)] == [2, 1, 1], (
-        "only orders share what stands before them"
+        "only permutations share the prompt before the choices"
     )
     texts = processor.tokenizer.batch_decode(Collator(processor, 140)(views[2].changed_rows())["input_ids"])
     assert "이건 뭔가요?" in texts[0] and rows[1]["question"] not in texts[0]
-    assert "wording 3: another one for 0 of 3 questions" in capsys.readouterr().out
+    assert "paraphrase 3: 0 of 3 questions have one" in capsys.readouterr().out
 
 
-def test_orders_of_one_image_stand_together(processor, rows):
+def test_permutations_of_one_image_are_grouped(processor, rows):
     views = make_views(rows, Collator(processor, 140), [0.8, 1.0, 1.4], 3, "latin", flip=True)
     assert [[view.name for view in views] for views in group_by_image(views)] == [
         ["plain", "latin 1", "latin 2"],
@@ -103,33 +105,38 @@ class Letters(torch.nn.Module):
         return type("Output", (), {"logits": logits})
 
 
-def answers_of(processor, ids, views, liking):
+def predictions_of(processor, ids, views, liking):
     collate = Collator(processor, 140)
     model = Letters(processor, ids, liking)
 
     def blind(rows):
         return {key: value for key, value in collate(rows).items() if key != "pixel_values"}
 
-    shares = [choice_probs(model, view.changed_rows(), blind, ids, 8) for view in views]
-    return stack_views(views, [normalize(own) for own in shares])
+    return stack_views(
+        views, [CachedView(choice_probs(model, view.changed_rows(), blind, ids, 8), 1.0) for view in views]
+    )
 
 
 @pytest.mark.parametrize("permutation_set", ["cyclic", "latin"])
-def test_orders_change_nothing_for_a_model_without_position_bias(processor, ids, rows, permutation_set):
+def test_permutations_change_nothing_for_a_model_without_position_bias(processor, ids, rows, permutation_set):
     views = make_views(rows[:6], Collator(processor, 140), num_permutations=4, permutation_set=permutation_set)
-    answers = answers_of(processor, ids, views, lambda shown: [len(text) % 5 + text.count("e") for text in shown])
-    assert np.ptp(answers.probabilities[0, :, :4]) > 0.1
-    assert np.abs(answers.probabilities - answers.probabilities[0]).max() < 1e-12
-    assert np.abs(answers.mean() - answers.probabilities[0]).max() < 1e-12
+    predictions = predictions_of(
+        processor, ids, views, lambda shown: [len(text) % 5 + text.count("e") for text in shown]
+    )
+    assert np.ptp(predictions.probabilities[0, :, :4]) > 0.1
+    assert np.abs(predictions.probabilities - predictions.probabilities[0]).max() < 1e-12
+    assert np.abs(predictions.mean() - predictions.probabilities[0]).max() < 1e-12
 
 
 @pytest.mark.parametrize("permutation_set", ["cyclic", "latin"])
-def test_all_orders_leave_nothing_of_a_position_bias(processor, ids, rows, permutation_set):
+def test_all_permutations_together_cancel_a_position_bias(processor, ids, rows, permutation_set):
     rows = [rows[0], {**rows[1], "choices": rows[1]["choices"][:3]}]
     views = make_views(rows, Collator(processor, 140), num_permutations=4, permutation_set=permutation_set)
-    answers = answers_of(processor, ids, views, lambda shown: [2.0, 0.0, 1.0, -1.0][: len(shown)])
-    assert answers.probabilities[0].argmax(1).tolist() == [0, 0]
-    assert answers.mean()[0, :4] == pytest.approx(np.full(4, 1 / 4)) and answers.mean()[1, :3] == pytest.approx(1 / 3)
+    predictions = predictions_of(processor, ids, views, lambda shown: [2.0, 0.0, 1.0, -1.0][: len(shown)])
+    assert predictions.probabilities[0].argmax(1).tolist() == [0, 0]
+    assert predictions.mean()[0, :4] == pytest.approx(np.full(4, 1 / 4)) and predictions.mean()[
+        1, :3
+    ] == pytest.approx(1 / 3)
 
 
 def test_a_flipped_image_is_mirrored_and_never_taken_for_the_other(model, processor, rows, tmp_path):
@@ -157,22 +164,25 @@ def test_rows_that_mention_a_side_are_not_flipped_and_counted(processor, rows, c
 
 
 @pytest.fixture
-def answers():
+def predictions():
     """Three views of two rows; the second row isn't in the last one, and is surer of itself in the plain one."""
     first = [[0.5, 0.4, 0.1], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]]
     second = [[0.9, 0.1, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
     shown = np.array([[True, True], [True, True], [True, False]])
-    return ViewPredictions(["plain", "x", "y"], np.stack([first, second], axis=1), shown)
+    return ViewPredictions(["plain", "x", "y"], np.stack([first, second], axis=1), shown, np.ones(3))
 
 
-def test_a_view_that_does_not_show_a_row_does_not_count_for_it(answers):
-    assert answers.mean() == pytest.approx(np.array([[1 / 3, 1.3 / 3, 0.7 / 3], [0.7, 0.3, 0.0]]))
-    assert answers.mean([0, 2]) == pytest.approx(np.array([[0.4, 0.35, 0.25], [0.9, 0.1, 0.0]]))
+def test_a_view_that_does_not_show_a_row_does_not_count_for_it(predictions):
+    assert predictions.mean() == pytest.approx(np.array([[1 / 3, 1.3 / 3, 0.7 / 3], [0.7, 0.3, 0.0]]))
+    assert predictions.mean([0, 2]) == pytest.approx(np.array([[0.4, 0.35, 0.25], [0.9, 0.1, 0.0]]))
 
 
-def test_the_gate_leaves_sure_rows_to_the_plain_view(answers):
-    assert answers.margins() == pytest.approx([0.1, 0.8])
-    assert answers.unsure(0.8000001).tolist() == [True, True] and answers.unsure(0.5).tolist() == [True, False]
-    assert answers.mean(gate=0.5) == pytest.approx(np.array([[1 / 3, 1.3 / 3, 0.7 / 3], [0.9, 0.1, 0.0]]))
-    assert answers.asked([0, 1, 2], 0.5).sum(1).tolist() == [2, 1, 1]
-    assert (answers.mean(gate=0.0) == answers.probabilities[0]).all()
+def test_the_gate_leaves_sure_rows_to_the_plain_view(predictions):
+    assert predictions.margins() == pytest.approx([0.1, 0.8])
+    assert predictions.below_gate(0.8000001).tolist() == [True, True] and predictions.below_gate(0.5).tolist() == [
+        True,
+        False,
+    ]
+    assert predictions.mean(gate=0.5) == pytest.approx(np.array([[1 / 3, 1.3 / 3, 0.7 / 3], [0.9, 0.1, 0.0]]))
+    assert predictions.used([0, 1, 2], 0.5).sum(1).tolist() == [2, 1, 1]
+    assert (predictions.mean(gate=0.0) == predictions.probabilities[0]).all()

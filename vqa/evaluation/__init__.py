@@ -1,4 +1,7 @@
-"""What a score is worth: metrics with intervals, paired tests, out-of-fold predictions, ensembles, the experiment log.
+"""How good predictions are, and how to combine them. It works on probabilities in memory or in files, not on models.
 
-It works on probabilities in memory or in files, never on a model. May import `core`, `config` and `data`.
+metrics: accuracy and log-loss with intervals. significance: paired tests. labels: the answers of a CSV. oof:
+out-of-fold predictions. ensembling: ensembles and the choice among them. experiment_log: a row for every run.
+
+May import `core`, `config` and `data`.
 """

@@ -1,8 +1,8 @@
-"""The experiment log: one row for every finished training, prediction and ensemble, in experiments/log.csv.
+"""The experiment log, experiments/log.csv: one row for every finished training, prediction and ensemble.
 
-Rows are only ever added; what a leaderboard said of an ensemble is a row too, whose parent is that ensemble. The
-environment variable EXPERIMENTS_LOG names another file. Beside the log lies, for each run that was scored,
-`<id>.csv`: the out-of-fold probabilities behind its score, so that two runs can be compared whatever became of them.
+Rows are only added. A leaderboard score is a row too; its parent is the ensemble. The environment variable
+EXPERIMENTS_LOG names another file. Beside the log, `<id>.csv` holds the out-of-fold probabilities of each scored run,
+so that runs can be compared after their own files are gone.
 """
 
 import json
@@ -24,15 +24,12 @@ from vqa.data.predictions import write_probabilities
 from vqa.data.table import read_table
 
 SCORES = ("rows", "accuracy", "low", "high", "log_loss")
-
-
 COLUMNS = (
     *("id", "time", "kind", "revision", "output", "args", "data"),
     *SCORES,
-    *("truth", "seconds", "peak_gib", "parents", "public_score"),
+    *("labels", "seconds", "peak_gib", "parents", "public_score"),
 )
-
-
+RENAMED = {"truth": "labels"}  # columns of older logs
 PROJECT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -47,16 +44,16 @@ def log_run(
     seconds: float | None = None,
     data: str = "",
     scores: Mapping | None = None,
-    truth: str | Path = "",
+    labels: str | Path = "",
     out_of_fold: tuple[Sequence[str], np.ndarray] | None = None,
     parents: Sequence[str] = (),
     public_score: float | None = None,
 ) -> str:
-    """Add a row for a finished run; its new id, or "" where the log cannot be written, which is said.
+    """Add a row for a finished run. Returns its new id, or "" (and prints why) where the log cannot be written.
 
-    `args` are those that differ from the defaults. `scores` hold those of SCORES that are known, by the answers in
-    the CSV `truth`; `out_of_fold` the ids and probabilities (rows, letters) that they were computed from. `parents`
-    are the ids of the runs that this one was made from.
+    args: those that differ from the defaults. scores: those of SCORES that are known, from the answers in the CSV
+    `labels`. out_of_fold: the ids and probabilities (rows, letters) behind them. parents: ids of the runs that this
+    one was made from.
     """
     row = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -65,7 +62,7 @@ def log_run(
         "output": output,
         "args": json.dumps(args, ensure_ascii=False, sort_keys=True, default=str),
         "data": data,
-        "truth": truth,
+        "labels": labels,
         "peak_gib": f"{peak_gib():.2f}",
         "parents": " ".join(filter(None, parents)),
     }
@@ -74,13 +71,13 @@ def log_run(
     row |= {name: number for name, number in numbers.items() if number is not None}
     try:
         return _append({name: str(value) for name, value in row.items()}, out_of_fold)
-    except (UserError, OSError) as error:  # the run itself ended well, and what comes after it can go on
+    except (UserError, OSError) as error:  # the run itself succeeded
         print(f"not in the experiment log: {error}", file=sys.stderr)
         return ""
 
 
 def _append(row: dict[str, str], out_of_fold: tuple[Sequence[str], np.ndarray] | None) -> str:
-    """Under a lock, since folds train side by side; written whole, and with all columns where the log is older."""
+    """Append under a lock, because folds can train in parallel. An older log gets the columns that it lacks."""
     path = log_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -95,15 +92,19 @@ def _append(row: dict[str, str], out_of_fold: tuple[Sequence[str], np.ndarray] |
 
 
 def read_log(path: str | Path) -> pd.DataFrame:
-    """The log as text cells, oldest first; columns that an older log lacks are blank."""
+    """The log as text cells, oldest first. Columns of an older log are renamed; those that it lacks are blank."""
     if not Path(path).exists():
-        raise UserError(f"{path}: no such file; train something first, or name another log by EXPERIMENTS_LOG")
+        raise UserError(f"{path}: no such file. Train something first, or name another log in EXPERIMENTS_LOG.")
     table = read_table(path, ("id", "kind"))
+    for old, new in RENAMED.items():
+        if old in table:
+            values = table.pop(old)
+            table[new] = table[new].where(table[new] != "", values) if new in table else values
     return table.reindex(columns=[*COLUMNS, *(name for name in table.columns if name not in COLUMNS)], fill_value="")
 
 
 def _new_id(taken: set[str]) -> str:
-    """The milliseconds since 1970 in base 36: eight characters that sort by time."""
+    """Milliseconds since 1970 in base 36: eight characters that sort by time."""
     moment = time.time_ns() // 1_000_000
     while (name := np.base_repr(moment, 36).lower()) in taken:
         moment += 1
@@ -111,7 +112,7 @@ def _new_id(taken: set[str]) -> str:
 
 
 def git_revision() -> str:
-    """The commit that the project's files are of, `-dirty` where they were changed since; blank outside git."""
+    """The project's commit, with `-dirty` if files were changed since; blank outside git."""
     try:
         command = ("git", "describe", "--always", "--dirty", "--exclude=*")
         return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True).stdout.strip()
@@ -120,7 +121,7 @@ def git_revision() -> str:
 
 
 def peak_gib() -> float:
-    """The most memory that this process took, in GiB: of the GPU where it used one, else main memory."""
+    """Peak memory of this process in GiB: of the GPU if it used one, otherwise main memory."""
     torch = sys.modules.get("torch")  # importing it for this would slow light scripts
     if torch and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30

@@ -1,65 +1,74 @@
 """The answers of a CSV, and which of its rows belong together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from vqa.core.errors import UserError, preview
-from vqa.data.rows import LETTERS, count_votes, parse_answer
-from vqa.data.table import check_ids, numbered_columns, read_table, require_columns
+from vqa.data.answers import AnswerForm
+from vqa.data.columns import find_columns
+from vqa.data.rows import LETTERS, Row, add_answers, read_texts
+from vqa.data.table import check_ids, read_table
 
-CLUSTER_COLUMNS = {"image": "path", "question": "question"}
-
-
-# With fewer, a clustering tells kinds of rows that every sample has (ten question templates), and its variance is
-# known too badly to widen an interval by.
+# Fewer clusters are kinds of rows that every sample has, such as ten question templates, and their variance is too
+# uncertain to widen an interval by.
 FEWEST_CLUSTERS = 20
 
 
 class Labels:
-    """A CSV with `id,answer` (or annotators) and, where it has them, `path` and `question`; read once, asked by id."""
+    """The answers in a CSV, by id. It has an id and an answer (or annotators), and optionally all that a contest has.
 
-    def __init__(self, path: str | Path):
+    `columns` and `answer_form` as in `vqa.data.rows.read_contest`.
+    """
+
+    def __init__(self, path: str | Path, columns: Mapping | None = None, answer_form: str | None = None):
         self.path = path
-        self.table = read_table(path, ("id",))
-        self.annotators = numbered_columns(self.table, "answer")
-        if not self.annotators:
-            require_columns(path, self.table, ("answer",))
-        check_ids(path, self.table["id"])
-        self.index = pd.Index(self.table["id"])
+        self.table = read_table(path, ())
+        self.columns = find_columns(path, list(self.table.columns), columns, labels_only=True)
+        self.form, self._index, self._answers, self._soft_labels = self._read(answer_form)
+
+    def _read(self, answer_form: str | None) -> tuple[AnswerForm, pd.Index, np.ndarray, np.ndarray | None]:
+        """(form of the answers, ids, their indices (rows,), the annotators' soft labels (rows, letters) if any)."""
+        found, table = self.columns, self.table
+        ids = list(table[found.id]) if found.id else [str(number) for number in range(len(table))]
+        check_ids(self.path, ids)
+        if found.answer and not found.annotators and not answer_form:  # a column of letters, read at once
+            letters = table[found.answer].astype(str).str.strip().str.lower()
+            answers = letters.map({letter: i for i, letter in enumerate(LETTERS)})
+            if answers.notna().all():
+                form = AnswerForm("letter").like(table[found.answer].iloc[0])
+                return form, pd.Index(ids), answers.to_numpy(dtype=int), None
+        if found.choices:
+            rows = read_texts(self.path, table, found)
+        else:
+            rows = [Row(id=row_id, choices=list(LETTERS)) for row_id in ids]
+        form = add_answers(self.path, rows, table, found, answer_form)
+        soft = None
+        if found.annotators:
+            soft = np.array([row["annotators"] + [0.0] * (len(LETTERS) - len(row["annotators"])) for row in rows])
+        return form, pd.Index(ids), np.array([row["answer"] for row in rows]), soft
 
     def answers(self, ids: Sequence[str]) -> np.ndarray:
         """Indices of the answers, int (rows,)."""
-        if self.annotators:
-            return np.array([answer for answer, _ in self._votes(ids)])
-        cells = self._rows(ids)["answer"]
-        return np.array([parse_answer(f"{self.path}: id {i}", cell, len(LETTERS)) for i, cell in zip(ids, cells)])
+        return self._answers[self._positions(ids)]
 
-    def shares(self, ids: Sequence[str]) -> np.ndarray | None:
-        """The share of each row's annotators that chose each letter (rows, 10); None where the CSV has none."""
-        return np.array([shares for _, shares in self._votes(ids)]) if self.annotators else None
-
-    def _votes(self, ids: Sequence[str]) -> list[tuple[int, list[float]]]:
-        rows = self._rows(ids)[[name for name in ("id", "answer", *self.annotators) if name in self.table]]
-        return [
-            count_votes(f"{self.path}: id {cells['id']}", cells, self.annotators, len(LETTERS))
-            for cells in rows.to_dict("records")
-        ]
+    def soft_labels(self, ids: Sequence[str]) -> np.ndarray | None:
+        """The share of each row's annotators that chose each letter (rows, letters); None without annotators."""
+        return None if self._soft_labels is None else self._soft_labels[self._positions(ids)]
 
     def clusters(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
         """ "image" and "question" -> cluster of each row, int (rows,) from 0 on, where several rows share one."""
-        table = self._rows(ids)
-        coded = {
-            name: pd.factorize(table[column]) for name, column in CLUSTER_COLUMNS.items() if column in table.columns
-        }
-        return {name: codes for name, (codes, own) in coded.items() if FEWEST_CLUSTERS <= len(own) < len(codes)}
+        table = self.table.iloc[self._positions(ids)]
+        columns = {"image": next(iter(self.columns.paths), None), "question": self.columns.question}
+        coded = {name: pd.factorize(table[column].astype(str)) for name, column in columns.items() if column}
+        return {name: codes for name, (codes, unique) in coded.items() if FEWEST_CLUSTERS <= len(unique) < len(codes)}
 
-    def _rows(self, ids: Sequence[str]) -> pd.DataFrame:
-        place = self.index.get_indexer(pd.Index(ids))
-        if missing := [ids[i] for i in np.flatnonzero(place < 0)]:
+    def _positions(self, ids: Sequence[str]) -> np.ndarray:
+        positions = self._index.get_indexer(pd.Index(ids))
+        if missing := [row_id for row_id, position in zip(ids, positions) if position < 0]:
             raise UserError(
-                f"{self.path}: {len(missing)} predicted ids are not in it: {preview(missing)}; give the whole file"
+                f"{self.path}: {len(missing)} predicted ids are not in it: {preview(missing)}. Give the complete file."
             )
-        return self.table.iloc[place]
+        return positions

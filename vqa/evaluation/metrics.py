@@ -1,8 +1,8 @@
-"""What a score is worth: accuracy with its interval, log-loss, and whether two models differ beyond noise.
+"""Accuracy with its interval, and log-loss.
 
-Rows about one image, or of one question, are right or wrong together, so that n of them say less than n rows. Where
-that can be measured, intervals are widened by the design effect: the variance of the mean over clusters (images,
-questions) divided by the variance over rows that know nothing of each other (Kish 1965).
+Rows about one image, or with one question, tend to be right or wrong together, so n of them say less than n
+independent rows. Intervals are widened by the design effect: the variance of the mean over clusters (images,
+questions) divided by its variance over independent rows (Kish 1965).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-EPS = float(np.finfo(float).eps)  # a probability below counts as this, as in scikit-learn's log_loss
-
-
-NOISE = 0.05
+EPS = float(np.finfo(float).eps)  # smaller probabilities count as this, as in scikit-learn's log_loss
+NOISE = 0.05  # level of significance
 
 
 class Accuracy(NamedTuple):
-    """An accuracy in [0, 1], the bounds of its 95 % interval, and what the rows are clustered by, if anything."""
+    """An accuracy in [0, 1], the bounds of its 95 % interval, and what the rows are clustered by, or None."""
 
     value: float
     low: float
@@ -38,23 +36,23 @@ def row_log_loss(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return -np.log(np.maximum(right, EPS))
 
 
-def soft_label_log_loss(probabilities: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Cross-entropy, in nats (rows,), of probabilities (rows, letters) to annotators' shares (rows, 10)."""
-    probabilities = np.pad(probabilities, ((0, 0), (0, shares.shape[1] - probabilities.shape[1])))
-    return -(shares * np.log(np.maximum(probabilities, EPS))).sum(1)
+def soft_label_log_loss(probabilities: np.ndarray, soft_labels: np.ndarray) -> np.ndarray:
+    """Cross-entropy, in nats (rows,), of probabilities (rows, letters) to soft labels (rows, 10)."""
+    probabilities = np.pad(probabilities, ((0, 0), (0, soft_labels.shape[1] - probabilities.shape[1])))
+    return -(soft_labels * np.log(np.maximum(probabilities, EPS))).sum(1)
 
 
-def accuracy_and_log_loss(probabilities: np.ndarray, answers: Sequence[int]) -> dict[str, float]:
+def accuracy_and_log_loss(probabilities: np.ndarray, answers: np.ndarray | Sequence[int]) -> dict[str, float]:
     """{"accuracy", "log_loss"} of probabilities (rows, letters) against the answers' indices (rows,)."""
-    answers = np.asarray(answers)
+    indices = np.asarray(answers)
     return {
-        "accuracy": float((probabilities.argmax(1) == answers).mean()),
-        "log_loss": float(row_log_loss(probabilities, answers).mean()),
+        "accuracy": float((probabilities.argmax(1) == indices).mean()),
+        "log_loss": float(row_log_loss(probabilities, indices).mean()),
     }
 
 
 def wilson_interval(right: float, rows: float, z: float = float(ndtri(0.975))) -> tuple[float, float]:
-    """Wilson's 95 % interval of an accuracy of `right` out of `rows`, which need not be whole (effective rows)."""
+    """Wilson's 95 % interval of an accuracy of `right` out of `rows`; effective rows need not be integers."""
     p = right / rows
     middle, spread = p + z * z / (2 * rows), z * np.sqrt(p * (1 - p) / rows + z * z / (4 * rows * rows))
     scale = 1 + z * z / rows
@@ -64,21 +62,21 @@ def wilson_interval(right: float, rows: float, z: float = float(ndtri(0.975))) -
 def accuracy(correct: np.ndarray, clusters: Mapping[str, np.ndarray] | None = None) -> Accuracy:
     """Accuracy of `correct`, bool (rows,). `clusters` name -> cluster of each row (rows,), from 0 on.
 
-    Of several clusterings the one that widens the interval most is used.
+    Among several clusterings the one with the widest interval is used.
     """
     value, rows = float(correct.mean()), len(correct)
-    found = [Accuracy(value, *wilson_interval(correct.sum(), rows))]
+    intervals = [Accuracy(value, *wilson_interval(correct.sum(), rows))]
     for name, codes in (clusters or {}).items():
         effective = rows / design_effect(correct, codes)
         z = float(stdtrit(codes.max(), 0.975))  # clusters - 1 degrees of freedom
-        found.append(Accuracy(value, *wilson_interval(value * effective, effective, z), name))
-    return max(found, key=lambda item: item.high - item.low)
+        intervals.append(Accuracy(value, *wilson_interval(value * effective, effective, z), name))
+    return max(intervals, key=lambda item: item.high - item.low)
 
 
 def design_effect(values: np.ndarray, codes: np.ndarray) -> float:
-    """How many rows are worth one independent row: 1 and more. `values` (rows,), `codes` (rows,) from 0 on."""
+    """How many rows count as one independent row, at least 1. `values` (rows,); `codes`: clusters (rows,), from 0."""
     rows, clusters = len(values), codes.max() + 1
-    if not (spread := values.var()):  # all alike: no correlation can be measured, so the cautious bound
+    if not (spread := values.var()):  # no correlation can be measured: take the upper bound
         return rows / clusters
     sums = np.bincount(codes, values - values.mean())
     return max(1.0, float(clusters / (clusters - 1) * (sums**2).sum() / (rows * spread)))
@@ -87,6 +85,6 @@ def design_effect(values: np.ndarray, codes: np.ndarray) -> float:
 def score_with_interval(
     probabilities: np.ndarray, answers: np.ndarray, clusters: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, float]:
-    """Letter scores of probabilities (rows, letters), with the number of rows and the accuracy's interval."""
+    """{"rows", "low", "high", "accuracy", "log_loss"}; low and high bound the accuracy's 95 % interval."""
     _, low, high, _ = accuracy(probabilities.argmax(1) == answers, clusters)
     return {"rows": len(answers), "low": low, "high": high} | accuracy_and_log_loss(probabilities, answers)

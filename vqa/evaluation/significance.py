@@ -1,4 +1,4 @@
-"""Is one better than the other? Told in some lines and one sentence."""
+"""Paired comparison of two models on the same rows: is one better, or is the difference within noise?"""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ WORDS = {1: "better", -1: "worse", 0: "within noise"}
 
 
 class Difference(NamedTuple):
-    """A paired difference of means and the bounds of its 95 % interval."""
+    """A paired difference of two means and the bounds of its 95 % interval."""
 
     value: float
     low: float
@@ -50,7 +50,7 @@ def paired_difference(
 
 
 def mean_loss(losses: np.ndarray, clusters: Mapping[str, np.ndarray] | None = None) -> Difference:
-    """Mean of the row losses (rows,) and its interval by that bootstrap; of a single row there is none (nan)."""
+    """Mean of the row losses (rows,) and its bootstrap interval, which is nan for a single row."""
     if len(losses) < 2:
         return Difference(float(losses.mean()), np.nan, np.nan)
     return paired_difference(np.zeros(len(losses)), losses, clusters)
@@ -68,18 +68,18 @@ class Comparison(NamedTuple):
 
     @property
     def signs(self) -> tuple[int, int]:
-        """Of the second, in accuracy and in log-loss: 1 better, -1 worse, 0 within noise."""
+        """Of the second model, in accuracy and in log-loss: 1 better, -1 worse, 0 within noise."""
         by_accuracy = np.sign(self.accuracy.value) * (self.p_value < NOISE and self.accuracy.beyond_noise)
         return int(by_accuracy), int(-np.sign(self.log_loss.value) * self.log_loss.beyond_noise)
 
     @property
     def better(self) -> bool:
-        """Whether the second is better beyond noise in one measure and not worse in the other."""
+        """Whether the second model is better beyond noise in one measure and not worse in the other."""
         return any(self.signs) and min(self.signs) >= 0
 
     @property
     def words(self) -> str:
-        """better, worse or within noise, once where accuracy and log-loss agree."""
+        """ "better", "worse" or "within noise"; both words where accuracy and log-loss disagree."""
         by_accuracy, by_log_loss = (WORDS[sign] for sign in self.signs)
         if by_accuracy == by_log_loss:
             return by_accuracy
@@ -99,37 +99,37 @@ def compare(
 ) -> Comparison:
     """Compare probabilities (rows, letters) of two models: McNemar's exact test, paired bootstraps.
 
-    McNemar's test takes rows as independent; the bootstrap of the accuracy, over clusters, does not.
+    McNemar's test takes rows as independent; the bootstrap resamples clusters.
     """
     from scipy.stats import binomtest
 
-    right = [probabilities.argmax(1) == answers for probabilities in (first, second)]
-    only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    right, right_too = (probabilities.argmax(1) == answers for probabilities in (first, second))
+    only_first, only_second = int((right & ~right_too).sum()), int((right_too & ~right).sum())
     differing = only_first + only_second
     return Comparison(
         len(answers),
         only_first,
         only_second,
         float(binomtest(only_second, differing).pvalue) if differing else 1.0,
-        paired_difference(*right, clusters),
+        paired_difference(right, right_too, clusters),
         paired_difference(row_log_loss(first, answers), row_log_loss(second, answers), clusters),
     )
 
 
-def print_comparison(first: str, second: str, ids: Sequence[str], stack: np.ndarray, truth: Labels) -> None:
-    """Compare probabilities `stack` (2, rows, letters) of the rows `ids`, named `first` and `second`."""
-    answers, clusters, shares = truth.answers(ids), truth.clusters(ids), truth.shares(ids)
+def print_comparison(first: str, second: str, ids: Sequence[str], stack: np.ndarray, labels: Labels) -> None:
+    """Print how `second` compares with `first`, by probabilities `stack` (2, rows, letters) of the rows `ids`."""
+    answers, clusters, soft_labels = labels.answers(ids), labels.clusters(ids), labels.soft_labels(ids)
     for name, values in zip((first, second), stack):
         right = accuracy(values.argmax(1) == answers, clusters)
         print(f"{name}: accuracy {right}, log-loss {row_log_loss(values, answers).mean():.4f}")
-        if shares is not None:
-            print(f"{name}: cross-entropy to the annotators {soft_label_log_loss(values, shares).mean():.4f}")
-    found = compare(*stack, answers, clusters)
+        if soft_labels is not None:
+            print(f"{name}: cross-entropy to the annotators {soft_label_log_loss(values, soft_labels).mean():.4f}")
+    result = compare(stack[0], stack[1], answers, clusters)
     print(
-        f"right in {second} only: {found.only_second}, in {first} only: {found.only_first}; McNemar's exact test "
-        f"p = {found.p_value:.3g}"
+        f"right in {second} only: {result.only_second}, in {first} only: {result.only_first}; McNemar's exact test "
+        f"p = {result.p_value:.3g}"
     )
     for name in ("accuracy", "log_loss"):
-        gap = getattr(found, name)
+        gap = getattr(result, name)
         print(f"{name}: {gap.value:+.4f} (95 % interval {gap.low:+.4f} to {gap.high:+.4f}, paired bootstrap)")
-    print(found.verdict(first, second))
+    print(result.verdict(first, second))

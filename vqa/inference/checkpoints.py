@@ -17,7 +17,8 @@ from vqa.core.errors import UserError, preview
 from vqa.core.hashing import checkpoint_fingerprint
 from vqa.core.io import hash_files, read_json, swap_root
 from vqa.evaluation.oof import WEIGHTS, weights_folder
-from vqa.modeling.loading import check_model_path, is_adapter
+from vqa.modeling.base_checks import check_model_path
+from vqa.modeling.loading import is_adapter
 
 DTYPES = ("float32", "float16", "bfloat16")
 FORMAT = "1"  # part of every fingerprint: raise it when the same weights give other probabilities

@@ -1,6 +1,6 @@
-"""The one score: a row is answered by one forward pass that reads the logits of the letters it offers."""
+"""Score rows: the logits of the offered letters after one forward pass. Nothing is generated or parsed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,30 +14,32 @@ from vqa.core.dtypes import half_autocast
 from vqa.core.errors import UserError, preview
 from vqa.data.collator import Collator
 from vqa.data.prompt import LETTERS
+from vqa.data.rows import Row
 from vqa.modeling.shared_prefix import PermutationCollator, permutation_logits
 from vqa.modeling.vision import encode_images
 
-# Ours; a model swallows them without a word.
-NON_MODEL_KEYS = ("labels", "answer", "offered", "ids", "weight", "target")
+# Keys of a batch that are not the model's, which would ignore them silently.
+NON_MODEL_KEYS = ("labels", "answer_start", "answer", "offered", "ids", "weight", "target")
 
 
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: int = 1) -> torch.Tensor:
     """Logits (rows, keep, vocabulary), float32, at the last `keep` positions of a left-padded batch."""
-    own = "pixel_values" in batch and not is_fsdp_managed_module(model)  # FSDP's parts are whole in its forward only
-    if own or "image_features" in batch:
+    # FSDP gathers a layer's weights in the model's own forward only, so the images cannot be encoded outside of it.
+    encode_first = "pixel_values" in batch and not is_fsdp_managed_module(model)
+    if encode_first or "image_features" in batch:
         batch = encode_images(model, batch)
     inputs = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
-    return model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()  # nothing is generated
+    return model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
 
 
-def letter_logits(logits: torch.Tensor, letter_ids: list[int], offered: torch.Tensor) -> torch.Tensor:
+def letter_logits(logits: torch.Tensor, letter_ids: list[int] | torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
     """Logits (rows, 10) of the letters out of logits (rows, vocabulary); -inf at letters that a row does not offer."""
     return logits[:, letter_ids].masked_fill(~offered, float("-inf"))
 
 
 def score_rows(
     model: torch.nn.Module,
-    rows: list[dict],
+    rows: Sequence[Row],
     collate: Collator,
     letter_ids: list[int],
     batch_size: int,
@@ -48,72 +50,83 @@ def score_rows(
     return normalize(choice_probs(model, rows, collate, letter_ids, batch_size, label, workers))
 
 
-def normalize(shares: np.ndarray) -> np.ndarray:
-    """Shares (..., 10) of the letters as probabilities, which sum to 1 over the letters that a row offers."""
-    return shares / shares.sum(-1, keepdims=True)
+def normalize(probs: np.ndarray) -> np.ndarray:
+    """`choice_probs` (..., 10) scaled to sum to 1 over the letters that a row offers."""
+    return probs / probs.sum(-1, keepdims=True)
 
 
 def choice_probs(
     model: torch.nn.Module,
-    rows: list[dict],
+    rows: Sequence[Row],
     collate: Collator,
     letter_ids: list[int],
     batch_size: int,
     label: str | None = None,
     workers: int = 0,
 ) -> np.ndarray:
-    """Each row's choices, in the order of the CSV, as shares float64 (rows, 10) of the whole vocabulary's probability.
+    """Probability of each choice among the whole vocabulary, float64 (rows, 10), in the order of the CSV.
 
-    0 where none is offered. A row's sum is the mass that the model puts on the letters which it may answer.
-    A row with an `order` is shown permuted and its shares are mapped back. Rows of like length share a batch,
-    whatever their order. `label` names the progress bar; without one there is none.
+    0 where no choice is offered. A row's sum is the probability that the model gives to the offered letters.
+    A row with a `permutation` is shown permuted, and its probabilities are mapped back. Rows of similar length share
+    a batch. `label` names the progress bar; None: no bar.
     """
-    shown = _letter_probs(model, rows, collate, _plain_logits, letter_ids, batch_size, label, workers)
-    return np.array([unpermute(v[0], row.get("permutation")) for v, row in zip(shown, rows)]).reshape(-1, len(LETTERS))
+    shown = _letter_probs(model, rows, collate, _last_logits, letter_ids, batch_size, label, workers)
+    probs = [unpermute(values[0], row.get("permutation")) for values, row in zip(shown, rows)]
+    return np.array(probs).reshape(-1, len(LETTERS))
 
 
 def permutation_probs(
     model: torch.nn.Module,
-    rows: list[dict],
+    rows: Sequence[Row],
     collate: Collator,
     letter_ids: list[int],
     batch_size: int,
     label: str | None = None,
     workers: int = 0,
 ) -> list[np.ndarray]:
-    """As letter_shares, for rows with `orders`: one array (orders, 10) a row. What orders share is read once."""
-    shown = _letter_probs(
-        model, rows, PermutationCollator(collate), permutation_logits, letter_ids, batch_size, label, workers
-    )
-    return [
-        np.stack([unpermute(*pair) for pair in zip(values, row["permutations"])]) for values, row in zip(shown, rows)
-    ]
+    """`choice_probs` of rows with `permutations`: an array (permutations, 10) for each row.
+
+    The part of the prompt that a row's permutations share goes through the model once.
+    """
+    collate_all = PermutationCollator(collate)
+    shown = _letter_probs(model, rows, collate_all, permutation_logits, letter_ids, batch_size, label, workers)
+    return [np.stack(list(map(unpermute, values, row["permutations"]))) for values, row in zip(shown, rows)]
 
 
-def _plain_logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+def _last_logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     return answer_logits(model, batch)[:, -1]
 
 
-def unpermute(shown: np.ndarray, order: Sequence[int] | None) -> np.ndarray:
-    """Shares (10,) of the choices, from those of the letters at which they were shown."""
-    order = list(order or range(len(LETTERS)))
-    shares = np.zeros(len(LETTERS))
-    shares[order] = shown[: len(order)]
-    return shares
+def unpermute(shown: np.ndarray, permutation: Sequence[int] | None) -> np.ndarray:
+    """Probabilities (10,) of the choices, given those of the letters at which they were shown."""
+    permutation = list(permutation or range(len(LETTERS)))
+    probs = np.zeros(len(LETTERS))
+    probs[permutation] = shown[: len(permutation)]
+    return probs
 
 
 @torch.inference_mode()
-def _letter_probs(model, rows, collate, logits_of, letter_ids, batch_size, label, workers) -> list[np.ndarray]:
-    """For each row the shares (orders, 10) of the letters it offers, as shown."""
-    device = next(model.parameters()).device
-    was_training = model.training
+def _letter_probs(
+    model: torch.nn.Module,
+    rows: Sequence[Row],
+    collate: Callable[[list[Row]], dict],
+    logits_of: Callable[[torch.nn.Module, dict], torch.Tensor],
+    letter_ids: list[int],
+    batch_size: int,
+    label: str | None,
+    workers: int,
+) -> list[np.ndarray]:
+    """For each row the probabilities (permutations, 10) of the letters that it offers, as shown."""
+    device, was_training = next(model.parameters()).device, model.training
     model.eval()
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]) + sum(map(len, rows[i]["choices"])))
     loader = DataLoader([rows[i] for i in by_length], batch_size, collate_fn=collate, num_workers=workers)
     shown: list[list[np.ndarray]] = [[] for _ in rows]
     done, processes = 0, PartialState().num_processes
-    told = {"desc": label, "unit": " rows", "mininterval": 1, "leave": False, "disable": label is None}
-    with tqdm(total=len(rows), unit_scale=processes > 1 and processes, **told) as bar:  # the others are as far
+    scale = processes > 1 and processes  # every process has scored as many rows as this one
+    with tqdm(
+        total=len(rows), desc=label, unit=" rows", unit_scale=scale, mininterval=1, leave=False, disable=label is None
+    ) as bar:
         for batch in loader:
             batch = send_to_device(batch, device)
             row_index = batch.get("row_index", torch.arange(len(batch["ids"]), device=device))
@@ -121,24 +134,24 @@ def _letter_probs(model, rows, collate, logits_of, letter_ids, batch_size, label
                 logits = logits_of(model, batch)
             letters = letter_logits(logits, letter_ids, batch["offered"][row_index]).double()
             mass = (letters.logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()
-            # A mass of 0 would take the letters' probabilities along; rounded up, it cannot be over 1.
-            shares = (letters.softmax(-1) * mass.clamp(1e-300, 1)).cpu().numpy()
-            for i, values in zip(row_index.tolist(), shares):
+            # A mass of 0 would make all letters 0, and rounding can make it larger than 1.
+            probs = (letters.softmax(-1) * mass.clamp(1e-300, 1)).cpu().numpy()
+            for i, values in zip(row_index.tolist(), probs):
                 shown[by_length[done + i]].append(values)
             done += len(batch["ids"])
             bar.update(len(batch["ids"]))
     model.train(was_training)
     if broken := [row["id"] for row, values in zip(rows, shown) if not np.isfinite(values).all()]:
         raise UserError(
-            f"{len(broken)} rows have logits that are not finite: {preview(broken)}; the learning rate was too "
-            "high, or the model overflows in fp16: try a GPU with bf16"
+            f"{len(broken)} rows have logits that are not finite: {preview(broken)}. Lower the learning rate; if the "
+            "model overflows in fp16, use a GPU with bf16."
         )
     return [np.stack(values) for values in shown]
 
 
 @torch.inference_mode()
-def generate_letters(model: torch.nn.Module, rows: Sequence[dict], collate: Collator, batch_size: int) -> list[str]:
-    """The text of two tokens, by greedy search from the pixels, for each row: room for a letter and the turn's end."""
+def generate_letters(model: torch.nn.Module, rows: Sequence[Row], collate: Collator, batch_size: int) -> list[str]:
+    """What `generate` writes for each row: greedy search for two tokens, enough for a letter and the turn's end."""
     device, texts = next(model.parameters()).device, []
     for batch in DataLoader(list(rows), batch_size, collate_fn=collate):
         inputs = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}

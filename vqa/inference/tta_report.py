@@ -1,152 +1,169 @@
-"""What test-time augmentation is worth, on out-of-fold rows: each view, the confidence gate, the position bias."""
+"""What test-time augmentation gains on out-of-fold rows: each view, the gate, the position bias, a recommendation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
+from vqa.core.io import atomic_write, write_json
 from vqa.data.prompt import LETTERS
+from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import accuracy, row_log_loss
 from vqa.evaluation.significance import Comparison, compare
 from vqa.inference.tta import PERMUTATION_SETS, ViewPredictions
 
-COUNTED = {*PERMUTATION_SETS.values(), "wording"}  # views of which a flag takes so many, from the first on
-
-
-GATES = np.arange(0.1, 1, 0.1)  # candidates: these quantiles of the margins
+COUNTED = {*PERMUTATION_SETS.values(), "paraphrase"}  # a flag takes the first N views of such a kind
+GATE_QUANTILES = np.arange(0.1, 1, 0.1)  # candidates for the gate: these quantiles of the margins
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Out-of-fold rows with their answers' indices (rows,), in views that took `seconds` (views,) in all."""
+class TTAReport:
+    """Predictions of out-of-fold rows in several views, with the indices of their answers (rows,)."""
 
-    seen: ViewPredictions
+    predictions: ViewPredictions
     answers: np.ndarray
     clusters: Mapping[str, np.ndarray]
-    seconds: np.ndarray
 
     def compare(self, before: np.ndarray, after: np.ndarray) -> Comparison:
         return compare(before, after, self.answers, self.clusters)
 
     def forwards(self, views: Sequence[int], gate: float | None = None) -> float:
-        """Forward passes a row, on the average."""
-        return float(self.seen.asked(views, gate).sum(0).mean())
+        """Forward passes a row, on average."""
+        return float(self.predictions.used(views, gate).sum(0).mean())
 
     def table(self) -> list[dict]:
-        """A line for each view, added to those before it, and one for each such set with its gate.
+        """A line for each view, added to those before it, and a line for each of these sets with its gate.
 
-        `verdict` judges a line against the one before it, a gated one against the same set without a gate.
+        `p` and `verdict` compare a line with the one above it, and a gated one with the same set without a gate.
         """
-        sets = [list(range(count)) for count in range(1, len(self.seen.names) + 1)]
-        lines, before = [self._line("plain", sets[0], None, None)], self.seen.mean(sets[0])
+        mean, names = self.predictions.mean, self.predictions.names
+        sets = [list(range(count)) for count in range(1, len(names) + 1)]
+        lines = [self._line("plain", sets[0])]
+        lines += [self._line(f"+ {names[views[-1]]}", views, None, mean(views[:-1])) for views in sets[1:]]
         for views in sets[1:]:
-            lines.append(self._line(f"+ {self.seen.names[views[-1]]}", views, None, before))
-            before = self.seen.mean(views)
-        for views in sets[1:]:
-            if (gate := self.gate(views)) is not None:
-                lines.append(self._line(f"the first {len(views)}, gated", views, gate, self.seen.mean(views)))
+            if (gate := self.best_gate(views)) is not None:
+                lines.append(self._line(f"the first {len(views)}, gated", views, gate, mean(views)))
         return lines
 
-    def _line(self, name: str, views: list[int], gate: float | None, before: np.ndarray | None) -> dict:
-        values, asked = self.seen.mean(views, gate), self.seen.asked(views, gate)
-        right = accuracy(values.argmax(1) == self.answers, self.clusters)
-        share = asked.sum(1) / self.seen.shown[views].sum(1)
-        line = {
+    def _line(
+        self, name: str, views: list[int], gate: float | None = None, before: np.ndarray | None = None
+    ) -> dict[str, str | float | None]:
+        values, used = self.predictions.mean(views, gate), self.predictions.used(views, gate)
+        correct = accuracy(values.argmax(1) == self.answers, self.clusters)
+        used_share = used.sum(1) / self.predictions.shown[views].sum(1)
+        comparison = None if before is None else self.compare(before, values)
+        return {
             "views": name,
             "gate": gate,
             "forwards": self.forwards(views, gate),
-            "seconds": float(share @ self.seconds[views]),
-            "accuracy": right.value,
-            "low": right.low,
-            "high": right.high,
+            "seconds": float(used_share @ self.predictions.seconds[views]),
+            "accuracy": correct.value,
+            "low": correct.low,
+            "high": correct.high,
             "log_loss": float(row_log_loss(values, self.answers).mean()),
-            "p": None,
-            "verdict": "",
+            "p": comparison and comparison.p_value,
+            "verdict": comparison.words if comparison else "",
         }
-        if before is None:
-            return line
-        found = self.compare(before, values)
-        return line | {"p": found.p_value, "verdict": found.words}
 
-    def gate(self, views: Sequence[int]) -> float | None:
-        """The lowest margin above which the plain view will do; None where no row can do without the other views.
+    def best_gate(self, views: Sequence[int]) -> float | None:
+        """The margin from which the plain view is enough; None where every row gains from the other views.
 
-        By the rule of one standard error: the fewest rows asked again whose log-loss is within one standard error of
-        the lowest, so what is chosen is not the luckiest.
+        By the one-standard-error rule: the lowest gate whose log-loss is within one standard error of the best, so
+        that the choice does not follow luck.
         """
-        gates = [*np.unique(np.quantile(self.seen.margins(), GATES).round(3)), None]
-        losses = np.stack([row_log_loss(self.seen.mean(views, gate), self.answers) for gate in gates])
+        gates = [*np.unique(np.quantile(self.predictions.margins(), GATE_QUANTILES).round(3)), None]
+        losses = np.stack([row_log_loss(self.predictions.mean(views, gate), self.answers) for gate in gates])
         gaps = losses - losses[losses.mean(1).argmin()]
         near = gaps.mean(1) <= gaps.std(1) / np.sqrt(gaps.shape[1])
-        return next(gate if gate is None else float(gate) for gate, fine in zip(gates, near) if fine)
+        return next(gate if gate is None else float(gate) for gate, good in zip(gates, near) if good)
 
-    def worth_it(self) -> list[int]:
-        """The views that pay: each, or some of a kind together, makes those chosen before it better beyond noise."""
-        chosen, waiting = [0], []
-        kinds = [name.split()[0] for name in self.seen.names]
+    def helpful_views(self) -> list[int]:
+        """The views to use: each, or several of a kind together, improves on those chosen before beyond noise."""
+        chosen: list[int] = [0]
+        waiting: list[int] = []
+        kinds = [name.split()[0] for name in self.predictions.names]
         for view in range(1, len(kinds)):
             if kinds[view] != kinds[view - 1] or kinds[view] not in COUNTED:
                 waiting = []
             waiting.append(view)
-            tried = [*chosen, *waiting]
-            if self.compare(self.seen.mean(chosen), self.seen.mean(tried)).better:
-                chosen, waiting = tried, []
+            candidates = [*chosen, *waiting]
+            if self.compare(self.predictions.mean(chosen), self.predictions.mean(candidates)).better:
+                chosen, waiting = candidates, []
         return chosen
 
     def recommendation(self) -> str:
-        """One sentence, with the flags that ask for the views that pay."""
-        rows, chosen = len(self.answers), self.worth_it()
-        if len(chosen) == 1:
-            return f"recommended: no TTA; no view makes the plain one better beyond noise at {rows} rows."
-        gate, values = self.gate(chosen), self.seen.mean(chosen)
-        if gate is not None and min(self.compare(values, self.seen.mean(chosen, gate)).signs) < 0:
+        """One sentence with the flags for the helpful views."""
+        rows, views = len(self.answers), self.helpful_views()
+        if len(views) == 1:
+            return f"recommended: no TTA; no view improves on the plain one beyond noise at {rows} rows."
+        gate, values = self.best_gate(views), self.predictions.mean(views)
+        if gate is not None and min(self.compare(values, self.predictions.mean(views, gate)).signs) < 0:
             gate = None
         return (
-            f"recommended: {flags([self.seen.names[view] for view in chosen], gate)}; better than the plain view "
-            f"beyond noise at {rows} rows, with {self.forwards(chosen, gate):.2f} forwards a row."
+            f"recommended: {flags([self.predictions.names[view] for view in views], gate)}; better than the plain "
+            f"view beyond noise at {rows} rows, with {self.forwards(views, gate):.2f} forwards a row."
         )
 
-    def position_bias(self) -> list[dict]:
-        """How often each letter is right, and how often it is chosen in the plain view and by all views together."""
-        width = int(np.flatnonzero(self.seen.probabilities.any((0, 1)))[-1]) + 1
-        picked = {
+    def position_bias(self) -> list[dict[str, str | float]]:
+        """How often each letter is right, and how often the plain view and the mean of all views choose it."""
+        letters = {
             "right": self.answers,
-            "plain": self.seen.probabilities[0].argmax(1),
-            "all views": self.seen.mean().argmax(1),
+            "plain": self.predictions.probabilities[0].argmax(1),
+            "all views": self.predictions.mean().argmax(1),
         }
-        shares = {name: np.bincount(values, minlength=width) / len(values) for name, values in picked.items()}
-        return [
-            {"letter": LETTERS[i]} | {name: float(share[i]) for name, share in shares.items()} for i in range(width)
-        ]
+        width = int(np.flatnonzero(self.predictions.probabilities.any((0, 1)))[-1]) + 1
+        rates = {name: np.bincount(values, minlength=width) / len(values) for name, values in letters.items()}
+        return [{"letter": LETTERS[i]} | {name: float(rate[i]) for name, rate in rates.items()} for i in range(width)]
 
 
-def pooled(parts: Sequence[ViewPredictions]) -> ViewPredictions:
-    """The answers of several folds to their rows as one; where a fold lacks a view, it shows none of its rows."""
-    names = list(dict.fromkeys(name for part in parts for name in part.names))
-    rows = sum(part.shown.shape[1] for part in parts)
-    values = np.zeros((len(names), rows, parts[0].probabilities.shape[2]))
-    shown, start = np.zeros((len(names), rows), dtype=bool), 0
-    for part in parts:
-        places, own = [names.index(name) for name in part.names], slice(start, start + part.shown.shape[1])
-        values[places, own], shown[places, own] = part.probabilities, part.shown
+def write_tta_report(folder: Path, csv: str, ids: Sequence[str], folds: Sequence[ViewPredictions]) -> None:
+    """Print the report on the predictions of all `folds` and write it to tta.json and tta.csv.
+
+    `ids` are those of their rows, fold after fold; `csv` holds the answers.
+    """
+    labels = Labels(csv)
+    report = TTAReport(concat_folds(folds), labels.answers(ids), labels.clusters(ids))
+    views, bias, recommendation = report.table(), report.position_bias(), report.recommendation()
+    print(f"\neach view added to those above it, on {len(ids)} out-of-fold rows of {csv}:")
+    print(pd.DataFrame(views).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
+    print("\nhow often each letter is right, and is chosen:")
+    print(pd.DataFrame(bias).to_string(index=False, float_format="{:.3f}".format))
+    print(f"\n{recommendation}")
+    values = {"rows": len(ids), "views": views, "position_bias": bias, "recommendation": recommendation}
+    write_json(folder / "tta.json", values)
+    with atomic_write(folder / "tta.csv") as temporary:
+        pd.DataFrame(views).to_csv(temporary, index=False, lineterminator="\n")
+
+
+def concat_folds(folds: Sequence[ViewPredictions]) -> ViewPredictions:
+    """The predictions of several folds as one. Where a fold lacks a view, that view has none of its rows."""
+    names = list(dict.fromkeys(name for fold in folds for name in fold.names))
+    rows = sum(fold.shown.shape[1] for fold in folds)
+    values = np.zeros((len(names), rows, folds[0].probabilities.shape[2]))
+    shown, seconds, start = np.zeros((len(names), rows), dtype=bool), np.zeros(len(names)), 0
+    for fold in folds:
+        views, own = [names.index(name) for name in fold.names], slice(start, start + fold.shown.shape[1])
+        values[views, own], shown[views, own] = fold.probabilities, fold.shown
+        seconds[views] += fold.seconds
         start = own.stop
-    return ViewPredictions(names, values, shown)
+    return ViewPredictions(names, values, shown, seconds)
 
 
 def flags(names: Sequence[str], gate: float | None) -> str:
-    """predict.py's flags for views of these names."""
+    """predict.py's flags for the views of these names."""
     kinds = [name.split() for name in names]
-    said = []
-    for permutation_set, called in PERMUTATION_SETS.items():
-        if count := sum(kind[0] == called for kind in kinds):
-            said.append(
-                f"--num_permutations {count + 1}"
-                + (f" --permutation_set {permutation_set}" if permutation_set != "cyclic" else "")
-            )
-    if count := sum(kind[0] == "wording" for kind in kinds):
-        said.append(f"--num_paraphrases {count + 1}")
+    counts = {kind: sum(own[0] == kind for own in kinds) for kind in COUNTED}
+    result = []
+    for permutation_set, kind in PERMUTATION_SETS.items():
+        if counts[kind]:
+            result.append(f"--num_permutations {counts[kind] + 1}")
+            result += [f"--permutation_set {permutation_set}"] if permutation_set != "cyclic" else []
+    if counts["paraphrase"]:
+        result.append(f"--num_paraphrases {counts['paraphrase'] + 1}")
     if scales := [kind[1] for kind in kinds if kind[0] == "scale"]:
-        said.append(f"--scales 1.0 {' '.join(scales)}")
-    said += ["--flip"] if ["flip"] in kinds else []
-    said += [f"--gate {gate:g}"] if gate is not None else []
-    return " ".join(said)
+        result.append(f"--scales 1.0 {' '.join(scales)}")
+    result += ["--flip"] if ["flip"] in kinds else []
+    result += [f"--gate {gate:g}"] if gate is not None else []
+    return " ".join(result)

@@ -1,0 +1,124 @@
+"""The model in memory that predicts: it loads a checkpoint, scores views, and compares them with `generate`."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from vqa.core.distributed import distributed_map, run_on_main_and_broadcast
+from vqa.data.collator import Collator
+from vqa.data.predictions import letters
+from vqa.data.prompt import LETTERS, letter_ids
+from vqa.data.rows import Row
+from vqa.inference.checkpoints import Checkpoint
+from vqa.inference.jobs import Job
+from vqa.inference.scoring import choice_probs, generate_letters, permutation_probs
+from vqa.inference.tta import View, ViewPredictions, group_by_image, rows_with_permutations, stack_views
+from vqa.inference.view_cache import CachedView, ViewCache
+from vqa.modeling.feature_store import FeatureStore, open_feature_store
+from vqa.modeling.loading import load_adapter, load_base, load_processor
+from vqa.modeling.vision import is_vision_frozen
+
+
+class Predictor:
+    """The base model with one checkpoint's adapter at a time. It is loaded when the first row is scored.
+
+    Args:
+        first: a checkpoint with the base model and the prompt settings that all checkpoints share.
+        batch_size: rows that a GPU scores at once (default: as in validation).
+        workers: processes that decode images.
+    """
+
+    def __init__(self, first: Checkpoint, batch_size: int | None = None, workers: int = 0):
+        processor = load_processor(first.model.model, first.model.trust_remote_code)
+        self.first, self.batch_size, self.workers = first, batch_size or first.batch_size, workers
+        self.letter_ids = letter_ids(processor)
+        self.collate = Collator(processor, first.data.image_size, first.data.instruction)
+        self.collate_pixels = Collator(processor, first.data.image_size, first.data.instruction)
+        self.model: torch.nn.Module | None = None
+        self.features: FeatureStore | None = None
+        self.adapters: list[Path] = []  # in the order of loading; the last one is active
+
+    def load(self, checkpoint: Checkpoint) -> torch.nn.Module:
+        """The model with the checkpoint's weights."""
+        if self.model is None:
+            args, processor = self.first.model, self.collate.processor
+            self.model = load_base(args.model, args.load_in_4bit, self.first.dtype, args.trust_remote_code)
+            self.features = open_feature_store(self.model, processor, self.first.data, [])
+        if checkpoint.adapter and self.adapters[-1:] != [checkpoint.adapter]:
+            # PEFT allows no dot in a name.
+            self.model = load_adapter(self.model, checkpoint.adapter, f"run{len(self.adapters)}")
+            self.adapters.append(checkpoint.adapter)
+        self.collate.features = self.features if is_vision_frozen(self.model) else None
+        return self.model
+
+    def predict(self, job: Job) -> ViewPredictions:
+        """The job's rows in all of its views, and with a gate in as many as each row needs.
+
+        Finished views are cached. Out of fold the gate is only applied later, so that other gates can be compared.
+        """
+        views: list[View] = []
+        scored: list[CachedView] = []
+        gate = None if job.oof else job.gate
+        groups = group_by_image(job.views) if gate is None else [job.views[:1], *group_by_image(job.views[1:])]
+        for group in groups:
+            if gate is not None and scored:
+                unsure = stack_views(views[:1], scored[:1]).below_gate(gate)
+                group = [view.only(unsure) for view in group]
+            views += group
+            scored += self._cached_scores(job, group)
+        return stack_views(views, scored)
+
+    def _cached_scores(self, job: Job, views: list[View]) -> list[CachedView]:
+        """The scores of `views`, which show the same images: from the cache, or computed and then cached."""
+        cache = ViewCache(job.path, job.model)
+        cached = run_on_main_and_broadcast(lambda: [cache.read(view.changed_rows()) for view in views])
+        missing = [view for view, scores in zip(views, cached) if scores is None]
+        start = time.time()
+        probs = self.score_views(job.checkpoint, missing) if missing else []
+        seconds = (time.time() - start) / max(1, len(missing))
+        computed = [CachedView(values, seconds) for values in probs]
+        if PartialState().is_main_process:
+            for view, scores in zip(missing, computed):
+                cache.write(view.changed_rows(), scores)
+        remaining = iter(computed)
+        return [scores or next(remaining) for scores in cached]
+
+    def score_views(self, checkpoint: Checkpoint, views: list[View]) -> list[np.ndarray]:
+        """Choice probabilities (changed, letters) for each of `views`, which show the same images.
+
+        The rows are split across the processes.
+        """
+        model, rows = self.load(checkpoint), views[0].rows
+        changed = sorted({i for view in views for i in view.changed})
+        is_main = PartialState().is_main_process
+        if self.features and self.collate.features:
+            self.features.add(model, [rows[i] for i in changed if rows[i]["image"]], is_main)
+        label = f"{checkpoint.name}, {' + '.join(view.name for view in views)}" if is_main else None
+        options = self.collate, self.letter_ids, self.batch_size, label, self.workers
+        if len(views) == 1:
+            return [distributed_map([rows[i] for i in changed], lambda own: choice_probs(model, own, *options))]
+
+        def score(own: list[Row]) -> np.ndarray:
+            """(rows, views, letters), 0 where a view does not change a row."""
+            values = np.zeros((len(own), len(views), len(LETTERS)))
+            for row, into, probs in zip(own, values, permutation_probs(model, own, *options)):
+                into[row["views"]] = probs
+            return values
+
+        values = distributed_map(rows_with_permutations(views, changed), score)
+        position = {i: k for k, i in enumerate(changed)}
+        return [values[[position[i] for i in view.changed], v] for v, view in enumerate(views)]
+
+    def compare_with_generate(self, job: Job, predictions: ViewPredictions, rows: int) -> dict[str, int] | None:
+        """How many of `rows` rows, drawn by seed, `generate` answers like the plain view; None if none are drawn."""
+        with_image = [i for i, row in enumerate(job.rows) if row["image"]]
+        drawn = np.random.default_rng(0).permutation(with_image)[:rows].tolist()
+        if not drawn:
+            return None
+        model = self.load(job.checkpoint)
+        texts = generate_letters(model, [job.rows[i] for i in drawn], self.collate_pixels, self.batch_size)
+        agreeing = sum(text == letter for text, letter in zip(texts, letters(predictions.probabilities[0][drawn])))
+        return {"rows": len(drawn), "agreeing": agreeing}
