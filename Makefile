@@ -18,7 +18,8 @@ help: ## list the targets
 demo: $(ready) ## run a whole contest on the embedded model: CPU only, offline
 	rm -rf data/demo checkpoints/demo outputs/demo
 	python data/make_demo.py
-	EXPERIMENTS_LOG=experiments/demo.csv LABELS=data/demo/test_answers.csv JOBS=3 bash run.sh args/demo
+	HF_HUB_DISABLE_PROGRESS_BARS=1 EXPERIMENTS_LOG=experiments/demo.csv LABELS=data/demo/test_answers.csv \
+		JOBS=3 bash run.sh args/demo
 
 test: $(ready) ## run all tests that need no GPU
 	$(pytest) -m "not gpu"

@@ -1,11 +1,11 @@
-"""Kill a fold's training at random moments, go on with it, and compare it with the run that was left alone.
+"""Kill a fold's training at random moments, resume it, and compare it with an uninterrupted run.
 
     make soak                                        # ten kills of a short fold of the demo
-    python tests/soak.py --kills 3 --seed 7 --keep   # others; what they leave stays in checkpoints/soak/
+    python tests/soak.py --kills 3 --seed 7 --keep   # other kills; the runs stay in checkpoints/soak/
 
 Each kill is SIGKILL to the whole process group, half of them at a moment drawn from the run's length, half within a
-twentieth of a second of a checkpoint's or an export's beginning. Adapters, averages, out-of-fold files and scores have
-to have the bytes of the uninterrupted run. Exits with 1 where they have not.
+twentieth of a second after a checkpoint or an export begins. Adapters, averages, out-of-fold files and scores have to
+be byte-identical to the uninterrupted run's. Exits with 1 where they are not.
 """
 
 import argparse
