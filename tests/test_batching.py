@@ -76,6 +76,7 @@ def way(setup, room, rows=32, rate=1e14, checkpointing=None):
     return tuple(fields[name] for name in names)
 
 
+@pytest.mark.slow
 def test_the_batch_fits_the_memory_and_makes_the_steps_rows(setup):
     assert way(setup, 1e12) == (32, 1, False)
     for room in (2e8, 1e8, 6e7):
@@ -169,6 +170,7 @@ def test_gradients_are_never_copied(tmp_path, monkeypatch):
     assert weight.grad.tolist() == [2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [None, False, True])
 def test_what_the_args_leave_open_is_chosen_and_reaches_the_trainer(given, tmp_path, monkeypatch):
     """With the GPU's part played: 64 rows fit only with checkpointing, which is quicker where it is allowed."""

@@ -35,6 +35,7 @@ def test_trainer_has_the_method_that_we_override_with_these_parameters(name):
     assert [parameter.split(" ")[0].split("=")[0] for parameter in parameters] == expected
 
 
+@pytest.mark.slow
 def test_trainer_takes_sampler_scaler_arguments_epochs_and_checkpoints_from_the_overridden_methods(tmp_path):
     """Also that `_run_epoch` is called with keywords alone, once an epoch."""
     calls = []

@@ -140,6 +140,7 @@ def test_copies_in_two_training_folds_are_only_a_warning(case):
     assert code == 0 and "1 image in more than one fold: row_001 and row_002" in output
 
 
+@pytest.mark.slow
 def test_a_run_that_will_not_fit_is_warned_of(case, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, output, _ = case("--per_device_train_batch_size", "20000", "--auto_batch", "false")

@@ -126,6 +126,7 @@ def test_three_seeds_on_the_same_rows_are_not_three_times_the_rows(planted):
         assert alike["high"] - alike["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_is_named_with_its_log(tmp_path):
     with pytest.raises(UserError, match=r"`python summarize.py nowhere` failed with exit code 2; see .*said.log"):
         ladder.run_command(["summarize.py", "nowhere"], tmp_path / "said.log", 1)

@@ -24,6 +24,7 @@ def with_permutations(rows):
     return shaped
 
 
+@pytest.mark.slow
 def test_every_permutation_has_the_probabilities_that_it_has_alone(model, processor, ids, rows):
     rows, collate = with_permutations(rows[:12]), Collator(processor, 140)
     together = [normalize(probs) for probs in permutation_probs(model, rows, collate, ids, batch_size=5)]

@@ -44,6 +44,7 @@ def test_a_fold_trained_second_has_the_bytes_of_one_trained_alone(trained, scrip
     assert len(loaded) == 1 and not (tmp_path / "third").exists()
 
 
+@pytest.mark.slow
 def test_removing_an_adapter_leaves_the_base_as_it_was(processor):
     run = parse_runs(["--model", "checkpoints/tiny", "--output_dir", "run", "--use_cpu", "true"], "")[0]
     base = SharedBase(run.model_args, run.recipe)

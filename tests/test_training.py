@@ -55,6 +55,7 @@ def test_the_data_seed_may_be_zero(make_trainer):
     assert seeds == [0, 7, 42]
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_stop_the_run_with_the_remedy(make_trainer, monkeypatch):
     trainer, seen = make_trainer(max_steps=50), []
 
@@ -78,6 +79,7 @@ def test_a_single_loss_that_is_not_finite_does_not():
         check.check(step=2)
 
 
+@pytest.mark.slow
 def test_losses_are_read_from_the_gpu_once_an_optimiser_step(make_trainer, monkeypatch):
     """Reading a value makes the host wait for the GPU; here, the check of a step's losses is what reads them."""
     trainer, calls = make_trainer(max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=1), []
@@ -125,6 +127,7 @@ def test_choices_are_shuffled_anew_each_epoch_in_workers_that_outlive_it(rows):
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_changed_the_base_fails(make_trainer):
     trainer = make_trainer([FrozenWeightsCheck()], max_steps=1)
     trainer.train()

@@ -1,7 +1,10 @@
 """The arguments of model and data, without slow imports. The reason for a default is in its `help`."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from vqa.core.errors import UserError
 
 INSTRUCTION = "Answer with the letter only."
 
@@ -12,7 +15,7 @@ def arg(default, text: str):
 
 @dataclass
 class ModelArguments:
-    model: str | None = arg(None, "Folder of the base model, or its name on a model hub.")
+    model: str = arg(None, "Folder of the base model, or its name on a model hub.")
     load_in_4bit: bool = arg(
         False, "Load the base model in 4 bits (nf4, double quantisation), so that a 7B fits a 16 GB GPU. CUDA only."
     )
@@ -27,6 +30,15 @@ class DataArguments:
     train_csv: str = arg("data/train.csv", "Training rows: id,path,question,a,b,...,answer.")
     test_csv: str = arg("data/test.csv", "Rows to predict: id,path,question,a,b,...")
     image_root: str | None = arg(None, "Folder that `path` is relative to; the CSV's own folder if not given.")
+    columns: str | None = arg(
+        None,
+        'Which column is which, where the names do not say: {"id": "...", "path": "...", "question": "...", '
+        '"choices": ["...", "..."], "answer": "..."}. On the command line, as JSON.',
+    )
+    answer_form: str | None = arg(
+        None,
+        "How the answers are written, where they can be read in two ways: letter, number_from_0, number_from_1, text.",
+    )
     folds_csv: str | None = arg(None, "The folds file; `folds.csv` beside train_csv if not given.")
     fold: int | None = arg(0, "The fold to validate on; null: train on all rows and validate on none.")
     max_train_rows: int | None = arg(None, "Train on only this many rows, drawn by seed: 200 for a quick try.")
@@ -59,6 +71,16 @@ class DataArguments:
     vision_cache_gb: float = arg(
         10.0, "Size limit of that folder in GB; a 3B needs 0.8 MB an image at 384 px. Above it, nothing is stored."
     )
+
+
+def reader_options(data: DataArguments) -> dict:
+    """The keyword arguments of `vqa.data.rows.read_contest` that say how to read the contest's files."""
+    columns = data.columns
+    try:
+        columns = json.loads(columns) if isinstance(columns, str) else columns
+    except ValueError as error:
+        raise UserError(f"columns: not valid JSON ({error}).") from None
+    return {"columns": columns, "answer_form": data.answer_form}
 
 
 def folds_file(data: DataArguments) -> Path:

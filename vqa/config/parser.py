@@ -9,13 +9,14 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from vqa.config.args_file import build_dataclass, raise_unknown_field, read_args_file
 from vqa.config.arguments import DataArguments, ModelArguments
-from vqa.config.recipe import RecipeArguments, check_recipe
+from vqa.config.recipe import RecipeArguments, check_hub, check_optimizer, check_recipe
 from vqa.core.cli import non_default_args
 from vqa.core.compat import parser_actions
 from vqa.core.dtypes import has_bf16
@@ -44,7 +45,7 @@ def parse_arguments(
     given, unknown = parser.parse_known_args(argv[1:] if path else argv)
     if unknown:
         raise_unknown_field(unknown[0].lstrip("-").split("=")[0], "the command line", field_names())
-    if given.output_dir is None:
+    if not given.output_dir:
         raise UserError("no args file and no --output_dir. Name an args file, such as args/fold0.json, or see --help.")
     if trains:
         check_launch()
@@ -57,9 +58,13 @@ def parse_arguments(
     plain = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     kept = {k: v for k, v in vars(given).items() if k in _own_fields() or v != plain[k]}
     try:
-        return *(build_dataclass(kind, vars(given)) for kind in CLASSES), kept
-    except (ValueError, TypeError) as error:
+        model, data, recipe = (build_dataclass(kind, vars(given)) for kind in CLASSES)
+    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:  # what TrainingArguments raises
         raise UserError(f"{path or 'the command line'}: {error}") from None
+    check_optimizer(recipe)
+    if recipe.push_to_hub:
+        check_hub(recipe)
+    return model, data, recipe, kept
 
 
 def non_default_fields(resolved: dict) -> dict:
@@ -82,7 +87,7 @@ def _parser(description: str) -> HfArgumentParser:
         pass
 
     parser = HfArgumentParser(
-        CLASSES,
+        CLASSES,  # type: ignore[arg-type]  # it takes several dataclasses, as its documentation says
         usage="python %(prog)s ARGS.json [--field value ...]",
         description=description,
         epilog="Every field of transformers.TrainingArguments can be given as well.",
@@ -94,14 +99,14 @@ def _parser(description: str) -> HfArgumentParser:
         if action.dest not in ours or any(option.startswith(("--no_", "--no-")) for option in action.option_strings):
             action.help = argparse.SUPPRESS
         if action.type is not None and action.dest != "report_to":  # whose "none" is a value
-            action.type = _or_null(action.type)
+            action.type = _or_null(action.type)  # type: ignore[arg-type]  # a callable in every dataclass field
         action.option_strings = [o for o in action.option_strings if "-" not in o.lstrip("-")] or action.option_strings
-    parser.error = lambda message: _raise(UserError(f"{message}; see `python train_fold.py --help`"))
+    parser.error = _raise_usage_error  # type: ignore[method-assign]
     return parser
 
 
-def _raise(error: Exception):
-    raise error
+def _raise_usage_error(message: str) -> NoReturn:
+    raise UserError(f"{message}; see `python train_fold.py --help`")
 
 
 def _or_null(convert: Callable[[str], object]) -> Callable[[str], object]:

@@ -3,9 +3,11 @@
 import os
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from huggingface_hub import whoami
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from vqa.config.arguments import arg
 from vqa.core.compat import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -40,9 +42,7 @@ class RecipeArguments(TrainingArguments):
         "Stop with a checkpoint before this many hours have passed. 11 leaves an hour for prediction in a notebook "
         "that is stopped after 12.",
     )
-    output_dir: str | None = arg(
-        None, "The fold's folder; by default checkpoints/demo/fold0 for args/demo/fold0.json."
-    )
+    output_dir: str = arg(None, "The fold's folder; by default checkpoints/demo/fold0 for args/demo/fold0.json.")
     num_train_epochs: float = arg(3.0, "Passes over the training rows.")
     learning_rate: float = arg(2e-4, "Peak learning rate: usual for QLoRA, ten times that of full fine-tuning.")
     lr_scheduler_type: str = arg("cosine", "Schedule; cosine falls to zero at the end, so that the last steps settle.")
@@ -105,26 +105,62 @@ class RecipeArguments(TrainingArguments):
                 setattr(self, name, on)
 
 
-LOWEST = {"swa_start": 0, "swa_every": 1, "ema_decay": 0, "max_hours": 0, "lora_rank": 1, "image_size": 28}
+LOWEST = {
+    "swa_start": 0,
+    "swa_every": 1,
+    "ema_decay": 0,
+    "max_hours": 0,
+    "lora_rank": 1,
+    "lora_dropout": 0,
+    "image_size": 28,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "swa_lr": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "vision_cache_gb": 0,
+    "max_train_rows": 1,
+    "pseudo_min_confidence": 0,
+}
+BELOW_ONE = {"ema_decay": "such as 0.99, or to 0 for no EMA", "lora_dropout": "such as 0.05, or to 0 for no dropout"}
+CHOICES = {
+    "loss": ("token", "letter"),
+    "metric_for_best_model": ("log_loss", "accuracy"),
+    "train_sampling_strategy": ("group_by_length", "random"),
+}
 # Fields of transformers that would do nothing or harm here, and why.
 REFUSED = {
     "auto_find_batch_size": "averages and best adapters of the failed attempt would stay; auto_batch does this",
     "label_smoothing_factor": "the loss is over the answer's tokens alone",
     "load_best_model_at_end": "the best adapters, raw and averaged, are saved separately",
     "save_only_model": "no run can resume from such a checkpoint",
+    "use_liger_kernel": "its kernels would replace the fused layers of vqa/modeling/fused_lora.py",
+    "deepspeed": "several GPUs train with DDP: accelerate launch --config_file args/accelerate/two_gpus.yaml",
+    "fsdp": "the launcher turns it on: accelerate launch --config_file args/accelerate/fsdp.yaml",
+    "fsdp_config": "the launcher sets it: accelerate launch --config_file args/accelerate/fsdp.yaml",
+    "remove_unused_columns": "the collator reads the columns of the rows",
 }
+# Optimisers of transformers that work on full weight matrices, not on an adapter's parameters.
+FULL_WEIGHT_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")
 
 
 def check_recipe(values: dict) -> None:
     """Raise UserError where fields contradict each other or this recipe."""
-    for name, choices in (("loss", ("token", "letter")), ("metric_for_best_model", ("log_loss", "accuracy"))):
+    for name, choices in CHOICES.items():
         if values[name] not in choices:
             raise UserError(f"{name} {values[name]!r} does not exist. Set {' or '.join(choices)}.")
     for name, low in LOWEST.items():
-        if values[name] is not None and values[name] < low:
+        if values.get(name) is not None and not values[name] >= low:  # also where it is not a number
             raise UserError(f"{name} is {values[name]}. Set it to {low} or more.")
-    if values["ema_decay"] >= 1:
-        raise UserError(f"ema_decay is {values['ema_decay']}. Set it below 1, such as 0.99, or to 0 for no EMA.")
+    for name, example in BELOW_ONE.items():
+        if values[name] >= 1:
+            raise UserError(f"{name} is {values[name]}. Set it below 1, {example}.")
     for name, why in REFUSED.items():
         if values[name]:
             raise UserError(f"{name} does not work with this recipe: {why}. Leave it out.")
@@ -150,3 +186,39 @@ def check_reports(report_to: str | list[str]) -> None:
             )
         if name not in get_available_reporting_integrations():
             raise UserError(f"report_to {name} needs a package that is not installed. Run `pip install {name}`.")
+
+
+def check_optimizer(recipe: RecipeArguments) -> None:
+    """Raise UserError where `optim` or `lr_scheduler_type` cannot be made: a package or a further field is missing.
+
+    Both are made as the Trainer makes them, for one parameter.
+    """
+    name = recipe.optim.value  # type: ignore[attr-defined]  # TrainingArguments makes enums of both names
+    schedule = recipe.lr_scheduler_type.value  # type: ignore[attr-defined]
+    if name.startswith(FULL_WEIGHT_OPTIMIZERS):
+        raise UserError(f"optim {name} is for full fine-tuning, and this recipe trains an adapter. Use adamw_torch.")
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    try:
+        model: Any = torch.nn.Module()
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(recipe, model)
+        optimizer = kind([parameter], **options)
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"optim {name} cannot be used: {error} Install what it needs, or use adamw_torch.") from None
+    try:
+        options = recipe.lr_scheduler_kwargs
+        get_scheduler(schedule, optimizer, 1, 100, scheduler_specific_kwargs=options)  # type: ignore[arg-type]
+    except (ImportError, ValueError, TypeError) as error:
+        raise UserError(
+            f"lr_scheduler_type {schedule} cannot be used: {error}. Correct lr_scheduler_kwargs, or use cosine."
+        ) from None
+
+
+def check_hub(recipe: RecipeArguments) -> None:
+    """Raise UserError where `push_to_hub` cannot reach the model hub, or is not logged in."""
+    try:
+        whoami(recipe.hub_token)
+    except Exception as error:  # many kinds: no token, a wrong one, no network, offline mode
+        raise UserError(
+            f"push_to_hub cannot log in to the model hub ({type(error).__name__}). Run `hf auth login` where the hub "
+            "is reachable, or leave push_to_hub out and upload the adapter later."
+        ) from None

@@ -1,4 +1,4 @@
-"""What one process settles for all, and what all share out, where several work together (`accelerate launch`)."""
+"""Helpers for distributed runs (`accelerate launch`): run on the main process and broadcast, split work, shard."""
 
 import sys
 from collections.abc import Callable
@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 
 def run_on_main_and_broadcast(decide: Callable[[], T]) -> T:
-    """What `decide` returns on the main process, on every process; with one process, a plain call.
+    """Run `decide` on the main process and return its result on every process.
 
-    The processes look at the disk at different moments, while one of them writes there, so each on its own could come
-    to another answer. A UserError is told once and ends all of them: first told, then passed on, since the launcher
-    ends the others as soon as one has ended.
+    Use it for decisions that depend on files: each process reads them at another moment, while one of them writes. A
+    UserError is printed once and ends all processes. It is printed before the broadcast, since the launcher kills the
+    others as soon as one process ends.
     """
-    outcome = [None, False]
+    outcome: list = [None, False]
     if PartialState().is_main_process:
         try:
             outcome = [decide(), False]
@@ -36,23 +36,23 @@ def run_on_main_and_broadcast(decide: Callable[[], T]) -> T:
 
 
 def distributed_map(items: list, work: Callable[[list], np.ndarray]) -> np.ndarray:
-    """`work` of `items`, an array (items, ...) in their order, of which each process does its share.
+    """`work(items)`, an array (items, ...) in the order of `items`, split across the processes.
 
-    Every process is given the same number of items, by repeating the first: under FSDP all take part in every batch.
+    The first item is repeated until every process has equally many: under FSDP all must take part in every batch.
     """
     state = PartialState()
     filled = items + items[:1] * (-len(items) % state.num_processes)
-    own = work(filled[state.process_index :: state.num_processes])
-    return np.stack(gather_object([own]), axis=1).reshape(len(filled), *own.shape[1:])[: len(items)]
+    local = work(filled[state.process_index :: state.num_processes])
+    return np.stack(gather_object([local]), axis=1).reshape(len(filled), *local.shape[1:])[: len(items)]
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that FSDP has split among the processes; all of them have to ask for it."""
+    """The full tensor of a parameter that FSDP has sharded; every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` on the device of `parameter`, and split as FSDP has split that."""
+    """`tensor` on the device of `parameter`, sharded like it."""
     tensor = tensor.to(parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)

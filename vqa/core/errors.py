@@ -1,40 +1,40 @@
-"""A person's mistake ends in one line and exit code 2; a traceback is for our own bugs."""
+"""User errors: one line and exit code 2. A traceback means a bug."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 OUT_OF_MEMORY = (
-    "out of GPU memory; in training remove the fold's folder and add --auto_batch false "
-    "--per_device_train_batch_size 2 --gradient_accumulation_steps 4; in validation or prediction halve "
-    "--per_device_eval_batch_size or --batch_size; or lower image_size"
+    "out of GPU memory. In training, delete the fold's folder and add --auto_batch false "
+    "--per_device_train_batch_size 2 --gradient_accumulation_steps 4. In validation or prediction, halve "
+    "--per_device_eval_batch_size or --batch_size. Or lower image_size."
 )
 
 
 class UserError(Exception):
-    """What the user can mend: the message names the value, the place and the remedy, on one line."""
+    """An error that the user can fix. The message names the value, the place and the remedy, on one line."""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main(); a UserError, or GPU memory that runs out, becomes one line on stderr and exit code 2."""
+    """Run a script's main(). A UserError or out-of-memory error becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
         print_error(error)
         sys.exit(2)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch for it would slow light scripts
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; scripts that need no torch should not import it
             raise
         print_error(UserError(OUT_OF_MEMORY))
         sys.exit(2)
 
 
 def print_error(error: UserError) -> None:
-    """Print the error's one line."""
+    """Print the error on stderr, in one line."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
-def preview(items: list, most: int = 3) -> str:
-    """`a, b, c and 7 more`, for messages that count everything and name a few."""
+def preview(items: Sequence, most: int = 3) -> str:
+    """`a, b, c and 7 more`, for messages."""
     shown = ", ".join(str(item) for item in items[:most])
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
 

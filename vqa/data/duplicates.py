@@ -1,6 +1,6 @@
-"""The same picture twice: byte for byte, or nearly, as after another compression, size, tone or a small crop."""
+"""Duplicate images: byte-identical, or near-identical after compression, resizing, new tones or a small crop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,23 +13,17 @@ from tqdm.auto import tqdm
 from vqa.core.io import hash_file
 from vqa.data.images import error_summary, oriented_size, thumbnail_image
 
-HASH_BITS = 10  # of 64 in which the perceptual hashes of two near pictures may differ
-
-
-CORRELATION = 0.98  # of their colours on a grid, at least: hashes alone take drawings and products for each other
-
-
-GRID = 16
-
-
-BLOCK = 256
+HASH_BITS = 10  # of 64 that may differ between the perceptual hashes of near-identical pictures
+CORRELATION = 0.98  # least correlation of their colours on a grid: hashes alone confuse drawings and products
+GRID = 16  # cells a side of that grid
+BLOCK = 256  # pictures that are compared with all others at once
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What is known of an image file: its size in pixels, what its bytes and its looks are told by, or its problem.
+    """An image file: its size in pixels and its fingerprints, or the problem that makes it unusable.
 
-    sha: of the file's bytes. phash: uint64, perceptual hash. colours: float32 (GRID * GRID * 3,), mean 0, length 1.
+    sha: of the file's bytes. phash: uint64, perceptual hash. colours: float32 (GRID * GRID * 3,), mean 0, norm 1.
     """
 
     width: int = 0
@@ -41,10 +35,10 @@ class Picture:
 
 
 def read_pictures(paths: Sequence[str]) -> dict[str, Picture]:
-    """path -> Picture, each file decoded once, at a fraction of its size."""
+    """path -> Picture. Each file is decoded once, JPEGs at a fraction of their size."""
     paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor() as pool:
-        return dict(zip(paths, tqdm(pool.map(read_picture, paths), "looking at images", len(paths), disable=None)))
+        return dict(zip(paths, tqdm(pool.map(read_picture, paths), "reading images", len(paths), disable=None)))
 
 
 def read_picture(path: str) -> Picture:
@@ -60,28 +54,28 @@ def read_picture(path: str) -> Picture:
 
 
 def near_pairs(pictures: Sequence[Picture]) -> np.ndarray:
-    """Pairs i < j, int (pairs, 2), of pictures that look alike: near in the perceptual hash and in their colours.
+    """Pairs i < j, int (pairs, 2), of near-identical pictures: similar perceptual hashes and similar colours.
 
-    All are compared with all, a block at a time: 10,000 pictures in a second, 50,000 in fifteen, on one core.
+    Compares all pairs in blocks: 10,000 pictures in one second, 50,000 in fifteen, on one core.
     """
     hashes = np.array([picture.phash for picture in pictures], dtype=np.uint64)
     colours = np.array([picture.colours for picture in pictures])
-    found = [np.empty((0, 2), dtype=int)]
+    near = [np.empty((0, 2), dtype=int)]
     for start in range(0, len(hashes), BLOCK):
         distances = np.bitwise_count(hashes[start : start + BLOCK, None] ^ hashes[None, start:])
         pairs = np.argwhere(np.triu(distances <= HASH_BITS, 1)) + start
         for some in np.array_split(pairs, len(pairs) // 10_000 + 1):
             alike = np.einsum("ij,ij->i", colours[some[:, 0]], colours[some[:, 1]]) > CORRELATION
-            found.append(some[alike])
-    return np.concatenate(found)
+            near.append(some[alike])
+    return np.concatenate(near)
 
 
-def same_pictures(files: pd.DataFrame, pictures: dict[str, Picture]) -> pd.DataFrame:
-    """Pairs of image files that show the same: columns `kind` ("identical" or "near"), `first`, `second`.
+def same_pictures(files: pd.DataFrame, pictures: Mapping[str, Picture]) -> pd.DataFrame:
+    """Pairs of duplicate image files: columns `kind` ("identical" or "near"), `first` and `second`.
 
-    `files` has a row for each image file of each split, with columns `split` and `image` (its path); `first` and
-    `second` are positions in it, `first` the earlier. A file whose picture stands there many times is paired with the
-    first such file of each split.
+    `files` has a row for each image file of each split, with columns `split` and `image` (its path). `first` and
+    `second` are positions in it, `first` < `second`. A picture that occurs many times is paired with its first file in
+    each split.
     """
     table = files.assign(place=range(len(files)), sha=[pictures[path].sha for path in files["image"]])
     table = table[table["sha"] != ""]
@@ -92,8 +86,8 @@ def same_pictures(files: pd.DataFrame, pictures: dict[str, Picture]) -> pd.DataF
     near = pd.DataFrame(distinct["sha"].to_numpy()[near], columns=["sha", "other"])
     near = near.merge(firsts.rename(columns={"place": "place_first"}), on="sha")
     near = near.merge(firsts.rename(columns={"sha": "other"}), on="other")
-    found = pd.concat([identical.assign(kind="identical"), near.assign(kind="near")])
-    found["first"] = found[["place_first", "place"]].min(axis=1)
-    found["second"] = found[["place_first", "place"]].max(axis=1)
-    found = found[found["first"] < found["second"]].drop_duplicates(["first", "second"])
-    return found.sort_values(["kind", "first", "second"])[["kind", "first", "second"]].reset_index(drop=True)
+    pairs = pd.concat([identical.assign(kind="identical"), near.assign(kind="near")])
+    pairs["first"] = pairs[["place_first", "place"]].min(axis=1)
+    pairs["second"] = pairs[["place_first", "place"]].max(axis=1)
+    pairs = pairs[pairs["first"] < pairs["second"]].drop_duplicates(["first", "second"])
+    return pairs.sort_values(["kind", "first", "second"])[["kind", "first", "second"]].reset_index(drop=True)

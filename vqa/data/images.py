@@ -9,6 +9,7 @@ from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
 from vqa.core.errors import UserError, preview
+from vqa.data.image_paths import suggest_image_root
 from vqa.data.rows import Row
 
 MAX_PIXELS = 100_000_000  # a photo has ten million; a decompression bomb has billions in a few kilobytes
@@ -29,7 +30,7 @@ def open_image(path: str | Path, min_side: int | None = None) -> Image.Image:
         if min_side:
             image.draft("RGB", (min_side, min_side))
         image.load()
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image)  # type: ignore[assignment]  # an ImageFile is an Image
     if image.mode.startswith(("I", "F")):  # 16 and 32 bit greys: PIL's convert() would clip them at 255
         grey = np.asarray(image, dtype=np.float64)
         top = max(255.0, 65535.0 if image.mode.startswith("I;16") else float(grey.max(initial=0)))
@@ -48,7 +49,7 @@ def thumbnail_image(path: str | Path, side: int) -> Image.Image:
 
 def resized_image_item(row: Row, image_size: int, patch: int) -> dict:
     """A row's decoded image, mirrored where `flip` is set, and its target size, in the form of `qwen_vl_utils`."""
-    image = open_image(row["image"])
+    image = open_image(row["image"])  # type: ignore[arg-type]  # the caller has seen that there is one
     if row.get("flip"):
         image = ImageOps.mirror(image)
     width, height = target_size(*image.size, image_size, row.get("scale", 1.0), patch)
@@ -96,11 +97,23 @@ def oriented_sizes(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
 
 def check_images(rows: Sequence[Row], label: str, remedy: str = "Replace the files, or delete their rows.") -> None:
     """Decode every image once. Raises UserError, with the number and the first few names, if any cannot be used."""
+    if without := [row["id"] for row in rows if row["image"] is None]:
+        raise UserError(f"{label}: {len(without)} rows have no image: {preview(without)}. {remedy}")
     if broken := find_bad_images(rows, label):
         total = len({row["image"] for row in rows})
+        if len(broken) == total:
+            remedy = _suggest_root(label, next(iter(broken))) or remedy
         raise UserError(
             f"{label}: {len(broken)} of {total} images cannot be used: {preview_bad_images(broken)}. {remedy}"
         )
+
+
+def _suggest_root(label: str, image: str) -> str | None:
+    """The remedy where every image is missing and another folder near the CSV has the first one."""
+    folder = Path(label).parent
+    path = Path(image).relative_to(folder) if Path(image).is_relative_to(folder) else Path(Path(image).name)
+    root = suggest_image_root(folder, str(path))
+    return f"Add --image_root {root}." if root else None
 
 
 def find_bad_images(rows: Sequence[Row], label: str) -> dict[str, str]:
@@ -108,7 +121,7 @@ def find_bad_images(rows: Sequence[Row], label: str) -> dict[str, str]:
 
     JPEGs are decoded at an eighth of their size: fast, and the file is still read to its end.
     """
-    paths = list(dict.fromkeys(row["image"] for row in rows))
+    paths = list(dict.fromkeys(row["image"] for row in rows if row["image"]))
     with ThreadPoolExecutor() as pool:
         checks = tqdm(
             pool.map(_problem, paths), total=len(paths), desc=f"checking images of {label}", leave=False, disable=None

@@ -1,34 +1,22 @@
-"""Other wordings of a question, by rule, in Korean and English.
+"""Paraphrases of a question by rules, in Korean and English.
 
-A rule is a pattern and what a question that fits it whole may be written as. The rules are few and narrow: a wording
-that asks for something else would teach a wrong answer, so a question that no rule fits has no other wording.
+A rule is a pattern and the ways to rewrite a question that matches all of it. The rules are few and narrow: a
+paraphrase with another meaning would teach a wrong answer. A question that matches no rule gets no paraphrase.
 """
 
 import re
 from collections.abc import Callable
 
-ASKED = r"(.*?(?:무엇|어디|누구|언제|얼마|(?:몇|무슨|어떤) .+?))"  # up to what is asked for
-
-
+ASKED = r"(.*?(?:무엇|어디|누구|언제|얼마|(?:몇|무슨|어떤) .+?))"  # up to the thing asked for
 IS = r"(?:인가요|입니까|일까요)\?"
-
-
 WHERE = "곳|장소|위치"
-
-
 WHAT = "색|색깔|이름|모양|종류|물건|동물|음식|과일|직업|제목|글자"
-
-
 KINDS = "색|색깔|모양|종류|물건|동물|음식|과일|날씨|계절|글자|운동|도형|꽃|장소|교통수단"
-
-
 UNITS = "개|명|마리|대|그루|송이|권"
-
-
 COLOUR = "(colou?r|shape)"
 
 
-# A thing, and no clause: "Where is the photo taken?" and "What color is the man wearing?" ask for no thing's place.
+# A thing, not a clause: "Where is the photo taken?" does not ask for the place of the photo.
 THING = r"(the (?!.*(?:ing|ed|taken|made|seen|shown|held|from|to|of|in|on|with)\?$).+)"
 
 
@@ -43,7 +31,7 @@ def has_final(word: str) -> bool | None:
 
 
 def topic(word: str) -> str | None:
-    """The word with its topic particle, 은 or 는; None where it cannot be told which."""
+    """The word with its topic particle, 은 or 는; None for a word that does not end in Hangul."""
     return None if has_final(word) is None else word + ("은" if has_final(word) else "는")
 
 
@@ -59,7 +47,7 @@ def formal(match: re.Match) -> str:
 
 
 def selected(match: re.Match) -> str | None:
-    """색을 고르세요 -> 색은 무엇인가요; the particle tells whether it is one."""
+    """색을 고르세요 -> 색은 무엇인가요; None if the particle does not fit the noun."""
     noun = match[1]
     if has_final(noun) is not (match[2] == "을") or re.search("(사람|인물|분)$", noun):
         return None
@@ -112,10 +100,10 @@ RULES: list[tuple[str, tuple[str | Callable, ...]]] = [
 
 
 def paraphrases(question: str) -> list[str]:
-    """Other wordings of the question, each different, the most different ones first; none where no rule fits."""
-    found = {}
-    for pattern, wordings in RULES:
-        if match := re.fullmatch(pattern, question.strip(), re.DOTALL):
-            for wording in wordings:
-                found[wording(match) if callable(wording) else match.expand(wording)] = True
-    return [wording for wording in found if wording and wording != question.strip()]
+    """Different paraphrases of the question, the most different ones first; empty where no rule matches."""
+    question = question.strip()
+    texts: dict[str, bool] = {}  # a dict keeps the order and drops duplicates
+    for pattern, rewrites in RULES:
+        if match := re.fullmatch(pattern, question, re.DOTALL):
+            texts |= {rewrite(match) if callable(rewrite) else match.expand(rewrite): True for rewrite in rewrites}
+    return [text for text in texts if text and text != question]

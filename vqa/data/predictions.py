@@ -1,7 +1,4 @@
-"""Prediction files (`id,answer,p_a,p_b,...`, probabilities that sum to 1) and submissions (`id,answer`).
-
-A submission is checked against the test file and the sample submission.
-"""
+"""Prediction files: `id,answer,p_a,p_b,...`, probabilities that sum to 1 over the choices that a row offers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,50 +116,13 @@ def read_card(path: str | Path) -> dict:
 
 def validation_scores(files: Sequence[str | Path], by: str) -> list[float]:
     """Each file's out-of-fold accuracy or log-loss, as training measured it."""
-    scores = [(read_card(path).get("validation") or {}).get(by) for path in files]
+    scores: list = [(read_card(path).get("validation") or {}).get(by) for path in files]
     if unknown := [str(path) for path, score in zip(files, scores) if score is None]:
         raise UserError(f"{preview(unknown)}: no out-of-fold score beside it. Use --method mean, or predict again.")
     return scores
 
 
-def is_submission(path: str | Path) -> bool:
-    """Whether a CSV has exactly the columns of a submission; `outputs/*.csv` may match an earlier one."""
+def is_prediction_file(path: str | Path) -> bool:
+    """Whether a file has the columns of a prediction file; `outputs/*.csv` may match a submission too."""
     with open(path, encoding="utf-8-sig") as file:
-        return file.readline().strip() == "id,answer"
-
-
-def check_offered(test_csv: str | Path, ids: Sequence[str], probabilities: np.ndarray) -> None:
-    """Raise UserError unless the ids are those of the test CSV and letters that a row does not offer have 0."""
-    table = read_table(test_csv, ("id", "a", "b"))
-    names = [letter for letter in LETTERS if letter in table.columns]
-    positions = align_ids(test_csv, list(table["id"]), ids, "the predictions", "Predict this file again.")
-    blank = np.column_stack([table[name].str.strip() == "" for name in names])[positions]
-    width = probabilities.shape[1]
-    blank = np.pad(blank, ((0, 0), (0, max(0, width - blank.shape[1]))), constant_values=True)[:, :width]
-    if wrong := [ids[i] for i in np.flatnonzero(((probabilities > 0) & blank).any(1))]:
-        raise UserError(
-            f"{test_csv}: {len(wrong)} rows do not offer letters that were predicted: {preview(wrong)}. Predict again."
-        )
-
-
-def write_submission(
-    path: str | Path, ids: Sequence[str], probabilities: np.ndarray, sample: str | Path | None
-) -> None:
-    """Write `id,answer`: in the order of the sample submission, which must have the same ids, where there is one."""
-    table = pd.DataFrame({"id": ids, "answer": letters(probabilities)})
-    if sample is not None:
-        remedy = "Give the sample submission of the file that you predicted."
-        sample_ids = list(read_table(sample, ("id",))["id"])
-        table = table.iloc[np.argsort(align_ids(sample, sample_ids, ids, "the predictions", remedy))]
-    with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
-
-
-def previous_answers(path: str | Path) -> dict[str, str]:
-    """id -> answer of the submission at `path`; empty where there is no file."""
-    if not Path(path).is_file():
-        return {}
-    if not is_submission(path):
-        raise UserError(f"{path} exists and is not a submission. Set another --output.")
-    table = read_table(path, ("id", "answer"))
-    return dict(zip(table["id"], table["answer"]))
+        return set(COLUMNS) <= set(file.readline().strip().split(","))

@@ -11,33 +11,31 @@ b<|im_end|>
 
 from vqa.config.arguments import INSTRUCTION
 from vqa.core.errors import UserError
-
-LETTERS = "abcdefghij"
+from vqa.data.rows import LETTERS, Row
 
 
 def build_messages(
-    row: dict, image: dict | None, instruction: str = INSTRUCTION, special: tuple[str, ...] = ()
+    row: Row, image: dict | None, instruction: str = INSTRUCTION, special: tuple[str, ...] = ()
 ) -> list[dict]:
     """Chat messages of a row, without the answer.
 
-    `image` is the image item of the user turn (`{"type": "image", ...}`), or None for a row that is asked by its text
-    alone. `row["permutation"]`, where given, lists which
-    choice stands at each letter: `[2, 0, 1]` shows the third choice at letter a. `special` are the tokenizer's added
-    tokens: wherever a question or choice spells one, it is broken up so that it stays text.
+    `image` is the image item of the user's turn (`{"type": "image", ...}`), or None for a prompt without an image.
+    `row["permutation"]`, if set, lists the choice shown at each letter: in `[2, 0, 1]` the third choice is a.
+    `special` are the tokenizer's added tokens: where a question or choice spells one, it is kept as ordinary text.
     """
-    order = row.get("permutation") or range(len(row["choices"]))
+    permutation = row.get("permutation") or range(len(row["choices"]))
     lines = [row["question"]]
-    lines += [f"{letter}. {row['choices'][choice]}" for letter, choice in zip(LETTERS, order)]
+    lines += [f"{letter}. {row['choices'][choice]}" for letter, choice in zip(LETTERS, permutation)]
     text = escape_special_tokens("\n".join(lines), special) + f"\n{instruction}"
-    said = {"type": "text", "text": text}
-    return [{"role": "user", "content": [said] if image is None else [image, said]}]
+    content = [] if image is None else [image]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
 def escape_special_tokens(text: str, special: tuple[str, ...]) -> str:
-    """`text` in which no special token can be recognised: a zero-width space after its first character.
+    """`text` with a zero-width space after the first character of every special token that it spells.
 
-    A person reads the same text and the tokenizer sees ordinary characters; without this a choice that spells
-    `<|im_end|>` would end the turn, and `<|image_pad|>` would be counted as an image.
+    People read the same text, and the tokenizer sees ordinary characters. Otherwise a choice that spells `<|im_end|>`
+    would end the turn, and `<|image_pad|>` would count as an image.
     """
     for token in special:
         text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
@@ -45,24 +43,24 @@ def escape_special_tokens(text: str, special: tuple[str, ...]) -> str:
 
 
 def added_tokens(processor) -> tuple[str, ...]:
-    """Every string that the tokenizer would turn into one added token, longest first."""
+    """Every string that the tokenizer encodes as one added token, longest first."""
     return tuple(sorted(processor.tokenizer.get_added_vocab(), key=len, reverse=True))
 
 
-def shown_answer(row: dict) -> int:
-    """Position at which the right choice is shown: its own, unless the row has an `order`."""
+def shown_answer(row: Row) -> int:
+    """Index of the letter at which the right choice is shown: its own, unless the row has a `permutation`."""
     return list(row["permutation"]).index(row["answer"]) if row.get("permutation") else row["answer"]
 
 
-def shown_target(row: dict) -> list[float]:
-    """Probability of each of the ten letters, as the row shows its choices: its `target`, or 1 for its answer."""
+def shown_target(row: Row) -> list[float]:
+    """Probability of each letter of LETTERS, in the order shown: the row's `target`, or 1 for its answer."""
     target = row.get("target") or [float(i == row["answer"]) for i in range(len(row["choices"]))]
     shown = [target[choice] for choice in row.get("permutation") or range(len(target))]
     return shown + [0.0] * (len(LETTERS) - len(shown))
 
 
 def render_chat(processor, conversation: list[dict], answer: str | None = None) -> str:
-    """The chat as text. Without `answer` it ends where the model has to write; with it, it goes on to the end."""
+    """The chat as text. Without `answer` it ends where the model writes; with it, at the end of the answer's turn."""
     if answer is None:
         return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
@@ -70,10 +68,10 @@ def render_chat(processor, conversation: list[dict], answer: str | None = None) 
 
 
 def letter_ids(processor) -> list[int]:
-    """Token id of each letter as it stands after `assistant\\n`, `len(LETTERS)` of them, checked to be one token each.
+    """Token id of each letter of LETTERS after `assistant\\n`.
 
-    Raises UserError where the tokenizer splits a letter or the template is not one that this software can train:
-    the prediction prompt must be a prefix, token for token, of the training text.
+    Raises UserError where a letter is not one token of its own, and where the prediction prompt is not a prefix, token
+    for token, of the training text.
     """
     tokenizer = processor.tokenizer
     conversation = build_messages({"question": "?", "choices": list(LETTERS)}, {"type": "image"})
@@ -86,7 +84,7 @@ def letter_ids(processor) -> list[int]:
         if not text.startswith(prompt + letter) or ids[: len(prompt_ids)] != prompt_ids:
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} does not render the prediction prompt as a prefix of "
-                f"the training text (letter {letter!r}); use the template that came with the model"
+                f"the training text (letter {letter!r}). Use the template that came with the model."
             )
         tail = ids[len(prompt_ids) :]
         if (
@@ -96,9 +94,11 @@ def letter_ids(processor) -> list[int]:
         ):
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path} does not write {letter!r} and the end of the turn as one "
-                f"token each (it gives {tail}); use the tokenizer that came with the model"
+                f"token each (it gives {tail}). Use the tokenizer that came with the model."
             )
         found.append(tail[0])
     if len(set(found)) != len(LETTERS):
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} gives two letters the same token: {found}")
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} gives two letters the same token: {found}. Use another model."
+        )
     return found

@@ -1,14 +1,27 @@
-"""Read and check the contest's CSV files: the one place where rows come from."""
+"""Read and check the contest's files: the one place where rows come from.
 
-import re
-from collections.abc import Mapping
+Contests write their files in many forms. `vqa/data/columns.py` finds the columns, `vqa/data/answers.py` reads the
+answers and `vqa/data/image_paths.py` finds the images. Whatever two readings are possible of is an error.
+"""
+
+import ast
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import TypedDict
 
-from vqa.core.errors import UserError, preview
-from vqa.data.table import check_ids, numbered_columns, read_table, require_columns
+import pandas as pd
 
-LETTERS = "abcdefghij"  # the letter of each choice, in the prompt and as the name of its column
+from vqa.core.errors import UserError, pluralize, preview
+from vqa.data.answers import AnswerForm, find_answer_form
+from vqa.data.columns import Columns, find_columns
+from vqa.data.image_paths import ImageFinder, escapes
+from vqa.data.table import check_ids, read_table
+
+LETTERS = ascii_lowercase  # the letter of each choice in the prompt
 
 
 class Row(TypedDict, total=False):
@@ -33,112 +46,182 @@ class Row(TypedDict, total=False):
     note: str  # remark for the prediction file, such as a broken image
 
 
-def read_rows(path: str | Path, image_root: str | Path | None = None, with_answer: bool = False) -> list[Row]:
-    """Rows of a contest CSV (`id,path,question,a,b,...` and `answer`), checked.
+@dataclass(frozen=True)
+class Contest:
+    """A contest's file as it was understood. `form`: how it writes answers, None where answers were not read."""
+
+    path: str | Path
+    rows: list[Row]
+    columns: Columns
+    form: AnswerForm | None
+
+    def summary(self) -> str:
+        """One line: what was understood, and what is not used."""
+        counts = Counter(len(row["choices"]) for row in self.rows)
+        offered = " or ".join(str(count) for count in sorted(counts))
+        parts = [f"{self.path}: {pluralize(len(self.rows), 'row')} of {offered} choices", str(self.columns)]
+        if self.form:
+            parts.append(f"answers as {self.form}")
+        if text_only := sum(row["image"] is None for row in self.rows):
+            parts.append(f"{pluralize(text_only, 'row')} without an image, asked by their text alone")
+        return "; ".join(parts)
+
+
+def read_rows(path: str | Path, image_root: str | Path | None = None, with_answer: bool = False, **form) -> list[Row]:
+    """The rows of `read_contest`."""
+    return read_contest(path, image_root, with_answer, **form).rows
+
+
+def read_choices(path: str | Path, columns: Mapping | None = None) -> dict[str, list[str]]:
+    """id -> the choices that the row offers; images and answers are not looked at."""
+    table = read_table(path, ())
+    return {
+        row["id"]: row["choices"] for row in read_texts(path, table, find_columns(path, list(table.columns), columns))
+    }
+
+
+def read_contest(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    with_answer: bool = False,
+    columns: Mapping | None = None,
+    answer_form: str | None = None,
+) -> Contest:
+    """Read and check a contest's file: CSV, TSV, JSON, JSON lines or Parquet.
 
     Each row has `id`, `image`, `question` and `choices`; `with_answer`, also `answer`, and `annotators` where the
-    CSV has columns `answer1, answer2, ...`. `paraphrases` are the columns `question_1, question_2, ...`, if any.
-    Raises UserError, which names the file and the row, for whatever cannot be used.
+    file has columns `answer1, answer2, ...`. `paraphrases` are the columns `question_1, question_2, ...`, if any.
+    `columns` (role -> column) and `answer_form` decide where the file alone does not. Raises UserError, which names
+    the file and the row, for whatever cannot be used.
     """
-    table = read_table(path, ("id", "path", "question", "a", "b"))
-    annotators = numbered_columns(table, "answer") if with_answer else []
-    paraphrases = numbered_columns(table, "question_")
-    if with_answer and not annotators:
-        require_columns(path, table, ("answer",))
-    names = _choice_columns(path, list(table.columns))
-    check_ids(path, table["id"])
-    root = Path(image_root) if image_root else Path(path).parent
+    table = read_table(path, ())
+    found = find_columns(path, list(table.columns), columns)
+    rows = read_texts(path, table, found)
+    images = _find_images(path, table[list(found.paths)].to_dict("split")["data"], rows, image_root)
+    for row, image in zip(rows, images):
+        row["image"] = image
+    form = add_answers(path, rows, table, found, answer_form) if with_answer else None
+    return Contest(path, rows, found, form)
+
+
+def read_texts(path: str | Path, table: pd.DataFrame, found: Columns) -> list[Row]:
+    """The rows of a table with ids, questions, choices and paraphrases."""
+    ids = list(table[found.id]) if found.id else [str(number) for number in range(len(table))]
+    check_ids(path, ids)
     rows: list[Row] = []
-    bad_paths = []
-    for number, cells in enumerate(table.to_dict("records"), start=1):
-        place = f"{path}: row {number} (id {cells['id']})"
+    for row_id, cells in zip(ids, table.to_dict("records")):
+        place = f"{path}: row {len(rows) + 1} (id {row_id})"
         row = Row(
-            id=cells["id"],
-            image=str(root / cells["path"]),
-            question=cells["question"],
-            choices=_offered(place, [cells[name] for name in names]),
+            id=row_id,
+            image=None,
+            question=str(cells[found.question]),
+            choices=_choices(place, [cells[name] for name in found.choices]),
         )
-        if not cells["path"].strip() or _leaves_folder(cells["path"]):
-            bad_paths.append(f"{cells['path']!r} (id {cells['id']})")
-        if not cells["question"].strip():
+        if not row["question"].strip():
             raise UserError(f"{place}: the question is empty. Write one, or delete the row.")
-        if paraphrases:
-            row["paraphrases"] = [cells[name] for name in paraphrases if cells[name].strip()]
-        if annotators:
-            row["answer"], row["annotators"] = count_votes(place, cells, annotators, len(row["choices"]))
-        elif with_answer:
-            row["answer"] = parse_answer(place, cells["answer"], len(row["choices"]))
+        if found.paraphrases:
+            row["paraphrases"] = [cells[name] for name in found.paraphrases if cells[name].strip()]
         rows.append(row)
-    if bad_paths:
-        raise UserError(
-            f"{path}: {len(bad_paths)} image paths are empty or lead out of {root}: {preview(bad_paths)}. Write them "
-            "relative to that folder, or set another folder with --image_root."
-        )
     return rows
 
 
-def parse_answer(place: str, cell: str, num_choices: int) -> int:
-    """The index of an answer letter, in either case. Raises UserError where the row does not offer it."""
-    letter = cell.strip().lower()
-    offered = LETTERS[:num_choices]
-    if len(letter) != 1 or letter not in offered:
-        raise UserError(f"{place}: answer {cell!r} is not offered. Write one of {', '.join(offered)}.")
-    return LETTERS.index(letter)
-
-
-def count_votes(
-    place: str, cells: Mapping[str, str], annotators: list[str], num_choices: int
-) -> tuple[int, list[float]]:
-    """(index of the row's answer, share of its annotators that chose each choice).
+def add_answers(
+    path: str | Path, rows: Sequence[Row], table: pd.DataFrame, found: Columns, kind: str | None
+) -> AnswerForm:
+    """Set `answer`, and `annotators` where there are some; returns how the file writes answers.
 
     Blank annotators do not count. Where `answer` is blank or not a column, the answer is the choice with the most
     votes; of a tie, the one that was chosen first in the order of the columns. Where no annotator answered, `answer`
     is the only vote.
     """
-    votes = [parse_answer(f"{place}, {name}", cells[name], num_choices) for name in annotators if cells[name].strip()]
-    if cells.get("answer", "").strip():
-        answer = parse_answer(place, cells["answer"], num_choices)
-    elif votes:
-        answer = max(votes, key=votes.count)
-    else:
-        raise UserError(f"{place}: answer and {preview(annotators)} are all blank. Fill in one of them.")
-    votes = votes or [answer]
-    return answer, [votes.count(choice) / len(votes) for choice in range(num_choices)]
+    names = [name for name in (found.answer, *found.annotators) if name]
+    if not names:
+        raise UserError(
+            f"{path}: no column for the answer (header: {', '.join(table.columns)}). Name it in the args file: "
+            '"columns": {"answer": "..."}.'
+        )
+    cells = [(i, name, cell) for name in names for i, cell in enumerate(table[name]) if str(cell).strip()]
+    if blank := [rows[i]["id"] for i in sorted(set(range(len(rows))) - {i for i, _, _ in cells})]:
+        raise UserError(
+            f"{path}: {pluralize(len(blank), 'row')} without an answer in {' or '.join(names)}: {preview(blank)}. "
+            "Fill them in, or delete the rows."
+        )
+    places = [(i + 1, rows[i]["id"], name) for i, name, _ in cells]
+    offered = [rows[i]["choices"] for i, _, _ in cells]
+    form, indices = find_answer_form(path, places, [cell for _, _, cell in cells], offered, kind)
+    answers = {(i, name): index for (i, name, _), index in zip(cells, indices)}
+    for i, row in enumerate(rows):
+        votes = [answers[i, name] for name in found.annotators if (i, name) in answers]
+        answered = found.answer and (i, found.answer) in answers
+        row["answer"] = answers[i, found.answer or ""] if answered else max(votes, key=votes.count)
+        if found.annotators:
+            votes = votes or [row["answer"]]
+            row["annotators"] = [votes.count(choice) / len(votes) for choice in range(len(row["choices"]))]
+    return form
 
 
-def rows_with_equal_choices(rows: list[Row]) -> list[str]:
+def rows_with_equal_choices(rows: Sequence[Row]) -> list[str]:
     """Ids of the rows that offer the same text twice: their score says nothing about the model."""
     texts = ([choice.strip() for choice in row["choices"]] for row in rows)
     return [row["id"] for row, choices in zip(rows, texts) if len(set(choices)) < len(choices)]
 
 
-def _choice_columns(path: str | Path, columns: list[str]) -> list[str]:
-    """The choice columns: a, b, ... without a gap. A letter after a gap is a mistake."""
-    letters = [letter for letter in LETTERS if letter in columns]
-    if letters != list(LETTERS[: len(letters)]):
-        gap = next(letter for letter in LETTERS if letter not in columns)
-        raise UserError(f"{path}: it has a choice column {letters[-1]!r} but no {gap!r}. Name the choices in order.")
-    return letters
+def _find_images(
+    path: str | Path, cells: Sequence[Sequence], rows: Sequence[Row], image_root: str | Path | None
+) -> list[str | None]:
+    """The image file of each row; None where the row has none."""
+    finder = ImageFinder(image_root or Path(path).parent)
+    images: list[str | None] = []
+    several, outside = [], []
+    for row, row_cells in zip(rows, cells):
+        names = [name for cell in row_cells for name in finder.split(cell)]
+        if any(escapes(name) for name in names):
+            outside.append(f"{names[0]!r} (id {row['id']})")
+            continue
+        try:
+            images.append(finder.find(names[0]) if names else None)
+        except UserError as error:
+            raise UserError(f"{path}: id {row['id']}: {error}") from None
+        several += [row["id"]] if len(names) > 1 else []
+    if outside:
+        raise UserError(
+            f"{path}: {len(outside)} image paths lead out of {finder.root}: {preview(outside)}. Write them relative "
+            "to that folder, or set another folder with --image_root."
+        )
+    if several:
+        raise UserError(
+            f"{path}: {pluralize(len(several), 'row')} with several images: {preview(several)}. The model sees one "
+            'image a row. Choose the column in the args file: "columns": {"path": "..."}.'
+        )
+    return images
 
 
-def _leaves_folder(path: str) -> bool:
-    """Whether a relative path leads out of its folder, in the notation of any operating system."""
-    parts = re.split(r"[/\\]", path)
-    depth = 0
-    for part in parts:
-        depth += {"..": -1, ".": 0, "": 0}.get(part, 1)
-        if depth < 0:
-            return True
-    return parts[0] == "" or bool(re.match(r"[A-Za-z]:", path))
-
-
-def _offered(place: str, cells: list[str]) -> list[str]:
+def _choices(place: str, cells: Sequence[object]) -> list[str]:
     """The choices of a row: at least two. Blank cells may only be the last ones."""
-    filled = [bool(cell.strip()) for cell in cells]
+    if len(cells) == 1:  # one column of lists
+        cells = _parse_list(place, cells[0])
+    texts = [str(cell) for cell in cells]
+    filled = [bool(text.strip()) for text in texts]
     offered = sum(filled)
     if offered < 2:
         raise UserError(f"{place}: only {offered} choices are filled in. Give at least two.")
     if not all(filled[:offered]):
         gap = LETTERS[filled.index(False)]
         raise UserError(f"{place}: choice {gap} is blank but a later one is not. Move the later choices up.")
-    return cells[:offered]
+    if offered > len(LETTERS):
+        raise UserError(f"{place}: it offers {offered} choices. At most {len(LETTERS)} are possible.")
+    return texts[:offered]
+
+
+def _parse_list(place: str, cell: object) -> list[object]:
+    """A list, or the text of one as JSON or Python write it."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = cell if isinstance(cell, (list, tuple)) else parse(str(cell))
+            if isinstance(value, (list, tuple)):
+                return list(value)
+            if isinstance(value, dict):
+                return list(value.values())
+        except (ValueError, SyntaxError):
+            continue
+    raise UserError(f'{place}: the choices {str(cell)[:60]!r} are not a list. Write them as ["red", "blue"].')

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vqa.config.arguments import DataArguments, folds_file
+from vqa.config.arguments import DataArguments, folds_file, reader_options
 from vqa.core.errors import UserError, preview
 from vqa.core.io import hash_file, hash_files
 from vqa.data.folds import read_folds, split_fold
@@ -55,7 +55,7 @@ def pseudo_rows(data: DataArguments, valid_rows: list[Row]) -> list[Row]:
     """
     if data.pseudo_csv is None:
         return []
-    test = {row["id"]: row for row in read_rows(data.test_csv, data.image_root)}
+    test = {row["id"]: row for row in read_rows(data.test_csv, data.image_root, **reader_options(data))}
     ids, probabilities = read_predictions(data.pseudo_csv)
     if unknown := [row_id for row_id in ids if row_id not in test]:
         raise UserError(
@@ -101,17 +101,21 @@ def split_problems(train_rows: list[Row], valid_rows: list[Row]) -> list[str]:
     return problems
 
 
+def image_hashes(rows: list[Row]) -> list[str]:
+    return hash_files([row["image"] for row in rows])  # type: ignore[misc]  # rows of a CSV have an image
+
+
 def shared_images(rows: list[Row], others: list[Row]) -> list[tuple[str, str]]:
     """(id, id of one of the others) for each of `rows` whose image is byte-identical to that of one of the others."""
-    holder = dict(zip(hash_files([row["image"] for row in others]), (row["id"] for row in others)))
-    groups = hash_files([row["image"] for row in rows])
+    holder = dict(zip(image_hashes(others), (row["id"] for row in others)))
+    groups = image_hashes(rows)
     return [(row["id"], holder[group]) for row, group in zip(rows, groups) if group in holder]
 
 
-def images_across_folds(rows: list[Row], folds: Sequence[int]) -> list[list[str]]:
+def images_across_folds(rows: list[Row], folds: Sequence[int] | np.ndarray) -> list[list[str]]:
     """For each image that is in several folds, the ids of its rows."""
     ids, folds_of = defaultdict(list), defaultdict(set)
-    for row, group, fold in zip(rows, hash_files([row["image"] for row in rows]), folds):
+    for row, group, fold in zip(rows, image_hashes(rows), folds):
         ids[group].append(row["id"])
         folds_of[group].add(fold)
     return [ids[group] for group in ids if len(folds_of[group]) > 1]

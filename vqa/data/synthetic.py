@@ -8,6 +8,7 @@ the untrained tiny model answers a part of the demo, and fine-tuning improves it
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -195,7 +196,7 @@ def _draw(
     spread = 20 if paper else 14
     fill = tuple(max(0, min(255, part + rng.randint(-spread, spread))) for part in COLOURS[scene.colour])
     turn = math.radians(rng.uniform(-6, 6)) if paper else 0.0
-    line = {"outline": (60, 60, 60), "width": 2} if paper and rng.random() < 0.4 else {}
+    line: dict[str, Any] = {"outline": (60, 60, 60), "width": 2} if paper and rng.random() < 0.4 else {}
 
     def points(*polar: tuple[float, float]) -> list[tuple[float, float]]:
         return [(x + radius * r * math.sin(a + turn), y - radius * r * math.cos(a + turn)) for a, r in polar]

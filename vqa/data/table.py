@@ -1,7 +1,9 @@
-"""Read a CSV file as text cells, or say in one line what is wrong with it."""
+"""Read a file of rows as text cells, or say in one line what is wrong with it."""
 
 import csv
 import io
+import json
+import math
 from collections.abc import Sequence
 from itertools import count, takewhile
 from pathlib import Path
@@ -13,8 +15,26 @@ from vqa.core.errors import UserError, preview
 
 
 def read_table(path: str | Path, required: tuple[str, ...]) -> pd.DataFrame:
-    """A CSV file as text cells, nothing interpreted ("NA" stays "NA"), with the columns `required` in it."""
-    reader = csv.reader(io.StringIO(_decode(Path(path)), newline=""), strict=True)
+    """A file of rows with the columns `required`: CSV (commas, semicolons or tabs), JSON, JSON lines or Parquet.
+
+    Cells are text, nothing is interpreted ("NA" stays "NA"), a missing cell is ""; lists in JSON and Parquet stay
+    lists. Raises UserError where the file cannot be read, and where a column is missing.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in (".json", ".jsonl", ".ndjson", ".parquet"):
+        table = _read_records(Path(path), suffix)
+    else:
+        table = _read_csv(Path(path), suffix)
+    if table.empty:
+        raise UserError(f"{path}: it has no rows. Give a file that has some.")
+    require_columns(path, table, required)
+    return table
+
+
+def _read_csv(path: Path, suffix: str) -> pd.DataFrame:
+    text = _decode(path)
+    delimiter = _delimiter(text, suffix)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     remedy = "Quote the cells that contain commas, quotes or line breaks."
     try:
         header, *records = [cells for cells in reader if cells]
@@ -23,13 +43,47 @@ def read_table(path: str | Path, required: tuple[str, ...]) -> pd.DataFrame:
     for number, cells in enumerate(records, start=1):
         if len(cells) != len(header):
             raise UserError(f"{path}: row {number} has {len(cells)} cells, the header {len(header)}. {remedy}")
-    table = pd.DataFrame(records, columns=header, dtype=str)
     if len(set(header)) < len(header):
         raise UserError(f"{path}: two columns have the same name (header: {', '.join(header)}). Rename one.")
-    require_columns(path, table, required)
-    if table.empty:
-        raise UserError(f"{path}: no rows below the header. Give a file that has some.")
-    return table
+    return pd.DataFrame(records, columns=header, dtype=str)
+
+
+def _delimiter(text: str, suffix: str) -> str:
+    """A comma, unless the header has none and can be divided at semicolons or tabs."""
+    if suffix == ".tsv":
+        return "\t"
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    return max(",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+
+
+def _read_records(path: Path, suffix: str) -> pd.DataFrame:
+    """JSON (a list of objects), JSON lines or Parquet, with the cells as `read_table` gives them."""
+    try:
+        if suffix == ".parquet":
+            records = pd.read_parquet(path).to_dict("records")
+        elif suffix == ".json":
+            records = json.loads(_decode(path))
+        else:
+            records = [json.loads(line) for line in _decode(path).splitlines() if line.strip()]
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as {suffix[1:]} ({' '.join(str(error).split())[:120]}).") from None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path}: it is not a list of objects, one for each row.")
+    header = list(dict.fromkeys(str(name) for record in records for name in record))
+    return pd.DataFrame([[_cell(record.get(name)) for name in header] for record in records], columns=header)
+
+
+def _cell(value: object) -> object:
+    """A value as text: whole numbers without a fraction, nothing for null; lists and dicts as they are."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (list, tuple, dict)):
+        return value
+    if value is None or value is pd.NA or isinstance(value, float) and math.isnan(value):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def require_columns(path: str | Path, table: pd.DataFrame, required: tuple[str, ...]) -> None:
@@ -59,7 +113,7 @@ def align_ids(
     """
     check_ids(path, ids, remedy)
     positions = pd.Index(ids).get_indexer(pd.Index(wanted))
-    if missing := [wanted[i] for i in np.flatnonzero(positions < 0)]:
+    if missing := [wanted[int(i)] for i in np.flatnonzero(positions < 0)]:
         raise UserError(f"{path}: {len(missing)} ids of {source} are missing: {preview(missing)}. {remedy}")
     if len(ids) > len(wanted):
         extra = sorted(set(ids) - set(wanted))

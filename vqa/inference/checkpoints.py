@@ -94,7 +94,7 @@ def base_checkpoint(args_file: str | Path, model: str | None = None, dtype: str 
         output_dir=swap_root("outputs", Path(args_file).parent, below="args"),
         model=build_dataclass(ModelArguments, values),
         data=build_dataclass(DataArguments, values),
-        dtype=getattr(torch, dtype) if dtype else model_dtype(values.get("fp16"), values.get("bf16")),
+        dtype=getattr(torch, dtype) if dtype else model_dtype(bool(values.get("fp16")), bool(values.get("bf16"))),
         batch_size=int(values.get("per_device_eval_batch_size", RecipeArguments.per_device_eval_batch_size)),
     )
 

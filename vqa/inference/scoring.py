@@ -1,6 +1,7 @@
 """Score rows: the logits of the offered letters after one forward pass. Nothing is generated or parsed."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -120,7 +121,8 @@ def _letter_probs(
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]) + sum(map(len, rows[i]["choices"])))
-    loader = DataLoader([rows[i] for i in by_length], batch_size, collate_fn=collate, num_workers=workers)
+    dataset: Any = [rows[i] for i in by_length]  # DataLoader takes lists too, but its types do not say so
+    loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers)
     shown: list[list[np.ndarray]] = [[] for _ in rows]
     done, processes = 0, PartialState().num_processes
     scale = processes > 1 and processes  # every process has scored as many rows as this one
@@ -152,11 +154,11 @@ def _letter_probs(
 @torch.inference_mode()
 def generate_letters(model: torch.nn.Module, rows: Sequence[Row], collate: Collator, batch_size: int) -> list[str]:
     """What `generate` writes for each row: greedy search for two tokens, enough for a letter and the turn's end."""
-    device, texts = next(model.parameters()).device, []
-    for batch in DataLoader(list(rows), batch_size, collate_fn=collate):
+    device, dataset, texts = next(model.parameters()).device, cast(Any, list(rows)), []
+    for batch in DataLoader(dataset, batch_size, collate_fn=collate):
         inputs = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
         with half_autocast(model):
-            tokens = model.generate(
+            tokens = cast(Any, model).generate(
                 **send_to_device(inputs, device),
                 max_new_tokens=2,
                 do_sample=False,

@@ -1,13 +1,20 @@
 """The frozen vision tower: run outside of autograd, kept from overflow in fp16, and its features checked."""
 
 from types import MethodType
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.functional import linear
 
-from vqa.core.compat import BaseTunerLayer, accepts_encoder_outputs, as_encoder_outputs, extract_model_from_parallel
+from vqa.core.compat import (
+    BaseTunerLayer,
+    accepts_encoder_outputs,
+    as_encoder_outputs,
+    dequantize_module_weight,
+    extract_model_from_parallel,
+)
 from vqa.core.dtypes import half_autocast
 from vqa.core.errors import UserError, preview
 from vqa.modeling.families import last_vision_projection, vision_tower
@@ -51,10 +58,12 @@ def guard_fp16(model: nn.Module) -> nn.Module:
     """Keep the output layer of the last vision block's MLP in fp32, outside autocast. Returns the model.
 
     In Qwen2.5-VL it overflows fp16 for some images, and the answers turn to NaN (ggml-org/llama.cpp#17534,
-    vllm-project/vllm#13817). Weights in fp32 alone do not help, since autocast would still compute in fp16.
+    vllm-project/vllm#13817). Weights in fp32 alone do not help, since autocast would still compute in fp16. A layer
+    in 4 or 8 bits is dequantized: bitsandbytes would compute in fp16 as well.
     """
     if layers := last_vision_projection(model):
         projection, norm = layers
+        projection.weight = nn.Parameter(dequantize_module_weight(projection).float(), requires_grad=False)
         projection.float().forward = MethodType(_linear_in_fp32, projection)
         norm.float()  # autocast on CUDA would do this itself; on a CPU it does not
     return model
@@ -72,7 +81,7 @@ def is_vision_frozen(model: nn.Module) -> bool:
     return not adapted and not any(parameter.requires_grad for parameter in tower.parameters())
 
 
-def unwrap_base_model(model: nn.Module):
+def unwrap_base_model(model: nn.Module) -> Any:
     """The base model (a PreTrainedModel) inside DDP and PEFT."""
     model = extract_model_from_parallel(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -4,7 +4,7 @@ Each function measures one thing on the out-of-fold rows, puts its main result o
 values that its section shows. `rows` are in the order of the results.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -98,8 +98,9 @@ def models_section(results: Results, rows: list[Row], page: Page) -> dict:
     tests = []
     for name in list(results.models)[1:]:
         test = compare(results.probs["M1"], results.probs[name], results.answers, results.clusters())
-        tests.append({"sentence": test.verdict("M1", name), "test": test})
-        page.highlight("models", tests[-1]["sentence"])
+        sentence = test.verdict("M1", name)
+        tests.append({"sentence": sentence, "test": test})
+        page.highlight("models", sentence)
     label_probs = np.stack([probs[np.arange(len(rows)), results.answers] for probs in results.probs.values()])
     predictions = np.stack([probs.argmax(1) for probs in results.probs.values()])
     disagree = np.flatnonzero((predictions != predictions[0]).any(0))
@@ -175,7 +176,7 @@ def errors_section(results: Results, rows: list[Row]) -> list[dict]:
     return cards(results, rows, np.argsort(-losses, kind="stable")[:MAX_ERRORS])
 
 
-def cards(results: Results, rows: list[Row], indices: Sequence[int]) -> list[dict]:
+def cards(results: Results, rows: list[Row], indices: Iterable[int]) -> list[dict]:
     """Cards of the rows at these indices, with the probabilities of each model."""
     folds = results.models["M1"].fold_of_row()
     return [

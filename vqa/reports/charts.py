@@ -32,7 +32,7 @@ def image_sizes(sizes: np.ndarray, budgets: Sequence[int]) -> Figure:
     figure, axes = new_figure("image sizes; right of a curve an image is shrunk", "width, pixels", "height, pixels")
     unique, counts = np.unique(sizes, axis=0, return_counts=True)
     area = 12 + 150 * counts / counts.max()
-    axes.scatter(*unique.T, s=area, color=COLOURS[0], alpha=0.5, linewidths=0, zorder=3)
+    axes.scatter(unique[:, 0], unique[:, 1], s=area, color=COLOURS[0], alpha=0.5, linewidths=0, zorder=3)
     right, top = np.maximum(1.12 * unique.max(0), 1.12 * min(budgets))  # the smallest budget is always visible
     widths = np.linspace(right / 100, right, 300)
     for budget in budgets:

@@ -5,8 +5,9 @@ section shows. Rows are a table with the columns of `read_tables`.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -15,11 +16,12 @@ from tokenizers import Tokenizer
 from vqa.config.arguments import folds_path
 from vqa.core.errors import UserError, pluralize, preview
 from vqa.core.io import atomic_write, read_json
+from vqa.data.columns import find_columns
 from vqa.data.duplicates import Picture, same_pictures
 from vqa.data.folds import read_folds
 from vqa.data.images import image_tokens, preview_bad_images, target_size
-from vqa.data.rows import LETTERS, read_rows, rows_with_equal_choices
-from vqa.data.table import numbered_columns, read_table
+from vqa.data.rows import LETTERS, Row, read_rows, rows_with_equal_choices
+from vqa.data.table import read_table
 from vqa.evaluation.metrics import NOISE, accuracy
 from vqa.reports.charts import histogram, image_sizes
 from vqa.reports.diagnostics import uniformity_test
@@ -62,8 +64,9 @@ def read_tables(files: Sequence[str], image_root: str | None, page: Page) -> pd.
     stems = Counter(Path(file).stem for file in files)
     tables = []
     for file in files:
-        columns = read_table(file, ("id",))
-        labelled = "answer" in columns or bool(numbered_columns(columns, "answer"))
+        table = read_table(file, ())
+        found = find_columns(file, list(table.columns))
+        labelled = any(table[name].astype(bool).any() for name in (found.answer, *found.annotators) if name)
         rows = pd.DataFrame(read_rows(file, image_root, with_answer=labelled))
         rows["file"], rows["split"] = file, Path(file).stem if stems[Path(file).stem] == 1 else file
         rows["type"] = rows["question"].map(question_type)
@@ -92,7 +95,7 @@ def labelled_rows(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["answer"].notna()]
 
 
-def overview(rows: pd.DataFrame, pictures: Mapping[str, Picture], baseline: dict) -> list[tuple[str, str]]:
+def overview(rows: pd.DataFrame, pictures: dict[str, Picture], baseline: dict) -> list[tuple[str, str]]:
     """(number, what it counts) for the tiles at the top of the page."""
     num_choices = rows["choices"].map(len)
     low, high = num_choices.min(), num_choices.max()
@@ -124,7 +127,7 @@ def letters_section(rows: pd.DataFrame, page: Page) -> list[dict]:
     return section
 
 
-def text_only_section(rows: pd.DataFrame, pictures: Mapping[str, Picture], page: Page) -> dict:
+def text_only_section(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page) -> dict:
     """The accuracy of a classifier that reads question and choices and sees no image."""
     labelled = labelled_rows(rows)
     images = pd.factorize(pd.Series([pictures[path].sha or path for path in labelled["image"]]))[0]
@@ -186,7 +189,7 @@ def count_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
     return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
-def images_section(pictures: Mapping[str, Picture], patch: int, page: Page) -> dict:
+def images_section(pictures: dict[str, Picture], patch: int, page: Page) -> dict:
     """The sizes of the images, and how many tokens they cost at each pixel budget. `patch`: pixels of a side."""
     if broken := {path: picture.problem for path, picture in pictures.items() if picture.problem}:
         names = preview_bad_images(broken)
@@ -206,7 +209,7 @@ def images_section(pictures: Mapping[str, Picture], patch: int, page: Page) -> d
     return section
 
 
-def duplicates_section(rows: pd.DataFrame, pictures: Mapping[str, Picture], page: Page) -> dict:
+def duplicates_section(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page) -> dict:
     """Images that occur twice, within a file and across files. All pairs are written to duplicates.csv."""
     images = rows.drop_duplicates(["split", "image"]).reset_index(drop=True)
     pairs = same_pictures(images, pictures)
@@ -237,10 +240,8 @@ def duplicates_section(rows: pd.DataFrame, pictures: Mapping[str, Picture], page
     ]
     if len(split_pairs):
         ids = preview([f"{a} and {b}" for a, b in zip(split_pairs["first_id"], split_pairs["second_id"])])
-        number = pluralize(len(split_pairs), "pair")
-        page.highlight(
-            "duplicates", f"{number} of duplicate images in different folds: {ids}. Validation scores are too high."
-        )
+        text = f"{pluralize(len(split_pairs), 'pair')} of duplicate images in different folds: {ids}."
+        page.highlight("duplicates", f"{text} Validation scores are too high.")
     across_first = pairs.iloc[np.argsort(pairs["first_split"] == pairs["second_split"], kind="stable")]
     return {"counts": counts, "pairs": [pair_card(pair) for pair in across_first.head(MAX_PAIRS).to_dict("records")]}
 
@@ -254,7 +255,7 @@ def pair_card(pair: dict) -> dict:
     return {"kind": kind, "names": names, "images": [thumbnail(pair["first_image"]), thumbnail(pair["second_image"])]}
 
 
-def choices_section(rows: pd.DataFrame, pictures: Mapping[str, Picture], page: Page) -> dict:
+def choices_section(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page) -> dict:
     """Rows with equal choices, and rows that ask the same question about the same image."""
     lines, odd_rows = [], []
     for name, split in by_split(rows):
@@ -295,4 +296,5 @@ def sample_cards(rows: pd.DataFrame, number: int) -> list[dict]:
 
 
 def row_card(row: dict) -> dict:
-    return card(row, [row["split"], row["type"]])
+    """`row` is a Row with the further columns `split` and `type`."""
+    return card(cast(Row, row), [row["split"], row["type"]])

@@ -1,5 +1,6 @@
 """Groups of rows that may differ in difficulty: by question type, image size, length and similarity of the choices."""
 
+import math
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
@@ -20,8 +21,10 @@ MIN_ROWS = 20  # of a group that may be called the worst
 def group_rows(rows: Sequence[Row]) -> dict[str, pd.Series]:
     """Name of a grouping -> group of each row (categories), by id."""
     ids = [row["id"] for row in rows]
-    sizes = oriented_sizes(row["image"] for row in rows)
-    sides = [round(float(np.sqrt(np.prod(sizes[row["image"]])))) for row in rows]
+    images = [row["image"] for row in rows]
+    sizes = oriented_sizes(images)  # type: ignore[arg-type]  # rows of a CSV have an image
+    areas = [width * height for width, height in (sizes[image] for image in images)]  # type: ignore[index]
+    sides = [round(math.sqrt(area)) for area in areas]
     lengths = [len(row["question"]) for row in rows]
     return {
         TYPE: pd.Series([question_type(row["question"]) for row in rows], ids, dtype="category"),
@@ -54,10 +57,12 @@ def group_table(results: Results, name: str, group: pd.Series) -> dict:
     The worst group has the lowest upper bound of its accuracy's interval, so a few rows do not make one. A line is
     `hard` where every model's accuracy is below its accuracy on all rows, beyond noise.
     """
-    lines, overall = [], [results.correct(model).mean() for model in results.models]
+    lines: list[dict] = []
+    overall = [results.correct(model).mean() for model in results.models]
     for value in group.cat.categories:
         rows = np.flatnonzero(group == value)
-        answers, clusters, models = results.answers[rows], results.clusters(rows), []
+        answers, clusters = results.answers[rows], results.clusters(rows)
+        models: list[dict] = []
         for probs in results.probs.values():
             correct, losses = probs[rows].argmax(1) == answers, row_log_loss(probs[rows], answers)
             models.append({"accuracy": accuracy(correct, clusters), "log_loss": mean_loss(losses, clusters)})

@@ -1,6 +1,6 @@
 """Finished folds as training wrote them: the out-of-fold probabilities of each of their weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def find_finished_folds(folders: Sequence[str]) -> tuple[list[Path], list[Path]]
         if (path / "metrics.json").is_file() and read_json(path / "args.json").get("fold") is not None
     ]
     if not finished:
-        raise UserError(f"{preview(folders)}: no finished fold in there. Train one with train_fold.py.")
+        raise UserError(f"{preview(list(folders))}: no finished fold in there. Train one with train_fold.py.")
     return finished, [path for path in paths if path not in finished]
 
 
@@ -145,7 +145,7 @@ def read_models(folders: Sequence[Path], labels: Labels) -> list[Model]:
 def read_fold(folder: Path, labels: Labels) -> Fold:
     """A finished fold. Its out-of-fold files must hold the fold's rows, with the log-loss that training measured."""
     metrics, number = read_json(folder / "metrics.json"), read_json(folder / "args.json")["fold"]
-    scores: Mapping[str, dict] = metrics["weights"]
+    scores = metrics["weights"]
     oof = {}
     for name in WEIGHTS:
         path = weights_folder(folder, name) / "oof.csv"

@@ -6,7 +6,7 @@ is left out where its memory is not needed. The mean over the step's rows stays 
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,13 +139,15 @@ def count_tokens(
     """
     image_tokens = count_image_tokens(sizes, collate)
     bar = tqdm(rows, desc="counting tokens", unit=" rows", leave=False, disable=not show)
-    longest = ({**row, "question": max([row["question"], *row.get("paraphrases", [])], key=len)} for row in bar)
+    longest: Iterable[Row] = (
+        {**row, "question": max([row["question"], *row.get("paraphrases", [])], key=len)} for row in bar
+    )
     chats = (build_messages(row, {"type": "image"}, collate.instruction, collate.special) for row in longest)
     texts = (render_chat(collate.processor, chat, LETTERS[0]) for chat in chats)
     chunks = iter(lambda: list(itertools.islice(texts, 1000)), [])  # not all at once: only the counts are kept
     tokenizer = collate.processor.tokenizer
     text_tokens = np.array([len(ids) - 1 for chunk in chunks for ids in tokenizer(chunk).input_ids])  # - <|image_pad|>
-    of_images = np.array([image_tokens[row["image"]] for row in rows])
+    of_images = np.array([image_tokens[row["image"]] for row in rows])  # type: ignore[index]  # all have an image
     return Lengths(text_tokens + of_images, of_images, collate.processor.image_processor.merge_size**2)
 
 
@@ -180,13 +182,14 @@ def choose_batch_config(
 def make_setup(args: ModelArguments, recipe: RecipeArguments, model: PeftModel) -> Setup:
     """What a run holds in memory besides its batches."""
     averages = (recipe.ema_decay > 0) + (recipe.swa_start is not None)
-    return Setup(model, args.load_in_4bit, bool(recipe.gradient_checkpointing), recipe.optim.value, averages)
+    optimizer = recipe.optim.value  # type: ignore[attr-defined]  # TrainingArguments makes an enum of the name
+    return Setup(model, args.load_in_4bit, bool(recipe.gradient_checkpointing), optimizer, averages)
 
 
 def apply_batch_config(recipe: RecipeArguments, config: dict[str, int | bool]) -> None:
     """Set the fields that `choose_batch_config` chose."""
     for name, value in config.items():
-        recipe.set_checkpointing(value) if name == "gradient_checkpointing" else setattr(recipe, name, value)
+        recipe.set_checkpointing(bool(value)) if name == "gradient_checkpointing" else setattr(recipe, name, value)
 
 
 def available_memory() -> int:

@@ -43,7 +43,7 @@ def checkpoint_to_resume(wanted: str | None, folder: str | Path) -> str | None:
     if wanted == "auto":
         complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
         newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-        wanted = newest and str(newest)
+        wanted = str(newest) if newest else None
     if not wanted:
         return None
     if not Path(wanted, COMPLETE).is_file():

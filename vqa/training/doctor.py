@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from vqa.config.arguments import DataArguments, ModelArguments, folds_file
+from vqa.config.arguments import DataArguments, ModelArguments, folds_file, reader_options
 from vqa.config.recipe import RecipeArguments
 from vqa.core.errors import UserError, pluralize, preview
 from vqa.data.collator import Collator
@@ -84,9 +84,9 @@ def read_contest(report: Report, data: DataArguments, seed: int) -> Contest:
 
     A broken training image raises UserError, as in training. A broken test image is a warning; its rows are left out.
     """
-    rows = read_rows(data.train_csv, data.image_root, with_answer=True)
+    rows = read_rows(data.train_csv, data.image_root, with_answer=True, **reader_options(data))
     check_images(rows, data.train_csv)
-    test = read_rows(data.test_csv, data.image_root) if Path(data.test_csv).is_file() else []
+    test = read_rows(data.test_csv, data.image_root, **reader_options(data)) if Path(data.test_csv).is_file() else []
     if not test:
         report.warnings.append(f"{data.test_csv}: no such file, so the test rows were not checked")
     if broken := find_bad_images(test, data.test_csv):
@@ -136,7 +136,7 @@ def check_tokens(report: Report, collate: Collator, contest: Contest) -> tuple[L
     """Print the images' sizes and tokens. Returns the lengths of the training rows and of the validation rows."""
     report.section("Images and tokens")
     patch = collate.processor.image_processor.patch_size
-    paths = sorted({row["image"] for row in contest.rows})
+    paths = sorted({row["image"] for row in contest.rows if row["image"]})
     sizes = {path: oriented_size(path) for path in tqdm(paths, desc="reading image sizes", leave=False, disable=None)}
     tokens = count_image_tokens(sizes, collate)
     by_tokens = sorted(paths, key=tokens.__getitem__)

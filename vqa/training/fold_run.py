@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-from vqa.config.arguments import DataArguments, ModelArguments
+from vqa.config.arguments import DataArguments, ModelArguments, reader_options
 from vqa.config.parser import field_names, non_default_fields, parse_arguments
 from vqa.config.recipe import RecipeArguments
 from vqa.core.errors import UserError, preview
@@ -59,7 +59,7 @@ class FoldRun:
 
     def read_rows(self) -> tuple[list[Row], list[Row]]:
         """(training rows, validation rows), read from train_csv."""
-        rows = read_rows(self.data.train_csv, self.data.image_root, with_answer=True)
+        rows = read_rows(self.data.train_csv, self.data.image_root, with_answer=True, **reader_options(self.data))
         return split_rows(rows, self.data, self.recipe.seed)
 
     def rows_fingerprint(self) -> str:

@@ -6,16 +6,19 @@ on a GPU, to compare. It follows this project's training: frozen base, float32 a
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vqa.config.arguments import ModelArguments
 from vqa.core.compat import adapted_module_names
+from vqa.modeling.base_checks import check_model_path
 from vqa.modeling.families import vision_tower
-from vqa.modeling.loading import add_adapter, check_model_path
+from vqa.modeling.loading import add_adapter
+from vqa.modeling.vision import unwrap_base_model
 
 GIB = 2**30
 
@@ -129,7 +132,9 @@ def layer_bytes(setup: Setup, batch: Batch) -> int:
     attention = 4 * size * heads  # queries, keys and values for every query head, and the output
     mlp = 3 * size * inner  # gate, activated gate, up
     adapter = size * (2 * hidden + inner)  # its branches share inputs; that of the output projection is counted above
-    if setup.model.peft_config["default"].lora_dropout > 0:  # a byte for each number that was dropped or not
+    if (
+        cast(LoraConfig, setup.model.peft_config["default"]).lora_dropout > 0
+    ):  # a byte for each number that was dropped or not
         adapter += sum(m.in_features for m in targets(setup)) // layers(setup)
     return batch.rows * batch.tokens * (norms + attention + mlp + adapter)
 
@@ -156,15 +161,15 @@ def logit_bytes(setup: Setup, batch: Batch, positions: int = 4) -> int:
 
 def vision_bytes(setup: Setup, batch: Batch) -> int:
     """The vision tower's forward pass without gradients: the input patches and the activations of one block."""
-    tower = vision_tower(setup.model.get_base_model())
+    tower: Any = vision_tower(unwrap_base_model(setup.model))
     pixels = tower.patch_embed.proj.weight[0].numel()
-    widest = max(m.out_features for m in tower.blocks.modules() if isinstance(m, nn.Linear))
+    widest = max(m.out_features for m in tower.get_submodule("blocks").modules() if isinstance(m, nn.Linear))
     return batch.rows * batch.patches * (pixels * (4 + element(setup)) + widest * VISION_BYTES * element(setup) // 2)
 
 
 def linear_parameters(setup: Setup) -> int:
     """Weights of the layers that bitsandbytes quantises: all linear ones outside the vision tower and the head."""
-    base = setup.model.get_base_model()
+    base = unwrap_base_model(setup.model)
     spared = {*vision_tower(base).modules(), base.get_output_embeddings()}
     linear = (m for m in base.modules() if isinstance(m, nn.Linear) and m not in spared)
     return sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
@@ -174,13 +179,13 @@ def trained_parameters(setup: Setup) -> int:
     return sum(p.numel() for p in setup.model.parameters() if p.requires_grad)
 
 
-def targets(setup: Setup) -> list[nn.Module]:
+def targets(setup: Setup) -> list:
     """The layers with an adapter."""
-    return [setup.model.get_base_model().get_submodule(name) for name in adapted_module_names(setup.model)]
+    return [unwrap_base_model(setup.model).get_submodule(name) for name in adapted_module_names(setup.model)]
 
 
 def text_config(setup: Setup):
-    return setup.model.get_base_model().config.get_text_config()
+    return unwrap_base_model(setup.model).config.get_text_config()
 
 
 def layers(setup: Setup) -> int:
@@ -194,4 +199,4 @@ def head_size(setup: Setup) -> int:
 
 def element(setup: Setup) -> int:
     """Bytes of a number in the dtype that the base model computes in: 2 or 4."""
-    return setup.model.get_base_model().dtype.itemsize
+    return unwrap_base_model(setup.model).dtype.itemsize

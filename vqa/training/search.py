@@ -120,7 +120,7 @@ def trial_lock(folder: Path, number: int) -> FileLock:
 
 
 def claim_trial(
-    study: optuna.Study, folder: Path, space: Mapping[str, BaseDistribution], defaults: Mapping, max_trials: int
+    study: optuna.Study, folder: Path, space: dict[str, BaseDistribution], defaults: Mapping, max_trials: int
 ) -> tuple[Trial, AcquireReturnProxy] | None:
     """The next trial with its lock held, or None if `max_trials` are finished or running. The first has `defaults`."""
     with study_lock(folder):
@@ -130,7 +130,7 @@ def claim_trial(
             return None
         if not any(trial.user_attrs.get(DEFAULT) for trial in trials):
             study.enqueue_trial({name: defaults[name] for name in space}, {DEFAULT: True})
-        trial = study.ask(space)
+        trial = study.ask(dict(space))
         return trial, trial_lock(folder, trial.number).acquire()
 
 
@@ -228,8 +228,8 @@ def print_gain(default: FrozenTrial, best: FrozenTrial, folder: Path, train_csv:
         [weights_folder(place, read_json(place / "metrics.json")["best"]) / "oof.csv" for place in folders]
     )
     labels = Labels(train_csv)
-    losses = [row_log_loss(probs, labels.answers(ids)) for probs in stack]
-    difference = paired_difference(*losses, labels.clusters(ids))
+    first, second = (row_log_loss(probs, labels.answers(ids)) for probs in stack)
+    difference = paired_difference(first, second, labels.clusters(ids))
     print(
         f"paired on {len(ids)} rows: {difference.value:+.4f} (95 % interval {difference.low:+.4f} to "
         f"{difference.high:+.4f}), {'beyond' if difference.beyond_noise else 'within'} noise. These rows chose the "

@@ -2,6 +2,7 @@
 
 import gc
 from functools import cached_property
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,8 +30,8 @@ class SharedBase:
     def __init__(self, model_args: ModelArguments, recipe: RecipeArguments):
         self.model_args = model_args
         self.dtype = model_dtype(recipe.fp16, recipe.bf16)
-        self.base: torch.nn.Module | None = None
-        self.adapted: PeftModel | None = None
+        self.base: Any = None  # a PreTrainedModel
+        self.adapted: Any = None  # a PeftModel
         self.stores: dict[tuple, FeatureStore | None] = {}
         self.base_fingerprints: dict[str, str] = {}
 

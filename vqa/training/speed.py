@@ -5,6 +5,7 @@ import time
 import torch
 
 from vqa.modeling.families import vision_tower
+from vqa.modeling.vision import unwrap_base_model
 from vqa.training.memory import Batch, Setup, layers, linear_parameters, text_config
 
 # A step takes this many times as long as its matrix products: attention, norms, dropout, dequantisation.
@@ -29,7 +30,7 @@ def operations(setup: Setup, batch: Batch, training: bool) -> int:
     Frozen weights have no gradient, so the backward pass costs as much as the forward one; checkpointing runs the
     language model forward once more. The vision tower only runs forward.
     """
-    vision = sum(p.numel() for p in vision_tower(setup.model.get_base_model()).blocks.parameters())
+    vision = sum(p.numel() for p in vision_tower(unwrap_base_model(setup.model)).get_submodule("blocks").parameters())
     return (
         2 * batch.rows * (passes(setup, training) * batch.tokens * linear_parameters(setup) + batch.patches * vision)
     )
@@ -42,7 +43,7 @@ def passes(setup: Setup, training: bool) -> int:
 
 def measured_rate(setup: Setup) -> float:
     """Highest operations per second of this GPU for the language model's largest product, in the model's dtype."""
-    text, dtype = text_config(setup), setup.model.get_base_model().dtype
+    text, dtype = text_config(setup), unwrap_base_model(setup.model).dtype
     tokens = torch.randn(8192, text.hidden_size, device="cuda").to(dtype)
     weight = torch.randn(text.hidden_size, text.intermediate_size, device="cuda").to(dtype)
     seconds = float("inf")

@@ -1,20 +1,24 @@
 """The Trainer of a fold: loss at the answer's tokens only, and validation by the score that prediction uses."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import GradScalerKwargs
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+from vqa.config.recipe import RecipeArguments
 from vqa.core.compat import first_repeated_row
 from vqa.core.io import write_json
 from vqa.data.collator import Collator
+from vqa.data.rows import Row
 from vqa.inference.scoring import answer_logits
 from vqa.training.batching import MicroBatches, rows_per_step
 from vqa.training.callbacks import LogCallback, ProgressBar, WeightAverage, swa_start_step, trainable_parameters
 from vqa.training.checkpointing import COMPLETE
-from vqa.training.dataset import LengthSortedSampler
+from vqa.training.dataset import LengthSortedSampler, TrainDataset
 from vqa.training.loss import FiniteLossCheck, answer_loss
 from vqa.training.validation import Validator
 
@@ -31,6 +35,10 @@ class FoldTrainer(Trainer):
         lengths: tokens of each training row, to sort the rows of a step by; by default all count as equal.
     """
 
+    args: RecipeArguments
+    train_dataset: TrainDataset
+    eval_dataset: list[Row]
+    lr_scheduler: LambdaLR
     loss_is_scaled_for_ga = True  # compute_loss divides by the rows of the whole step
 
     def __init__(
@@ -103,8 +111,8 @@ class FoldTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """The recipe's schedule; with `swa_lr`, that constant learning rate from the first averaged step on."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.args.swa_lr is not None:
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.swa_lr is not None and self.args.swa_start is not None:
             start, swa_lr = swa_start_step(self.args.swa_start, num_training_steps), self.args.swa_lr
             scheduler.lr_lambdas = [  # the k-th step that is taken, counted from 1, has the rate of schedule(k - 1)
                 lambda step, schedule=schedule, peak=peak: swa_lr / peak if step + 1 >= start else schedule(step)
@@ -124,7 +132,7 @@ class FoldTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Score the validation fold with the raw weights and with each average, as predict.py will."""
         model = self.accelerator.unwrap_model(self.model)
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, scores in self.validator.evaluate(model, self.state).items():
             prefix = metric_key_prefix if name == "raw" else f"{metric_key_prefix}_{name}"
             metrics |= {f"{prefix}_{key}": value for key, value in scores.items()}
@@ -142,12 +150,12 @@ class FoldTrainer(Trainer):
         arguments["kwargs_handlers"].append(GradScalerKwargs(init_scale=INITIAL_SCALE))
         return arguments
 
-    def _run_epoch(self, **kwargs):
+    def _run_epoch(self, *args, **kwargs):
         """As the Trainer's, but a run that resumes from its last step takes no further step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         """As the Trainer's; a checkpoint that is written again counts as incomplete meanwhile.

@@ -96,10 +96,10 @@ class Validator:
 
     def _probabilities(self, model: PeftModel, label: str) -> np.ndarray:
         """Of every validation row, float64 (rows, 10); each process scores its part of the rows."""
-        label = label if self.args.process_index == 0 and not self.args.disable_tqdm else None
+        shown = label if self.args.process_index == 0 and not self.args.disable_tqdm else None
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         return distributed_map(
-            self.rows, lambda rows: score_rows(model, rows, self.prompts, self.letter_ids, size, label, workers)
+            self.rows, lambda rows: score_rows(model, rows, self.prompts, self.letter_ids, size, shown, workers)
         )
 
     def _scores(self, probabilities: np.ndarray) -> dict[str, float]:
