@@ -57,8 +57,12 @@ def test_a_training_is_logged_with_what_differs_its_scores_and_their_interval(tr
     }
 
 
+@pytest.mark.slow
 def test_runs_that_finish_side_by_side_are_all_logged(log):
-    code = "from vqa.evaluation.experiment_log import log_run\nfor i in range(8): print(log_run('training', f'out{i}', {'i': i}))"
+    code = (
+        "from vqa.evaluation.experiment_log import log_run\n"
+        "for i in range(8): print(log_run('training', f'out{i}', {'i': i}))"
+    )
     runs = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
@@ -76,6 +80,16 @@ def test_a_log_of_other_columns_keeps_every_cell(log):
     assert list(table["note"]) == ['a, "b"\n무엇', ""] and list(table["accuracy"]) == ["0.5", "0.25"]
     assert list(table["output"]) == ["", "체크/fold0"] and json.loads(table["args"][1]) == {"x": "값"}
     assert set(COLUMNS) | {"note"} == set(table.columns)
+
+
+def test_a_log_of_an_older_release_keeps_the_file_of_its_labels(log):
+    log.parent.mkdir()
+    log.write_text("id,kind,truth\nold1,training,old.csv\n")
+    log_run("training", "out", {}, labels="new.csv")
+    table = pd.read_csv(log, dtype=str)
+    assert list(table["labels"]) == ["old.csv", "new.csv"] and "truth" not in table
+    log.write_text("id,kind,truth,labels\nold1,training,old.csv,\nnew1,training,,new.csv\n")
+    assert list(read_log(log)["labels"]) == ["old.csv", "new.csv"], "both releases wrote to it"
 
 
 def test_a_log_that_cannot_be_read_is_left_as_it_is_and_stops_nothing(log, capsys):

@@ -37,6 +37,15 @@ def folds(trained):
     return [trained / "checkpoints" / "fold0", trained / "checkpoints" / "fold1"]
 
 
+@pytest.fixture(autouse=True)
+def one_processor(monkeypatch, processor):
+    """Reading the processor's files takes longer than eight rows; every call here uses the same ones."""
+    load = predictor.load_processor
+    monkeypatch.setattr(
+        predictor, "load_processor", lambda model, *args: processor if model == TINY else load(model, *args)
+    )
+
+
 @pytest.fixture(scope="module")
 def bad_csv(trained, tmp_path_factory):
     """23 test rows, one of them with half an image; an odd number, so that two processes cannot halve it."""

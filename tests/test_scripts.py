@@ -1,5 +1,6 @@
 """The scripts by their command lines: the whole job, and what each refuses."""
 
+import importlib
 import json
 import re
 import shutil
@@ -274,3 +275,20 @@ def test_other_scripts_refuse_bad_input_too(trained, script, tmp_path):
     ):
         code, _, error = script(name, *args)
         assert (code, error.count("\n")) == (2, 1) and message in error, error
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "value"),
+    [
+        ("predict", "--orders", "num_permutations", 3),
+        ("predict", "--order_set", "permutation_set", "latin"),
+        ("predict", "--wordings", "num_paraphrases", 2),
+        ("ensemble", "--truth", "labels", "x.csv"),
+        ("summarize", "--truth", "labels", "x.csv"),
+    ],
+)
+def test_flags_of_an_older_release_are_accepted_and_not_shown(script, monkeypatch, name, old, new, value):
+    assert old not in script(name, "--help")[1]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "checkpoints/fold0", old, str(value)])
+    args = importlib.import_module(name).parse_args()
+    assert getattr(args[0] if isinstance(args, tuple) else args, new) == value
