@@ -70,6 +70,8 @@ def check_all_images(runs: list[FoldRun]) -> None:
 def train(run: FoldRun, base: SharedBase) -> None:
     """Train one fold and fill its folder. Exits with STOPPED where max_hours stops it."""
     recipe, data, train_rows, valid_rows = run.recipe, run.data, run.train_rows, run.valid_rows
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # an earlier run of this process had its own peak
     weight_averages = make_weight_averages(recipe)
     time_limit = make_time_limit(recipe, len(valid_rows) * (1 + len(weight_averages)))
     show = PartialState().is_main_process and not recipe.disable_tqdm

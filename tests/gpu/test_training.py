@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import DEVICE, FP16, IN_4BIT, call
+from .conftest import DEVICE, FP16, HAS_CUDA, IN_4BIT, call
 
 pytestmark = pytest.mark.gpu
+GIB = 2**30
 PROBABILITIES = ["p_a", "p_b", "p_c", "p_d"]
 
 
@@ -21,6 +22,8 @@ def run(request, job) -> Path:
     if request.param and not IN_4BIT:
         pytest.skip("4 bits need CUDA")
     folder = job / "runs" / f"in_process_{request.param}"
+    if HAS_CUDA:
+        torch.empty(2 * GIB, dtype=torch.uint8, device=DEVICE)  # the peak of what this process did before
     call("train_fold", job / "args.json", "--output_dir", folder, "--load_in_4bit", request.param)
     return folder
 
@@ -46,6 +49,11 @@ def test_the_loss_scaler_is_in_use_and_skips_few_steps(run):
     if FP16:
         scaler = torch.load(run / "checkpoint-20" / "scaler.pt", weights_only=True)
         assert scaler["scale"] >= 2**8
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="the peak is that of a GPU")
+def test_the_peak_memory_is_that_of_this_run(run):
+    assert 0 < json.loads((run / "metrics.json").read_text())["peak_gpu_gib"] < 1
 
 
 def test_adapters_are_float32_and_have_moved(run):
