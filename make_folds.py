@@ -14,21 +14,25 @@ from pathlib import Path
 import pandas as pd
 
 from vqa.config.args_file import build_dataclass, read_args_file
-from vqa.config.arguments import DataArguments, folds_file
+from vqa.config.arguments import DataArguments, folds_file, reader_options
 from vqa.core.cli import add_hidden_alias, make_parser
 from vqa.core.errors import pluralize, run_main
 from vqa.data.folds import assign_folds, read_folds, write_folds
 from vqa.data.images import check_images, find_bad_images, preview_bad_images
-from vqa.data.rows import LETTERS, Row, read_rows
+from vqa.data.rows import LETTERS, Row, read_contest
 
 
 def main() -> None:
     args = parse_args()
     data = build_dataclass(DataArguments, read_args_file(args.args_file))
-    rows = read_rows(data.train_csv, data.image_root, with_answer=True)
+    contest = read_contest(data.train_csv, data.image_root, with_answer=True, **reader_options(data))
+    print(contest.summary())
+    rows = contest.rows
     check_images(rows, data.train_csv)
     if Path(data.test_csv).is_file():
-        warn_of_images(read_rows(data.test_csv, data.image_root), data.test_csv)
+        test = read_contest(data.test_csv, data.image_root, **reader_options(data))
+        print(test.summary())
+        warn_of_images(test.rows, data.test_csv)
     path, ids, answers = folds_file(data), [row["id"] for row in rows], [row["answer"] for row in rows]
     if kept := path.is_file() and not args.overwrite:
         folds = read_folds(path, ids, data.train_csv)

@@ -280,4 +280,5 @@ def test_an_ensembles_probabilities_are_the_mean_and_do_not_get_among_the_predic
     np.testing.assert_allclose(table[["p_a", "p_b", "p_c", "p_d"]], values[TRAIN:], atol=1e-15)
     among = files[0].with_name("all.csv")
     code, _, error = script("ensemble", *files, "--probabilities", among)
-    assert (code, error.count("\n")) == (2, 1) and "is in the folder of the predictions" in error and not among.exists()
+    assert (code, error.count("\n")) == (2, 1) and "is in the folder of the predictions" in error
+    assert not among.exists()
