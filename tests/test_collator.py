@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vqa.data.collator import IGNORE, Collator
+from vqa.data.rows import LETTERS
 
 QUESTIONS = [
     "무슨 색인가요?",
@@ -71,7 +72,7 @@ def test_a_shuffled_row_is_labelled_with_the_letter_that_shows_its_answer(proces
 
 def test_a_row_with_fewer_choices_offers_only_their_letters(processor, rows):
     batch = Collator(processor, 140)([{**rows[0], "choices": ["x", "y"]}])
-    assert batch["offered"].tolist() == [[True, True] + [False] * 8]
+    assert batch["offered"].tolist() == [[True, True] + [False] * (len(LETTERS) - 2)]
 
 
 def test_the_image_is_resized_once_to_the_budget_and_not_again(processor, rows):

@@ -169,6 +169,21 @@ def test_a_resumed_run_forgets_best_adapters_of_later_steps(tmp_path):
     assert Validator(args, [], None, [], []).best == {"ema": best["ema"]}
 
 
+@pytest.mark.slow
+def test_an_older_releases_fingerprint_of_image_paths_is_not_compared(trained, script, tmp_path):
+    part = tmp_path / "fold0"
+    shutil.copytree(trained / "checkpoints" / "fold0", part)
+    args = json.loads((part / "args.json").read_text())
+    (part / "args.json").write_text(json.dumps(args | {"output_dir": str(part)}))
+    flags = [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
+    assert json.loads((part / "rows.json").read_text())["version"] == 2
+    (part / "rows.json").write_text('{"fingerprint": "0123456789abcdef"}')
+    assert script("train_fold", *flags)[0] == 0
+    (part / "rows.json").write_text('{"version": 2, "fingerprint": "0123456789abcdef"}')
+    code, _, error = script("train_fold", *flags)
+    assert code == 2 and "other rows" in error
+
+
 def test_other_rows_are_another_run(trained, script, tmp_path):
     """The folds made anew, or a question mended: neither a checkpoint nor a finished fold of the old rows is used."""
     part = tmp_path / "fold0"
