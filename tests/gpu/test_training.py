@@ -1,5 +1,6 @@
 """fp16 training, validation and prediction of the tiny model by the scripts' main(), and what they read from disk."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def run(request, job) -> Path:
     if request.param and not IN_4BIT:
         pytest.skip("4 bits need CUDA")
     folder = job / "runs" / f"in_process_{request.param}"
+    gc.collect()  # an earlier test's Trainer refers to itself, and to its model
     if HAS_CUDA:
         torch.empty(2 * GIB, dtype=torch.uint8, device=DEVICE)  # the peak of what this process did before
     call("train_fold", job / "args.json", "--output_dir", folder, "--load_in_4bit", request.param)
