@@ -33,7 +33,7 @@ def new_figure(
     title: str, xlabel: str, ylabel: str = "", size: tuple[float, float] = (4.4, 2.9)
 ) -> tuple[Figure, Axes]:
     """(figure, its axes); `size` is width and height in inches."""
-    with rc_context(STYLE):
+    with rc_context(STYLE):  # type: ignore[arg-type]  # it wants literal keys
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
