@@ -27,22 +27,14 @@ from vqa.core.errors import UserError, run_main
 from vqa.data.answers import FORMS, AnswerForm
 from vqa.data.predictions import is_prediction_file, join, read_card, write_probabilities
 from vqa.data.rows import LETTERS, read_choices
-from vqa.data.submission import (
-    check_offered,
-    count_changes,
-    read_previous,
-    read_submission_form,
-    write_submission,
-)
+from vqa.data.submission import check_offered, count_changes, read_previous, read_submission_form, write_submission
 from vqa.data.table import read_table
-from vqa.evaluation.ensembling import METHODS, Ensemble, choose_ensemble, ensemble_members, nested_scores
+from vqa.evaluation.ensembling import METHODS, choose_ensemble, ensemble_members, nested_scores
 from vqa.evaluation.experiment_log import log_run
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import accuracy, row_log_loss
 from vqa.evaluation.oof import MissingOOFError, OOFPredictions, check_agreement, group_models, load_oof, run_args
 from vqa.evaluation.significance import print_comparison
-
-NO_WEIGHT = 0.01
 
 
 def main() -> None:
@@ -73,7 +65,7 @@ def main() -> None:
     write_submission(output, ids, probabilities, form, choices)
     if args.probabilities:
         write_probabilities(args.probabilities, ids, probabilities)
-    print_ensemble(chosen, names)
+    print(chosen.describe(names))
     print_letters(probabilities, oof)
     print_changes(before, output)
     cards = [read_card(file) for file in files]
@@ -170,18 +162,6 @@ def find_oof(models: dict, oof_files: dict | None, args: argparse.Namespace) -> 
     return oof
 
 
-def print_ensemble(chosen: Ensemble, names: list[str]) -> None:
-    """The method, the members, their weights and their temperatures."""
-    weights = [""] * len(names) if chosen.weights is None else [f" (weight {weight:.3f})" for weight in chosen.weights]
-    print(f"{chosen.method} of {', '.join(map(str.__add__, names, weights))}")
-    if chosen.inverse_temperature is not None:
-        temperatures = 1 / np.maximum(chosen.inverse_temperature, 1e-9)
-        print("temperatures: " + ", ".join(f"{name} {value:.3g}" for name, value in zip(names, temperatures)))
-    for name, weight in zip(names, [] if chosen.weights is None else chosen.weights):
-        if weight <= NO_WEIGHT:
-            print(f"{name} gets no weight: it does not improve the out-of-fold score")
-
-
 def print_letters(probabilities: np.ndarray, oof: OOFPredictions | None) -> None:
     """How often each letter is answered and, with out-of-fold rows, how often it is right in training."""
     counts = np.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
@@ -194,14 +174,13 @@ def print_letters(probabilities: np.ndarray, oof: OOFPredictions | None) -> None
 
 def print_changes(before: pd.DataFrame | None, output: Path) -> None:
     """How many rows differ from the submission that was overwritten."""
-    if before is None:
-        return
-    after = read_table(output, ())
-    changed = count_changes(before, after)
-    if changed is None:
-        print("the previous submission had other columns or ids")
-    else:
-        print(f"{changed} of {len(after)} answers differ from the previous submission")
+    if before is not None:
+        after = read_table(output, ())
+        changed = count_changes(before, after)
+        differ = (
+            "it has other columns or ids than" if changed is None else f"{changed} of {len(after)} answers differ from"
+        )
+        print(f"{differ} the previous submission")
 
 
 def train_answer_form(run: dict) -> AnswerForm | None:

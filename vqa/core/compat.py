@@ -17,7 +17,10 @@ import torch
 from accelerate.utils import extract_model_from_parallel as extract_model_from_parallel  # the model inside DDP
 from peft.tuners.lora import LoraLayer as LoraLayer  # its forward pass is replaced by the fused one
 from peft.tuners.tuners_utils import BaseTunerLayer as BaseTunerLayer  # any layer that carries an adapter
+from peft.utils.integrations import dequantize_module_weight as dequantize_module_weight  # 4 or 8 bits, in its dtype
 from torch import nn
+from transformers import AutoModelForImageTextToText
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.hf_argparser import string_to_bool as string_to_bool  # how HfArgumentParser reads `--fp16 true`
 from transformers.integrations import integration_utils
 from transformers.integrations.fsdp import is_fsdp_managed_module as is_fsdp_managed_module
@@ -29,8 +32,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from peft import PeftModel
-    from transformers import DynamicCache, Trainer
+    from transformers import DynamicCache, PretrainedConfig, Trainer
 
 Qwen2_5_VLVisionAttention = modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention  # replaced by one that batches windows
 apply_rotary_pos_emb_vision = modeling_qwen2_5_vl.apply_rotary_pos_emb_vision
@@ -109,6 +114,15 @@ def select_cache_rows(cache: DynamicCache, row_index: torch.Tensor) -> None:
 def rms_norm_epsilon(module: nn.Module) -> float | None:
     """The epsilon of one of transformers' RMS norms, None for any other module."""
     return getattr(module, "variance_epsilon", None)
+
+
+def module_names_in_model(config: PretrainedConfig, names: Iterable[str]) -> list[str]:
+    """Names of modules as the installed transformers has them, from those in files of any release."""
+    model_class = AutoModelForImageTextToText._model_mapping.get(type(config), None)
+    renamed = list(names)
+    for renaming in get_checkpoint_conversion_mapping(getattr(model_class, "__name__", "")) or []:
+        renamed = [renaming.rename_source_key(name)[0] for name in renamed]
+    return renamed
 
 
 def adapted_module_names(model: PeftModel) -> list[str]:

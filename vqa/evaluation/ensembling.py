@@ -19,7 +19,8 @@ from vqa.evaluation.oof import OOFPredictions
 from vqa.evaluation.significance import paired_difference
 
 METHODS = ("mean", "geometric", "weighted", "greedy", "stack", "majority")
-PARTS = 5
+PARTS = 5  # of nested scores
+NO_WEIGHT = 0.01
 ROUNDS = 50  # of greedy selection: weights in steps of 2 %
 MAX_FIT_ROWS = 100_000  # a few weights do not change with more
 
@@ -59,6 +60,18 @@ class Ensemble:
 
     def __call__(self, stack: np.ndarray) -> np.ndarray:
         return ensemble(apply_temperature(stack, self.inverse_temperature), self.method, self.weights)
+
+    def describe(self, names: Sequence[str]) -> str:
+        """Lines with the method, the members `names`, their weights and their temperatures."""
+        weights = [1.0] * len(names) if self.weights is None else self.weights
+        shown = [f"{name} (weight {x:.3f})" if self.weights is not None else name for name, x in zip(names, weights)]
+        lines = [f"{self.method} of {', '.join(shown)}"]
+        if self.inverse_temperature is not None:
+            temperatures = 1 / np.maximum(self.inverse_temperature, 1e-9)
+            lines.append("temperatures: " + ", ".join(f"{name} {x:.3g}" for name, x in zip(names, temperatures)))
+        useless = [name for name, weight in zip(names, weights) if weight <= NO_WEIGHT]
+        lines += [f"{name} gets no weight: it does not improve the out-of-fold score" for name in useless]
+        return "\n".join(lines)
 
 
 def apply_temperature(stack: np.ndarray, inverse_temperature: np.ndarray | None) -> np.ndarray:

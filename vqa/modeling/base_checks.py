@@ -27,9 +27,9 @@ TRAINABLE["awq"] = ["gptqmodel"]
 
 
 def check_model_path(model: str) -> None:
-    """Stop where `model` is neither a folder with a complete model nor a name on the model hub, or in its cache."""
+    """Stop where `model` is neither a model's folder nor a name on the model hub, or in its cache."""
     if (Path(model) / "config.json").is_file():
-        return check_weights(model)
+        return
     looks_local = Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/", "checkpoints/"))
     reason = "no config.json there"
     if not looks_local:
@@ -39,7 +39,7 @@ def check_model_path(model: str) -> None:
         except Exception as error:  # many kinds; each means that the model is not available
             reason = f"{type(error).__name__} from the model hub"
     raise UserError(
-        f"model {model!r} is neither a model folder nor reachable ({reason}); give --model the folder that holds its "
+        f"model {model!r} is neither a model folder nor reachable ({reason}). Give --model the folder of its "
         "config.json (on Kaggle: add the model as an input and give its path under /kaggle/input)"
     )
 

@@ -37,13 +37,16 @@ def _rms_norm(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def fuse_adapters(model: PeftModel) -> PeftModel:
     """Give every LoRA layer over a plain or 4-bit linear layer the fused forward pass. Returns the model.
 
-    A layer uses PEFT's forward pass where its adapter is not a plain one (see `plain_adapter`). FSDP, which takes the
-    weights away between forward and backward, keeps PEFT's everywhere.
+    Other layers, such as those in 8 bits, keep PEFT's. So does a layer whose adapter is not a plain one (see
+    `plain_adapter`). FSDP, which takes the weights away between forward and backward, keeps PEFT's everywhere.
     """
     if compat.is_fsdp_launch():
         return model
     for layer in model.modules():
-        if isinstance(layer, compat.LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear):
+        if not isinstance(layer, compat.LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        if type(base) is nn.Linear or compat.is_4bit(base):
             layer.forward = MethodType(_fused_lora_forward, layer)
     return model
 

@@ -15,6 +15,16 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextTo
 from vqa.core import compat
 from vqa.core.dtypes import has_bf16
 from vqa.core.errors import UserError, preview
+from vqa.modeling.base_checks import (
+    BNB_4BIT,
+    BNB_8BIT,
+    check_has_gpu,
+    check_model_path,
+    check_quantization,
+    check_weights,
+    saved_quantization,
+    set_skipped_modules,
+)
 from vqa.modeling.families import family_of, family_of_type
 from vqa.modeling.fused_lora import fuse_adapters, fuse_norms
 from vqa.modeling.vision import check_accepts_features, guard_fp16
@@ -29,11 +39,20 @@ def load_processor(model: str, trust_remote_code: bool = False):
 
 
 def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The frozen base model on this process's device, in `dtype`, with SDPA attention. Weights: safetensors only."""
+    """The frozen base model on this process's device, in `dtype`, with SDPA attention. Weights: safetensors only.
+
+    `load_in_4bit` quantizes while loading. A folder that is saved in 4 bits loads as it is, whatever the flag says.
+    """
     check_model_path(model)
+    if Path(model).is_dir():
+        check_weights(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    check_quantization(model, config, load_in_4bit)
+    check_has_gpu(model, config, load_in_4bit)
     options, fsdp = {}, compat.is_fsdp_launch()
-    if load_in_4bit:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if saved_quantization(config) in (BNB_4BIT, BNB_8BIT):
+        set_skipped_modules(model, config)
+    elif load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -47,6 +66,7 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu"
     base = AutoModelForImageTextToText.from_pretrained(
         model,
+        config=config,
         dtype=dtype,
         attn_implementation=attention_for_device(),
         use_safetensors=True,
@@ -65,26 +85,6 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
     if (prepare := family_of(base).prepare) is not None:
         prepare(base)
     return fuse_norms(base.requires_grad_(False))
-
-
-def check_model_path(model: str) -> None:
-    """Stop where `model` is neither a folder with a model nor a name on the model hub, or in its cache."""
-    if (Path(model) / "config.json").is_file():
-        return
-    looks_local = Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/", "checkpoints/"))
-    reason = "no config.json there"
-    if not looks_local:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            hf_hub_download(model, "config.json")
-            return
-        except Exception as error:  # many kinds; each means that the model is not available
-            reason = f"{type(error).__name__} from the model hub"
-    raise UserError(
-        f"model {model!r} is neither a model folder nor reachable ({reason}); give --model the folder that holds its "
-        "config.json (on Kaggle: add the model as an input and give its path under /kaggle/input)"
-    )
 
 
 def add_adapter(base: nn.Module, rank: int, alpha: int, dropout: float) -> PeftModel:
