@@ -20,6 +20,7 @@ from vqa.core.io import read_json
 from vqa.data.collator import IGNORE, Collator
 from vqa.modeling.families.base import Family
 from vqa.modeling.loading import add_adapter, load_base
+from vqa.training.doctor import Report, check_model
 from vqa.training.memory import (
     Batch,
     Setup,
@@ -31,7 +32,7 @@ from vqa.training.memory import (
     training_peak,
     validation_peak,
 )
-from vqa.training.preflight import adapter_problems, adapter_targets, check_before_training, missing_weights
+from vqa.training.preflight import adapter_problems, adapter_targets, check_before_training
 from vqa.training.speed import operations
 
 QWEN = Path(__file__).resolve().parent.parent.parent / "shared" / "qwen2-tokenizer"
@@ -207,12 +208,15 @@ def test_training_is_refused_where_nothing_is_trained(adapted):
     assert "nothing of the model is trained" in adapter_problems(adapted.requires_grad_(False))[0]
 
 
-def test_half_a_download_is_found(tmp_path):
-    assert missing_weights(TINY) == []
-    index = {"weight_map": {"x": "model-00001-of-00002.safetensors", "y": "model-00002-of-00002.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "model-00001-of-00002.safetensors").touch()
-    assert missing_weights(str(tmp_path)) == ["model-00002-of-00002.safetensors"]
+def test_half_a_download_is_a_blocker(adapted, tmp_path, capsys):
+    shutil.copytree(TINY, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    for content, problem in ((weights.read_bytes(), None), (weights.read_bytes()[:-1], "is incomplete")):
+        weights.write_bytes(content)
+        report = Report()
+        check_model(report, ModelArguments(model=str(tmp_path / "model")), adapted)
+        assert report.blockers == [] if problem is None else problem in report.blockers[0]
+    assert "quantization: none" in capsys.readouterr().out
 
 
 def test_the_meta_model_has_the_names_shapes_and_counts_of_the_model_and_no_weights(adapted):

@@ -61,7 +61,7 @@ def test_several_gpus_do_not_keep_predict_from_using_one(gpu, monkeypatch):
 
 def test_bf16_on_a_t4_is_refused(gpu):
     gpu(7, 5)
-    with pytest.raises(UserError, match="use fp16"):
+    with pytest.raises(UserError, match="Use fp16"):
         check_machine({"bf16": True})
     gpu(8, 0)
     check_machine({"bf16": True})

@@ -21,7 +21,7 @@ def test_base_weights_in_pickles_are_not_loaded(tmp_path, model):
     folder = tmp_path / "pickled"
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(UserError, match="only as pickles.*Use a folder with model.safetensors"):
         load_base(str(folder), load_in_4bit=False, dtype=torch.float32)
 
 

@@ -202,14 +202,22 @@ def check_optimizer(recipe: RecipeArguments) -> None:
         model: Any = torch.nn.Module()
         kind, options = Trainer.get_optimizer_cls_and_kwargs(recipe, model)
         optimizer = kind([parameter], **options)
-    except (ImportError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"optim {name} cannot be used: {error} Install what it needs, or use adamw_torch.") from None
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().rstrip(".")
+        raise UserError(f"optim {name} cannot be used: {reason}. Install what it needs, or use adamw_torch.") from None
+    except (ValueError, TypeError) as error:  # also of transformers where a package is missing
+        reason = str(error).strip().rstrip(".")
+        raise UserError(
+            f"optim {name} cannot be used: {reason}. Correct learning_rate, adam_beta1, adam_beta2, adam_epsilon or "
+            "optim_args, or use adamw_torch."
+        ) from None
     try:
         options = recipe.lr_scheduler_kwargs
         get_scheduler(schedule, optimizer, 1, 100, scheduler_specific_kwargs=options)  # type: ignore[arg-type]
     except (ImportError, ValueError, TypeError) as error:
+        reason = str(error).strip().rstrip(".")
         raise UserError(
-            f"lr_scheduler_type {schedule} cannot be used: {error}. Correct lr_scheduler_kwargs, or use cosine."
+            f"lr_scheduler_type {schedule} cannot be used: {reason}. Correct lr_scheduler_kwargs, or use cosine."
         ) from None
 
 

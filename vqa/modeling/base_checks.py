@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from vqa.core import compat
 from vqa.core.errors import UserError, preview
@@ -22,8 +22,22 @@ LONGEST_HEADER = 100_000_000  # safetensors' own limit, in bytes
 
 BNB_4BIT, BNB_8BIT = "bitsandbytes 4-bit", "bitsandbytes 8-bit"
 # Methods that both transformers and PEFT train a LoRA adapter on: their name -> the packages that they need.
-TRAINABLE = {BNB_4BIT: ["bitsandbytes"], BNB_8BIT: ["bitsandbytes"], "gptq": ["gptqmodel", "optimum"]}
-TRAINABLE["awq"] = ["gptqmodel"]
+TRAINABLE = {
+    BNB_4BIT: ["bitsandbytes"],
+    BNB_8BIT: ["bitsandbytes"],
+    "gptq": ["gptqmodel", "optimum"],
+    "awq": ["gptqmodel"],
+}
+
+
+def check_base(model: str, load_in_4bit: bool, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The base's config. Raises UserError where its files are incomplete, or its quantization cannot be trained."""
+    check_model_path(model)
+    if Path(model).is_dir():  # the hub's client checks what it downloads
+        check_weights(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    check_quantization(model, config, load_in_4bit)
+    return config
 
 
 def check_model_path(model: str) -> None:
@@ -126,7 +140,8 @@ def saved_quantization(config: PretrainedConfig) -> str | None:
 
 def _saved_values(config: PretrainedConfig) -> dict | None:
     holders = (config, config.get_text_config())
-    return next((q for holder in holders if (q := getattr(holder, "quantization_config", None))), None)
+    values = next((q for holder in holders if (q := getattr(holder, "quantization_config", None))), None)
+    return values if values is None or isinstance(values, dict) else values.to_dict()  # an object once it is loaded
 
 
 def check_quantization(model: str, config: PretrainedConfig, load_in_4bit: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from vqa.core import compat
 from vqa.core.dtypes import has_bf16
@@ -18,10 +18,9 @@ from vqa.core.errors import UserError, preview
 from vqa.modeling.base_checks import (
     BNB_4BIT,
     BNB_8BIT,
+    check_base,
     check_has_gpu,
     check_model_path,
-    check_quantization,
-    check_weights,
     saved_quantization,
     set_skipped_modules,
 )
@@ -43,11 +42,7 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
 
     `load_in_4bit` quantizes while loading. A folder that is saved in 4 bits loads as it is, whatever the flag says.
     """
-    check_model_path(model)
-    if Path(model).is_dir():
-        check_weights(model)
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    check_quantization(model, config, load_in_4bit)
+    config = check_base(model, load_in_4bit, trust_remote_code)
     check_has_gpu(model, config, load_in_4bit)
     options, fsdp = {}, compat.is_fsdp_launch()
     if saved_quantization(config) in (BNB_4BIT, BNB_8BIT):

@@ -23,6 +23,7 @@ from vqa.data.collator import Collator
 from vqa.data.images import image_tokens, target_size
 from vqa.data.prompt import LETTERS, build_messages, render_chat
 from vqa.data.rows import Row
+from vqa.modeling.base_checks import BNB_4BIT, saved_quantization
 from vqa.training.memory import CUDA_BYTES, Batch, Setup, meta_model, training_peak
 from vqa.training.speed import measured_rate, seconds_a_batch
 
@@ -183,7 +184,8 @@ def make_setup(args: ModelArguments, recipe: RecipeArguments, model: PeftModel) 
     """What a run holds in memory besides its batches."""
     averages = (recipe.ema_decay > 0) + (recipe.swa_start is not None)
     optimizer = recipe.optim.value  # type: ignore[attr-defined]  # TrainingArguments makes an enum of the name
-    return Setup(model, args.load_in_4bit, bool(recipe.gradient_checkpointing), optimizer, averages)
+    in_4bit = args.load_in_4bit or saved_quantization(model.get_base_model().config) == BNB_4BIT
+    return Setup(model, in_4bit, bool(recipe.gradient_checkpointing), optimizer, averages)
 
 
 def apply_batch_config(recipe: RecipeArguments, config: dict[str, int | bool]) -> None:

@@ -21,6 +21,7 @@ from vqa.data.images import check_images, find_bad_images, oriented_size, previe
 from vqa.data.prompt import letter_ids, shown_answer
 from vqa.data.rows import LETTERS, Row, read_rows, rows_with_equal_choices
 from vqa.data.splits import images_across_folds, shared_images, split_problems, split_rows
+from vqa.modeling.base_checks import check_base, saved_quantization
 from vqa.training.batching import (
     SLACK,
     Lengths,
@@ -41,7 +42,7 @@ from vqa.training.memory import (
     training_peak,
     validation_peak,
 )
-from vqa.training.preflight import adapter_problems, adapter_targets, label_problems, missing_weights, supervised_texts
+from vqa.training.preflight import adapter_problems, adapter_targets, label_problems, supervised_texts
 from vqa.training.speed import T4_OPERATIONS, measured_rate, seconds_a_batch
 
 
@@ -128,8 +129,11 @@ def check_model(report: Report, args: ModelArguments, model: PeftModel) -> None:
     problems = adapter_problems(model)
     print("none of it in the vision tower" if not problems else problems[0])
     report.blockers += problems
-    if missing := missing_weights(args.model):
-        report.blockers.append(f"{args.model} lacks {preview(missing)}. Copy or download the model again.")
+    try:
+        config = check_base(args.model, args.load_in_4bit, args.trust_remote_code)
+        print(f"all files of weights are complete; quantization: {saved_quantization(config) or 'none'}")
+    except UserError as error:
+        report.blockers.append(str(error))
 
 
 def check_tokens(report: Report, collate: Collator, contest: Contest) -> tuple[Lengths, Lengths | None]:

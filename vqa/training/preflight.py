@@ -1,13 +1,11 @@
 """Checks before training. train_fold.py runs the cheap ones, doctor.py all of them."""
 
 from collections import Counter
-from pathlib import Path
 
 from peft import PeftModel
 
 from vqa.core.compat import adapted_module_names
 from vqa.core.errors import UserError, preview
-from vqa.core.io import read_json
 from vqa.data.collator import IGNORE, Collator
 from vqa.data.prompt import build_messages, letter_ids, render_chat, shown_answer
 from vqa.data.rows import LETTERS, Row
@@ -62,13 +60,3 @@ def adapter_problems(model: PeftModel) -> list[str]:
         return []
     remedy = "let `lora_targets` of its family (vqa/modeling/families) match the language model's layers only"
     return [f"{len(trained)} parameters of the vision tower are trained ({preview(trained)}); {remedy}"]
-
-
-def missing_weights(model: str) -> list[str]:
-    """Weight files that a model folder lacks, as after a partial download. Empty for a name on the model hub."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return []
-    index = folder / "model.safetensors.index.json"
-    wanted = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    return [name for name in wanted if not (folder / name).is_file()]

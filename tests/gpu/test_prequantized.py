@@ -1,0 +1,73 @@
+"""Bases that are saved in bitsandbytes' 4 or 8 bits, vision tower included, as those on the hub are."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from .conftest import DEVICE, IN_4BIT, call
+from .test_layers import features, relative_error
+
+pytestmark = pytest.mark.skipif(not IN_4BIT, reason="bitsandbytes needs CUDA")
+
+SKIPPED = ["lm_head", "multi_modal_projector", "merger", "modality_projection"]  # as in unsloth's folders
+
+
+@pytest.fixture(params=[4, 8])
+def saved(request, folder, processor, tmp_path) -> tuple[str, str, int]:
+    """(folder that is saved quantized, the folder it was made of, bits). Everything is, but the tower's merger."""
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    flags = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    flags |= {"bnb_4bit_compute_dtype": torch.bfloat16}
+    flags = flags if request.param == 4 else {"load_in_8bit": True}
+    config = BitsAndBytesConfig(**flags, llm_int8_skip_modules=["lm_head", r".*\.merger"])
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=config, device_map={"": DEVICE}
+    )
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values["quantization_config"]["llm_int8_skip_modules"] = SKIPPED
+    path.write_text(json.dumps(values))
+    return str(tmp_path), folder, request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_are_quantized_where_the_folder_has_them_and_features_are_those_of_its_weights(
+    saved, rows, processor, dtype
+):
+    from vqa.core.compat import dequantize_module_weight
+    from vqa.data.collator import Collator
+    from vqa.modeling.families import last_vision_projection
+    from vqa.modeling.loading import load_base
+
+    path, original, bits = saved
+    batch = Collator(processor, 112)(rows[:4])
+    batch = {key: value.to(DEVICE) if torch.is_tensor(value) else value for key, value in batch.items()}
+    model = load_base(path, False, dtype).eval()
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    plain = {name for name, m in linear.items() if type(m) is nn.Linear}
+    assert plain == {name for name in linear if "lm_head" in name or ".merger." in name}
+    projection, _ = last_vision_projection(model)
+    assert projection.weight.dtype == (torch.float32 if dtype == torch.float16 else projection.weight.dtype)
+    got = features(model, batch)
+    assert got.isfinite().all()
+    exact = load_base(original, False, torch.float32).eval()
+    for name, layer in linear.items():
+        exact.get_submodule(name).weight.data = dequantize_module_weight(layer).detach().float()
+    assert relative_error(got, features(exact, batch)) < (0.02 if bits == 4 else 0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_fold_trains_on_it_with_stored_features_and_is_predicted(saved, job, tmp_path, precision):
+    path, _, bits = saved
+    run, outputs = tmp_path / "run", tmp_path / "outputs"
+    flags = ["--model", path, "--load_in_4bit", str(bits == 4).lower(), "--max_steps", 4, "--save_steps", 4]
+    flags += ["--fp16", str(precision == "fp16").lower(), "--bf16", str(precision == "bf16").lower()]
+    call("train_fold", job / "args.json", "--output_dir", run, *flags)
+    call("predict", run, "--output_dir", outputs)
+    assert (run / "adapter_model.safetensors").is_file() and list(Path(outputs).glob("*.csv"))
