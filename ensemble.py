@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from vqa.core.cli import add_hidden_alias, make_parser, non_default_args
-from vqa.core.errors import UserError, run_main
+from vqa.core.errors import UserError, preview, run_main
 from vqa.data.answers import FORMS, AnswerForm
 from vqa.data.predictions import is_prediction_file, join, read_card, write_probabilities
 from vqa.data.rows import LETTERS, read_choices
@@ -125,6 +125,8 @@ def find_prediction_files(paths: list[str], oof: list[str] | None) -> tuple[list
     files = list(dict.fromkeys(path for path in paths if is_prediction_file(path)))
     if not files:
         raise UserError(f"none of the {len(paths)} files has probabilities. Give those that predict.py wrote.")
+    if ignored := [path for path in paths if path not in files]:
+        print(f"ignored, because they have no probabilities: {preview(ignored)}")
     if oof and len(oof) != len(files):
         raise UserError(f"{len(files)} predictions but {len(oof)} --oof files. Give one each, in the same order.")
     return sorted(files), dict(zip(files, oof)) if oof else None

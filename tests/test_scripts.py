@@ -150,6 +150,7 @@ def test_predict_and_ensemble_by_their_command_lines(trained):
     again = sorted(str(path) for path in outputs.glob("*.csv"))
     assert any("submission" in name for name in again)
     done = command(sys.executable, "ensemble.py", *again, "--method", "weighted")
+    assert f"ignored, because they have no probabilities: {outputs / 'submission.csv'}" in done.stdout
     assert done.returncode == 0 and (outputs / "submission.csv").read_bytes() == first
 
 
@@ -269,7 +270,7 @@ def test_other_scripts_refuse_bad_input_too(trained, script, tmp_path):
         ("predict", [trained / "checkpoints" / "fold0", "--scales", "0"], "above 0"),
         ("ensemble", [tmp_path / "x.csv"], "no such file"),
         ("ensemble", [trained / "data" / "sample_submission.csv"], "none of the 1 files has probabilities"),
-        ("ensemble", [trained / "data" / "train.csv"], "column p_a, p_b is missing"),
+        ("ensemble", [trained / "data" / "train.csv"], "none of the 1 files has probabilities"),
         ("summarize", [tmp_path], "no fold"),
         ("make_folds", [tmp_path / "x.json"], "no such file"),
     ):
