@@ -24,6 +24,7 @@ from vqa.data.images import image_tokens, target_size
 from vqa.data.prompt import LETTERS, build_messages, render_chat
 from vqa.data.rows import Row
 from vqa.modeling.base_checks import BNB_4BIT, saved_quantization
+from vqa.modeling.vision import unwrap_base_model
 from vqa.training.memory import CUDA_BYTES, Batch, Setup, meta_model, training_peak
 from vqa.training.speed import measured_rate, seconds_a_batch
 
@@ -184,7 +185,7 @@ def make_setup(args: ModelArguments, recipe: RecipeArguments, model: PeftModel) 
     """What a run holds in memory besides its batches."""
     averages = (recipe.ema_decay > 0) + (recipe.swa_start is not None)
     optimizer = recipe.optim.value  # type: ignore[attr-defined]  # TrainingArguments makes an enum of the name
-    in_4bit = args.load_in_4bit or saved_quantization(model.get_base_model().config) == BNB_4BIT
+    in_4bit = args.load_in_4bit or saved_quantization(unwrap_base_model(model).config) == BNB_4BIT
     return Setup(model, in_4bit, bool(recipe.gradient_checkpointing), optimizer, averages)
 
 
