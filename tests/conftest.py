@@ -15,7 +15,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["EXPERIMENTS_LOG"] = f"{tempfile.mkdtemp()}/log.csv"  # and not the log of whoever runs the tests
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take the log of the process that starts them
+    os.environ["EXPERIMENTS_LOG"] = f"{tempfile.mkdtemp()}/log.csv"  # and not the log of whoever runs the tests
+    atexit.register(shutil.rmtree, Path(os.environ["EXPERIMENTS_LOG"]).parent)
 
 import pytest
 import torch
@@ -31,7 +33,6 @@ from vqa.modeling.loading import add_adapter, load_base, load_processor
 from vqa.training.dataset import TrainDataset
 from vqa.training.trainer import FoldTrainer
 
-atexit.register(shutil.rmtree, Path(os.environ["EXPERIMENTS_LOG"]).parent)
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "checkpoints" / "tiny")
 HEADER = ["id", "path", "question", "a", "b", "c", "d", "answer"]

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vqa.config.arguments import ModelArguments
 from vqa.config.recipe import RecipeArguments
 from vqa.core.errors import UserError
+from vqa.core.hashing import checkpoint_fingerprint
 from vqa.modeling import base_checks
 from vqa.modeling.base_checks import BNB_4BIT, BNB_8BIT, check_base, check_weights, saved_quantization
 from vqa.modeling.families import last_vision_projection
@@ -177,3 +179,12 @@ def test_the_guarded_layer_is_dequantized_to_fp32(model, monkeypatch):
     hidden = torch.full((1, weight.shape[1]), 60000.0, dtype=torch.float16)
     with torch.autocast("cpu", torch.float16):
         assert projection(hidden).dtype == torch.float32
+
+
+def test_a_base_with_a_tensor_of_no_dimension_has_a_fingerprint(tmp_path):
+    """Every layer in 8 bits has one, its `weight_format`."""
+    fingerprints = set()
+    for number in (0.0, 1.0):
+        save_file({"x": torch.zeros(3, 2), "weight_format": torch.tensor(number)}, tmp_path / "model.safetensors")
+        fingerprints.add(checkpoint_fingerprint(str(tmp_path)))
+    assert len(fingerprints) == 2

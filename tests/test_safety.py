@@ -55,7 +55,7 @@ def test_a_folds_metadata_does_not_lead_out_of_its_folder(trained, script, tmp_p
     metrics = json.loads((fold / "metrics.json").read_text())
     (fold / "metrics.json").write_text(json.dumps(metrics | {"best": "../elsewhere"}))
     code, _, error = script("predict", fold, "--output_dir", tmp_path / "outputs")
-    assert (code, error.count("\n")) == (2, 1) and "names no weights" in error
+    assert (code, error.count("\n")) == (2, 1) and "unknown weights" in error
 
 
 def test_a_checkpoints_pickles_run_nothing(trained, script, tmp_path):

@@ -41,6 +41,8 @@ def checkpoint_fingerprint(model: str) -> str:
     def first_rows():
         for path in sorted(Path(folder).glob("*.safetensors")):
             with safe_open(path, "pt") as file:
-                yield from ((name, file.get_slice(name)[:1]) for name in file.keys())
+                for name in file.keys():
+                    rows = file.get_slice(name)
+                    yield name, rows[:1] if rows.get_shape() else file.get_tensor(name)
 
     return fingerprint(first_rows())
