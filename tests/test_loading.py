@@ -17,7 +17,7 @@ from vqa.config.recipe import RecipeArguments
 from vqa.core.errors import UserError
 from vqa.core.hashing import checkpoint_fingerprint
 from vqa.modeling import base_checks
-from vqa.modeling.base_checks import BNB_4BIT, BNB_8BIT, check_base, check_weights, saved_quantization
+from vqa.modeling.base_checks import BNB_4BIT, check_base, check_weights, saved_quantization
 from vqa.modeling.families import last_vision_projection
 from vqa.modeling.loading import load_base
 from vqa.modeling.vision import guard_fp16
@@ -134,10 +134,11 @@ def test_awq_and_gptq_need_their_packages(folder, monkeypatch, method, package):
     assert f"already quantized with {method}, so load_in_4bit" in message(check_base, model, True)
 
 
-def test_a_base_in_8_bits_is_not_loaded_in_4(folder):
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_a_base_in_8_bits_is_refused(folder, load_in_4bit):
     model = quantized(folder, IN_4BIT | {"load_in_4bit": False, "load_in_8bit": True})
-    assert saved_quantization(AutoConfig.from_pretrained(model)) == BNB_8BIT
-    assert "Set load_in_4bit to false" in message(check_base, model, True)
+    line = message(check_base, model, load_in_4bit)
+    assert "quantized with bitsandbytes 8-bit" in line and "bitsandbytes 4-bit version" in line
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
@@ -182,9 +183,9 @@ def test_the_guarded_layer_is_dequantized_to_fp32(model, monkeypatch):
 
 
 def test_a_base_with_a_tensor_of_no_dimension_has_a_fingerprint(tmp_path):
-    """Every layer in 8 bits has one, its `weight_format`."""
+    """Some quantized layers have one."""
     fingerprints = set()
     for number in (0.0, 1.0):
-        save_file({"x": torch.zeros(3, 2), "weight_format": torch.tensor(number)}, tmp_path / "model.safetensors")
+        save_file({"x": torch.zeros(3, 2), "format": torch.tensor(number)}, tmp_path / "model.safetensors")
         fingerprints.add(checkpoint_fingerprint(str(tmp_path)))
     assert len(fingerprints) == 2

@@ -1,4 +1,4 @@
-"""Bases that are saved in bitsandbytes' 4 or 8 bits, vision tower included, as those on the hub are."""
+"""Bases that are saved in bitsandbytes' 4 bits, vision tower included, as those on the hub are."""
 
 import json
 from pathlib import Path
@@ -15,15 +15,18 @@ pytestmark = pytest.mark.skipif(not IN_4BIT, reason="bitsandbytes needs CUDA")
 SKIPPED = ["lm_head", "multi_modal_projector", "merger", "modality_projection"]  # as in unsloth's folders
 
 
-@pytest.fixture(params=[4, 8])
-def saved(request, folder, processor, tmp_path) -> tuple[str, str, int]:
-    """(folder that is saved quantized, the folder it was made of, bits). Everything is, but the tower's merger."""
+@pytest.fixture
+def saved(folder, processor, tmp_path) -> tuple[str, str]:
+    """(folder that is saved in 4 bits, the folder it was made of). Everything is, but the tower's merger."""
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-    flags = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    flags |= {"bnb_4bit_compute_dtype": torch.bfloat16}
-    flags = flags if request.param == 4 else {"load_in_8bit": True}
-    config = BitsAndBytesConfig(**flags, llm_int8_skip_modules=["lm_head", r".*\.merger"])
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", r".*\.merger"],
+    )
     model = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.bfloat16, quantization_config=config, device_map={"": DEVICE}
     )
@@ -33,7 +36,7 @@ def saved(request, folder, processor, tmp_path) -> tuple[str, str, int]:
     values = json.loads(path.read_text())
     values["quantization_config"]["llm_int8_skip_modules"] = SKIPPED
     path.write_text(json.dumps(values))
-    return str(tmp_path), folder, request.param
+    return str(tmp_path), folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -45,7 +48,7 @@ def test_layers_are_quantized_where_the_folder_has_them_and_features_are_those_o
     from vqa.modeling.families import last_vision_projection
     from vqa.modeling.loading import load_base
 
-    path, original, bits = saved
+    path, original = saved
     batch = Collator(processor, 112)(rows[:4])
     batch = {key: value.to(DEVICE) if torch.is_tensor(value) else value for key, value in batch.items()}
     model = load_base(path, False, dtype).eval()
@@ -59,14 +62,14 @@ def test_layers_are_quantized_where_the_folder_has_them_and_features_are_those_o
     exact = load_base(original, False, torch.float32).eval()
     for name, layer in linear.items():
         exact.get_submodule(name).weight.data = dequantize_module_weight(layer).detach().float()
-    assert relative_error(got, features(exact, batch)) < (0.02 if bits == 4 else 0.05)
+    assert relative_error(got, features(exact, batch)) < 0.02
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_fold_trains_on_it_with_stored_features_and_is_predicted(saved, job, tmp_path, precision):
-    path, _, bits = saved
+@pytest.mark.parametrize(("precision", "load_in_4bit"), [("fp16", "false"), ("fp16", "true"), ("bf16", "true")])
+def test_a_fold_trains_on_it_with_stored_features_and_is_predicted(saved, job, tmp_path, precision, load_in_4bit):
+    path, _ = saved
     run, outputs = tmp_path / "run", tmp_path / "outputs"
-    flags = ["--model", path, "--load_in_4bit", str(bits == 4).lower(), "--max_steps", 4, "--save_steps", 4]
+    flags = ["--model", path, "--load_in_4bit", load_in_4bit, "--max_steps", 4, "--save_steps", 4]
     flags += ["--fp16", str(precision == "fp16").lower(), "--bf16", str(precision == "bf16").lower()]
     call("train_fold", job / "args.json", "--output_dir", run, *flags)
     call("predict", run, "--output_dir", outputs)

@@ -20,11 +20,11 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 LONGEST_HEADER = 100_000_000  # safetensors' own limit, in bytes
 
-BNB_4BIT, BNB_8BIT = "bitsandbytes 4-bit", "bitsandbytes 8-bit"
-# Methods that both transformers and PEFT train a LoRA adapter on: their name -> the packages that they need.
+BNB_4BIT = "bitsandbytes 4-bit"
+# Methods that transformers, PEFT and this project train a LoRA adapter on: their name -> the packages that they need.
+# Not 8 bits of bitsandbytes: its layers change the dtype of their own biases, and part of such a base stays in bf16.
 TRAINABLE = {
     BNB_4BIT: ["bitsandbytes"],
-    BNB_8BIT: ["bitsandbytes"],
     "gptq": ["gptqmodel", "optimum"],
     "awq": ["gptqmodel"],
 }
@@ -134,7 +134,7 @@ def saved_quantization(config: PretrainedConfig) -> str | None:
         return None
     method = str(values.get("quant_method") or "unknown method")
     if values.get("load_in_4bit") or values.get("load_in_8bit") or method == "bitsandbytes":
-        return BNB_8BIT if values.get("load_in_8bit") else BNB_4BIT
+        return "bitsandbytes 8-bit" if values.get("load_in_8bit") else BNB_4BIT
     return method
 
 
@@ -178,7 +178,7 @@ def check_has_gpu(model: str, config: PretrainedConfig, load_in_4bit: bool) -> N
 
 
 def set_skipped_modules(model: str, config: PretrainedConfig) -> None:
-    """Let transformers expect 4 or 8 bits exactly where the files of a bitsandbytes base have them.
+    """Let transformers expect 4 bits exactly where the files of a bitsandbytes base have them.
 
     The folder's own list, `llm_int8_skip_modules`, does not say: transformers before version 5 matched its entries
     anywhere in a module's name, and named the modules differently. Most folders on the hub were saved then.
@@ -190,7 +190,7 @@ def set_skipped_modules(model: str, config: PretrainedConfig) -> None:
         keys |= read_safetensors_header(folder / name).keys()
     # An output layer that is tied to the embeddings is not in the files, and is in 16 bits as they are.
     modules = {key.removesuffix(".weight") for key in keys if key.endswith(".weight")} | {"lm_head"}
-    plain = [m for m in modules if f"{m}.weight.absmax" not in keys and f"{m}.SCB" not in keys]
+    plain = [m for m in modules if f"{m}.weight.absmax" not in keys]
     names = sorted(map(re.escape, compat.module_names_in_model(config, plain)))
     values = _saved_values(config)
     assert values is not None

@@ -37,7 +37,7 @@ def _rms_norm(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def fuse_adapters(model: PeftModel) -> PeftModel:
     """Give every LoRA layer over a plain or 4-bit linear layer the fused forward pass. Returns the model.
 
-    Other layers, such as those in 8 bits, keep PEFT's. So does a layer whose adapter is not a plain one (see
+    Other layers, such as those of GPTQ, keep PEFT's. So does a layer whose adapter is not a plain one (see
     `plain_adapter`). FSDP, which takes the weights away between forward and backward, keeps PEFT's everywhere.
     """
     if compat.is_fsdp_launch():

@@ -17,7 +17,6 @@ from vqa.core.dtypes import has_bf16
 from vqa.core.errors import UserError, preview
 from vqa.modeling.base_checks import (
     BNB_4BIT,
-    BNB_8BIT,
     check_base,
     check_has_gpu,
     check_model_path,
@@ -45,7 +44,7 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
     config = check_base(model, load_in_4bit, trust_remote_code)
     check_has_gpu(model, config, load_in_4bit)
     options, fsdp = {}, compat.is_fsdp_launch()
-    if saved_quantization(config) in (BNB_4BIT, BNB_8BIT):
+    if saved_quantization(config) == BNB_4BIT:
         set_skipped_modules(model, config)
     elif load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(

@@ -59,7 +59,7 @@ def guard_fp16(model: nn.Module) -> nn.Module:
 
     In Qwen2.5-VL it overflows fp16 for some images, and the answers turn to NaN (ggml-org/llama.cpp#17534,
     vllm-project/vllm#13817). Weights in fp32 alone do not help, since autocast would still compute in fp16. A layer
-    in 4 or 8 bits is dequantized: bitsandbytes would compute in fp16 as well.
+    in 4 bits is dequantized: bitsandbytes would compute in fp16 as well.
     """
     if layers := last_vision_projection(model):
         projection, norm = layers
