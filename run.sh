@@ -57,6 +57,7 @@ mkdir -p "$outputs"
 echo stage,seconds >"$outputs/seconds.txt"
 stage folds python make_folds.py "${files[0]}"
 stage "train ${#files[@]} folds" train "$@"
+unset OMP_NUM_THREADS # nproc would repeat it: prediction ran with the one thread of each training job
 export OMP_NUM_THREADS=$(nproc)
 # With LABELS, the untrained base model is scored too, for comparison.
 stage predict "${launch[@]}" predict.py "${names[@]/#/$checkpoints/}" ${LABELS:+--base "$checkpoints/${names[0]}/args.json"} \

@@ -237,10 +237,6 @@ def print_gain(default: FrozenTrial, best: FrozenTrial, folder: Path, train_csv:
     )
 
 
-def best_oof(folder: Path) -> Path:
-    return weights_folder(folder, read_json(folder / "metrics.json")["best"]) / "oof.csv"
-
-
 def write_args(folder: Path, args: dict, data: DataArguments) -> None:
     """Write `args` as base.json, and one file for each fold that extends it."""
     write_json(folder / "base.json", args)
