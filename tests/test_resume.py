@@ -185,7 +185,7 @@ def test_an_older_releases_fingerprint_of_image_paths_is_not_compared(trained, s
 
 
 def test_other_rows_are_another_run(trained, script, tmp_path):
-    """The folds made again, or a question corrected: neither a checkpoint nor a finished fold of the old rows is used."""
+    """New folds, or a corrected question: neither a checkpoint nor a finished fold of the old rows is used."""
     part = tmp_path / "fold0"
     shutil.copytree(trained / "checkpoints" / "fold0", part)
     args = json.loads((part / "args.json").read_text())
