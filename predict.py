@@ -18,7 +18,6 @@ An interrupted run continues with the view at which it stopped. A finished file 
 """
 
 import argparse
-import os
 
 import torch
 from accelerate import PartialState
@@ -26,7 +25,7 @@ from accelerate import PartialState
 from vqa.config.arguments import reader_options
 from vqa.core.cli import add_hidden_alias, make_parser, non_default_args
 from vqa.core.compat import string_to_bool
-from vqa.core.distributed import run_on_main_and_broadcast
+from vqa.core.distributed import check_launcher, run_on_main_and_broadcast
 from vqa.core.errors import UserError, run_main
 from vqa.evaluation.oof import WEIGHTS
 from vqa.inference.checkpoints import (
@@ -144,8 +143,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
 
 def start_processes() -> None:
     """Connect the processes of `accelerate launch`, if it started several."""
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise UserError("predict.py needs the complete model on each GPU. Launch it with a config without FSDP.")
+    check_launcher()
     state = PartialState(cpu=not torch.cuda.is_available())
     if torch.cuda.device_count() > state.num_processes == 1:
         print(f"using one of {torch.cuda.device_count()} GPUs; `accelerate launch predict.py ...` uses all of them")

@@ -5,7 +5,6 @@
 #   bash run.sh args --max_hours 11                # stop training with a checkpoint after 11 hours, for 12-hour notebooks
 #   LABELS=test_answers.csv bash run.sh args       # a table of scores, where the test answers are known
 #   JOBS=2 bash run.sh args                        # train two folds at once, each in a process of its own
-#   LAUNCH="accelerate launch --config_file args/accelerate/fsdp.yaml" bash run.sh args/7b
 # Run it again to continue: finished folds are skipped, others resume from their latest checkpoint.
 set -euo pipefail
 export RUN_STARTED=${RUN_STARTED:-$(date +%s)} # max_hours counts from here

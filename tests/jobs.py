@@ -6,24 +6,19 @@ accelerate launch --config_file args/accelerate/cpu.yaml tests/jobs.py FOLDER   
 import json
 import os
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from accelerate import PartialState
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from transformers import Trainer, TrainingArguments
 
 import train_fold
-from vqa.core.distributed import full_tensor
 from vqa.core.errors import run_main
-from vqa.training import fold_run
 from vqa.training.callbacks import EMACallback, SWACallback
 
 STEPS, DECAY, START = 200, 0.9, 0.25
@@ -51,7 +46,7 @@ def train(argv: list[str], record: Path) -> None:
         def train(self, *args, **kwargs):
             result = super().train(*args, **kwargs)
             for callback in self.validator.weight_averages:
-                averages[callback.name] = {name: full_tensor(tensor) for name, tensor in callback.average.items()}
+                averages[callback.name] = callback.average
             return result
 
     code = 0
@@ -127,28 +122,6 @@ def distance_from_torch(folder: Path) -> dict[str, float]:
     return distances
 
 
-@contextmanager
-def fsdp_on_a_cpu():
-    """The environment that `accelerate launch` makes of fsdp.yaml, and what makes accelerate heed it on a CPU."""
-    launch = launch_command_parser().parse_args(["--config_file", "args/accelerate/fsdp.yaml", "train_fold.py"])
-    made = prepare_multi_gpu_env(_validate_launch_command(launch)[0])
-    ours = {name: value for name, value in made.items() if "FSDP" in name}
-    parse = fold_run.parse_arguments
-
-    def parsed(*args):
-        result = parse(*args)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        return result
-
-    os.environ.update(ours)
-    try:
-        with swapped(fold_run, "parse_arguments", parsed):
-            yield
-    finally:
-        for name in ours:
-            del os.environ[name]
-
-
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     written = set()
@@ -160,8 +133,7 @@ def main(folder: Path) -> None:
 
     sys.addaudithook(watch)
     for name, argv in json.loads((folder / "jobs.json").read_text()).items():
-        with fsdp_on_a_cpu() if name.startswith("fsdp") else nullcontext():
-            train(argv, folder / "records" / f"{name}.{rank}")
+        train(argv, folder / "records" / f"{name}.{rank}")
         PartialState().wait_for_everyone()
     record = {"written": sorted(written), "distances": distance_from_torch(folder)}
     (folder / "records" / f"all.{rank}.json").write_text(json.dumps(record))

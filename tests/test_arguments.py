@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import predict
 from vqa.config.args_file import build_dataclass, read_args_file
 from vqa.config.parser import CLASSES, check_launch, check_machine, field_names, parse_arguments
 from vqa.core.errors import UserError
@@ -94,6 +95,16 @@ def test_plain_python_with_several_gpus_is_sent_to_accelerate(args_file, monkeyp
         check_launch()
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_machine({"fp16": True})
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepS")]
+)
+def test_a_launch_that_splits_the_model_is_refused(monkeypatch, variable, name):
+    monkeypatch.setenv(variable, "true")  # `accelerate launch` sets it
+    for check in (check_launch, predict.start_processes):
+        with pytest.raises(UserError, match=f"for {name}.*two_gpus.yaml"):
+            check()
 
 
 def test_a_file_that_is_no_object_or_no_json_is_refused(args_file, tmp_path):

@@ -30,7 +30,7 @@ PARSED = [
     ("--attn_implementation flash_attention_2", "unknown field 'attn_implementation'"),
     ("--deepspeed ds.json", "deepspeed does not work with this recipe.*accelerate launch"),
     ('--deepspeed {"a":1}', "deepspeed does not work with this recipe"),
-    ("--fsdp full_shard", "fsdp does not work with this recipe.*accelerate launch"),
+    ("--fsdp full_shard", "fsdp does not work with this recipe.*docs/multi_gpu.md"),
     ("--fsdp_config x.json", "fsdp_config does not work with this recipe"),
     ("--accelerator_config x.json", "No such file.*x.json"),
     ("--remove_unused_columns true", "the collator reads the columns"),

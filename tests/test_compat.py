@@ -129,13 +129,6 @@ def test_the_model_comes_out_of_ddps_wrapper():
     assert compat.extract_model_from_parallel(nn.DataParallel(model)) is model
 
 
-def test_fsdp_is_read_from_accelerates_environment_and_manages_no_plain_module(monkeypatch):
-    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    assert not compat.is_fsdp_launch() and not compat.is_fsdp_managed_module(nn.Linear(2, 2))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert compat.is_fsdp_launch()
-
-
 def test_the_parsers_flags_can_be_hidden_and_renamed():
     parser = HfArgumentParser(TrainingArguments)
     actions = {action.dest: action for action in compat.parser_actions(parser)}

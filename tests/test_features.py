@@ -231,15 +231,13 @@ def test_images_beyond_the_limit_are_left_out_and_a_line_says_so(open_store, pro
     assert "pixel_values" in Collator(processor, SIZE, features=store)(rows[4:8])
 
 
-def test_there_is_no_store_where_the_tower_is_trained_or_sharded(open_store, rows, monkeypatch):
+def test_there_is_no_store_where_the_tower_is_trained(open_store, rows):
     assert open_store(rows[:1], vision_cache=False) is None
     model = load_base(TINY, load_in_4bit=False, dtype=torch.float32)
     next(vqa.modeling.feature_store.vision_tower(model).parameters()).requires_grad_(True)
     assert open_store(rows[:1], base=model) is None
     adapted = get_peft_model(load_base(TINY, False, torch.float32), LoraConfig(target_modules=r".*visual.*\.qkv"))
     assert open_store(rows[:1], base=adapted.requires_grad_(False)) is None
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert open_store(rows[:1]) is None
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(open_store, rows, tmp_path):

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import predict
-from vqa.core.errors import UserError
 from vqa.data.collator import Collator
 from vqa.data.predictions import read_predictions
 from vqa.data.rows import read_rows
@@ -364,12 +363,6 @@ def test_unused_gpus_are_mentioned(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     predict.start_processes()
     assert "using one of 2 GPUs; `accelerate launch predict.py" in capsys.readouterr().out
-
-
-def test_fsdp_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="without FSDP"):
-        predict.start_processes()
 
 
 def test_the_gate_shows_further_views_of_unsure_rows_only(predict_rows, counted, small_csv, tmp_path):

@@ -75,20 +75,10 @@ def launched(folder):
         make_folds.main()
     half = ["--per_device_train_batch_size", BATCH // 2]
     checkpoint = folder / "runs" / "two" / f"checkpoint-{SAVED}"
-    checkpointing = ["--gradient_checkpointing", "true"]
     jobs = {
         "two": argv(folder, "two", *half),
         "resumed": argv(folder, "resumed", *half, "--resume_from_checkpoint", checkpoint),
         "again": argv(folder, "two", *half, "--resume_from_checkpoint", "auto"),
-        "fsdp": argv(folder, "fsdp", *half, *checkpointing),
-        "fsdp_resumed": argv(
-            folder,
-            "fsdp_resumed",
-            *half,
-            *checkpointing,
-            "--resume_from_checkpoint",
-            folder / "runs" / "fsdp" / checkpoint.name,
-        ),
         "refused": argv(folder, "refused", *half, "--fold", 7),
     }
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -176,19 +166,6 @@ def test_two_processes_go_on_from_a_checkpoint_to_the_same_bytes(folder, two):
         assert resumed.read_bytes() == whole.read_bytes(), name
 
 
-def test_fsdp_gives_the_adapters_of_one_process(folder, one, two):
-    """Base and adapter split between two processes; what is written is whole. Not in 4 bits, which needs GPUs."""
-    fsdp, resumed = folder / "runs" / "fsdp", folder / "runs" / "fsdp_resumed"
-    for name in ("", "ema", "swa"):
-        assert largest_difference(weights(one, name), weights(fsdp, name)) < 1e-5, name
-        got, wanted = (pd.read_csv(run / name / "oof.csv") for run in (fsdp, one))
-        assert list(got["id"]) == list(wanted["id"])
-        assert np.abs(got.iloc[:, 2:].to_numpy() - wanted.iloc[:, 2:].to_numpy()).max() < 1e-5
-    last = f"checkpoint-{EPOCHS * STEPS_AN_EPOCH}"
-    for name in ("adapter_model.safetensors", "ema.safetensors", "swa.safetensors"):
-        assert largest_difference(resumed / last / name, fsdp / last / name) < 1e-6, name
-
-
 def test_only_the_first_process_writes(folder, two):
     first, second = ([Path(path).name for path in record(folder, "all", rank)["written"]] for rank in (0, 1))
     for name in ("args.json", "metrics.json", "best.json", "oof.csv"):
@@ -201,10 +178,8 @@ def test_only_the_first_process_writes(folder, two):
 def test_messages_are_printed_once_and_an_error_is_one_line(folder, two):
     output = (folder / "output.txt").read_text().splitlines()
     steps = EPOCHS * STEPS_AN_EPOCH
-    assert sum("  loss " in line for line in output) == 2 * (
-        steps + (steps - SAVED)
-    )  # DDP and FSDP, each also resumed
-    assert sum(": best weights " in line for line in output) == 4
+    assert sum("  loss " in line for line in output) == steps + (steps - SAVED)  # two, and resumed
+    assert sum(": best weights " in line for line in output) == 2
     assert sum("is finished; nothing to train" in line for line in output) == 1
     assert sum(line.startswith("error: ") for line in output) == 1
     assert sum("fold 7 is not in" in line for line in output) == 1

@@ -19,6 +19,7 @@ from vqa.config.arguments import DataArguments, ModelArguments
 from vqa.config.recipe import RecipeArguments, check_hub, check_optimizer, check_recipe
 from vqa.core.cli import non_default_args
 from vqa.core.compat import parser_actions
+from vqa.core.distributed import check_launcher
 from vqa.core.dtypes import has_bf16
 from vqa.core.errors import UserError
 from vqa.core.io import swap_root
@@ -120,7 +121,8 @@ def _or_null(convert: Callable[[str], object]) -> Callable[[str], object]:
 
 
 def check_launch() -> None:
-    """Raise UserError where plain `python` would split each batch over several GPUs in threads."""
+    """Raise UserError where the model or each batch would be split: by the launcher, or by plain `python`."""
+    check_launcher()
     if torch.cuda.is_available() and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         raise UserError(
             f"{torch.cuda.device_count()} GPUs are visible. Start with `accelerate launch` to use all of them, or set "

@@ -142,8 +142,8 @@ REFUSED = {
     "save_only_model": "no run can resume from such a checkpoint",
     "use_liger_kernel": "its kernels would replace the fused layers of vqa/modeling/fused_lora.py",
     "deepspeed": "several GPUs train with DDP: accelerate launch --config_file args/accelerate/two_gpus.yaml",
-    "fsdp": "the launcher turns it on: accelerate launch --config_file args/accelerate/fsdp.yaml",
-    "fsdp_config": "the launcher sets it: accelerate launch --config_file args/accelerate/fsdp.yaml",
+    "fsdp": "each GPU needs the complete model (docs/multi_gpu.md): accelerate launch without FSDP",
+    "fsdp_config": "each GPU needs the complete model (docs/multi_gpu.md)",
     "remove_unused_columns": "the collator reads the columns of the rows",
 }
 # Optimisers of transformers that work on full weight matrices, not on an adapter's parameters.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,6 @@ from transformers import AutoModelForImageTextToText
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.hf_argparser import string_to_bool as string_to_bool  # how HfArgumentParser reads `--fp16 true`
 from transformers.integrations import integration_utils
-from transformers.integrations.fsdp import is_fsdp_managed_module as is_fsdp_managed_module
 from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv  # one key and value head per query head
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface as AttentionMaskInterface  # registers a mask function
@@ -70,11 +68,6 @@ def first_repeated_row(num_rows: int, batch_size: int, num_processes: int, rank:
     """
     num_repeated = -num_rows % (batch_size * num_processes)
     return min(batch_size, max(0, batch_size * (num_processes - rank) - num_repeated))
-
-
-def is_fsdp_launch() -> bool:
-    """Whether `accelerate launch` started this process for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:

@@ -1,18 +1,30 @@
-"""Helpers for distributed runs (`accelerate launch`): run on the main process and broadcast, split work, shard."""
+"""Helpers for distributed runs (`accelerate launch`): run on the main process and broadcast, split work."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vqa.core.errors import UserError, print_error
 
 T = TypeVar("T")
+
+SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # environment variable -> its name
+
+
+def check_launcher() -> None:
+    """Raise UserError where `accelerate launch` would split the model over several GPUs."""
+    for variable, name in SHARDED.items():
+        if os.environ.get(variable) == "true":
+            raise UserError(
+                f"accelerate is configured for {name}, and these scripts need the complete model on each GPU. Launch "
+                "with --config_file args/accelerate/two_gpus.yaml. docs/multi_gpu.md says what to do where a model "
+                "does not fit on one GPU."
+            )
 
 
 def run_on_main_and_broadcast(decide: Callable[[], T]) -> T:
@@ -38,22 +50,9 @@ def run_on_main_and_broadcast(decide: Callable[[], T]) -> T:
 def distributed_map(items: list, work: Callable[[list], np.ndarray]) -> np.ndarray:
     """`work(items)`, an array (items, ...) in the order of `items`, split across the processes.
 
-    The first item is repeated until every process has equally many: under FSDP all must take part in every batch.
+    The first item is repeated until every process has equally many, so that the results can be stacked.
     """
     state = PartialState()
     filled = items + items[:1] * (-len(items) % state.num_processes)
     local = work(filled[state.process_index :: state.num_processes])
     return np.stack(gather_object([local]), axis=1).reshape(len(filled), *local.shape[1:])[: len(items)]
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor of a parameter that FSDP has sharded; every process must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` on the device of `parameter`, sharded like it."""
-    tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor

@@ -10,7 +10,6 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from vqa.core.compat import is_fsdp_managed_module
 from vqa.core.dtypes import half_autocast
 from vqa.core.errors import UserError, preview
 from vqa.data.collator import Collator
@@ -25,9 +24,7 @@ NON_MODEL_KEYS = ("labels", "answer_start", "answer", "offered", "ids", "weight"
 
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: int = 1) -> torch.Tensor:
     """Logits (rows, keep, vocabulary), float32, at the last `keep` positions of a left-padded batch."""
-    # FSDP gathers a layer's weights in the model's own forward only, so the images cannot be encoded outside of it.
-    encode_first = "pixel_values" in batch and not is_fsdp_managed_module(model)
-    if encode_first or "image_features" in batch:
+    if "pixel_values" in batch or "image_features" in batch:
         batch = encode_images(model, batch)
     inputs = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
     return model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()

@@ -20,7 +20,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from vqa.config.arguments import DataArguments
-from vqa.core.compat import is_fsdp_launch
 from vqa.core.errors import UserError
 from vqa.core.hashing import fingerprint
 from vqa.core.io import hash_files
@@ -44,10 +43,10 @@ def open_feature_store(
     """The store with the features of `needed`, lists of rows in order of importance; what is missing is computed.
 
     Lists beyond the limit are left out: the collator decodes their images in every epoch, as without a store.
-    `show`: a progress bar. None where nothing can be stored: `vision_cache` is false, the vision tower is trained or
-    adapted, or FSDP shards it.
+    `show`: a progress bar. None where nothing can be stored: `vision_cache` is false, or the vision tower is trained
+    or adapted.
     """
-    if not data.vision_cache or not is_vision_frozen(model) or is_fsdp_launch():
+    if not data.vision_cache or not is_vision_frozen(model):
         return None
     store = FeatureStore(model, processor, data.image_size, data.vision_cache_dir, data.vision_cache_gb)
     for rows in needed:

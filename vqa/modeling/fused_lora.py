@@ -38,10 +38,8 @@ def fuse_adapters(model: PeftModel) -> PeftModel:
     """Give every LoRA layer over a plain or 4-bit linear layer the fused forward pass. Returns the model.
 
     Other layers, such as those of GPTQ, keep PEFT's. So does a layer whose adapter is not a plain one (see
-    `plain_adapter`). FSDP, which takes the weights away between forward and backward, keeps PEFT's everywhere.
+    `plain_adapter`).
     """
-    if compat.is_fsdp_launch():
-        return model
     for layer in model.modules():
         if not isinstance(layer, compat.LoraLayer):
             continue

@@ -43,7 +43,7 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
     """
     config = check_base(model, load_in_4bit, trust_remote_code)
     check_has_gpu(model, config, load_in_4bit)
-    options, fsdp = {}, compat.is_fsdp_launch()
+    options = {}
     if saved_quantization(config) == BNB_4BIT:
         set_skipped_modules(model, config)
     elif load_in_4bit:
@@ -52,12 +52,10 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if fsdp else torch.uint8,  # FSDP only shards floating-point storage
             llm_int8_skip_modules=list(family_of_type(config.model_type).not_in_4bit),
         )
-    # Under DDP each process holds its own copy, on its own GPU. FSDP shards each layer from the CPU.
-    on_gpu = torch.cuda.is_available() and not fsdp
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu"
+    # Each process holds its own copy, on its own GPU.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
     base = AutoModelForImageTextToText.from_pretrained(
         model,
         config=config,

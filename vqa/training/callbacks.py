@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from vqa.core.compat import foreach_lerp_
-from vqa.core.distributed import full_tensor, shard_like
 
 
 class WeightAverage(TrainerCallback):
@@ -79,7 +78,7 @@ class WeightAverage(TrainerCallback):
             # Earlier releases counted the Trainer's steps.
             self.steps = int(tensors.pop("steps", state.global_step))
             parameters = dict(trainable_parameters(model))
-            self.average = {name: shard_like(parameters[name], tensor) for name, tensor in tensors.items()}
+            self.average = {name: tensor.to(parameters[name].device) for name, tensor in tensors.items()}
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if not getattr(optimizer, "step_was_skipped", False):
@@ -88,11 +87,10 @@ class WeightAverage(TrainerCallback):
                 self.update(model)
 
     def on_save(self, args, state, control, **kwargs):
-        average = {name: full_tensor(tensor) for name, tensor in self.average.items()}
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")  # the Trainer made it just before
             counts = {"updates": torch.tensor(self.updates), "steps": torch.tensor(self.steps)}
-            save_file(average | counts, folder / self.file_name)
+            save_file(self.average | counts, folder / self.file_name)
 
     @property
     def file_name(self) -> str:
@@ -165,9 +163,9 @@ class FrozenWeightsCheck(TrainerCallback):
 
 
 def byte_sums(model: torch.nn.Module) -> dict[str, int]:
-    """Name -> sum of its bytes, of each parameter that is not trained. Under FSDP all processes have to call it."""
+    """Name -> sum of its bytes, of each parameter that is not trained."""
     frozen = {name.removeprefix("module."): p for name, p in model.named_parameters() if not p.requires_grad}
-    sums = [full_tensor(p).detach().flatten().view(torch.uint8).sum() for p in frozen.values()]
+    sums = [p.detach().flatten().view(torch.uint8).sum() for p in frozen.values()]
     return dict(zip(frozen, torch.stack(sums).tolist())) if sums else {}
 
 

@@ -10,7 +10,6 @@ from transformers import enable_full_determinism, set_seed
 
 from vqa.config.arguments import DataArguments, ModelArguments
 from vqa.config.recipe import RecipeArguments
-from vqa.core.compat import is_fsdp_launch
 from vqa.core.dtypes import model_dtype
 from vqa.core.hashing import checkpoint_fingerprint, frozen_fingerprint, trainable_fingerprint
 from vqa.data.prompt import letter_ids
@@ -23,8 +22,7 @@ class SharedBase:
     """Lends the frozen base model to one fold after another, each with a fresh adapter.
 
     A fold trained here has the same bytes as one trained in a process of its own: the adapter is drawn right after
-    seeding, and removing it leaves the base as it was loaded. FSDP splits the base for good, so there it is loaded
-    for each fold.
+    seeding, and removing it leaves the base as it was loaded.
     """
 
     def __init__(self, model_args: ModelArguments, recipe: RecipeArguments):
@@ -55,9 +53,7 @@ class SharedBase:
 
     def remove_adapter(self) -> None:
         """Take the adapter away after a fold, and free what its Trainer held."""
-        if is_fsdp_launch():
-            self.base = None
-        elif self.adapted is not None:
+        if self.adapted is not None:
             self.base = self.adapted.unload()
             self.base.gradient_checkpointing_disable()  # PEFT prepares the model for it if it finds it on
         self.adapted = None

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import TrainerState
 
 from vqa.config.recipe import RecipeArguments
-from vqa.core.distributed import distributed_map, full_tensor
+from vqa.core.distributed import distributed_map
 from vqa.core.io import read_json, write_json
 from vqa.data.collator import Collator
 from vqa.data.predictions import write_predictions
@@ -76,9 +76,9 @@ class Validator:
 
     def export(self, model: PeftModel, name: str, probabilities: np.ndarray | None = None) -> None:
         """Write the adapter that the model now holds, in PEFT's form, and its out-of-fold file beside it."""
-        adapter = {name: full_tensor(parameter) for name, parameter in trainable_parameters(model)}
         if not self.args.should_save:
             return
+        adapter = dict(trainable_parameters(model))
         folder = weights_folder(self.args.output_dir, name)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=".export-") as temporary:
