@@ -41,7 +41,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--train_rows", type=int, default=600, help="number of training rows (default: 600)")
-    parser.add_argument("--test_rows", type=int, default=1000, help="number of test rows (default: 1000)")
+    parser.add_argument("--test_rows", type=int, default=500, help="number of test rows (default: 500)")
     parser.add_argument("--seed", type=int, default=42, help="seed of all rows (default: 42)")
     parser.add_argument("--output_dir", default="data/demo", help="folder to write (default: data/demo)")
     return parser.parse_args()
@@ -53,7 +53,7 @@ def draw_rows(split: str, count: int, folder: Path, seed: int) -> tuple[list[lis
     names = [f"{split}_{number:04d}" for number in range(1, count + 1)]
     with ProcessPoolExecutor() as pool:
         drawn = pool.map(partial(write_row, split=split, folder=folder, seed=seed), names, chunksize=16)
-        rows = list(tqdm(drawn, desc=f"drawing {split}", total=count))
+        rows = list(tqdm(drawn, desc=f"drawing {split}", total=count, disable=None))
     return [cells for cells, _ in rows], [letter for _, letter in rows]
 
 
