@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
 from vqa.data.rows import LETTERS, Row
-from vqa.reports.question_types import question_type
+from vqa.evaluation.question_types import question_type
 
 FOLDS = 5
 C = 0.1  # strong regularisation: there are many features, and most of them mean nothing
@@ -66,7 +66,7 @@ def text_features(row: Row, choice: int) -> Iterator[str]:
     """
     text = " ".join(row["choices"][choice].lower().split())
     other_lengths = [len(other) for i, other in enumerate(row["choices"]) if i != choice]
-    kind, ending = question_type(row["question"]), " ".join(row["question"].lower().split()[-2:])
+    kind, ending = question_type(row["question"], row["choices"]), " ".join(row["question"].lower().split()[-2:])
     yield f"letter {LETTERS[choice]}"
     if len(text) > max(other_lengths):
         yield "longest choice"
