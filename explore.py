@@ -27,7 +27,7 @@ def main() -> None:
     tokenizer, patch = exploration.read_tokenizer(args.model)
     page = Page(args.output_dir or swap_root("outputs", Path(args.csv[0]).parent, below="data") / "explore")
     rows = exploration.read_tables(args.csv, args.image_root, page)
-    pictures = read_pictures(rows["image"])
+    pictures = read_pictures(list(rows["images"].explode().dropna()))
     baseline = exploration.text_only_section(rows, pictures, page)
     path = page.write(
         "explore.html",

@@ -20,6 +20,7 @@ from vqa.core.errors import pluralize, run_main
 from vqa.data.folds import assign_folds, read_folds, write_folds
 from vqa.data.images import check_images, find_bad_images, preview_bad_images
 from vqa.data.rows import LETTERS, Row, read_contest
+from vqa.data.splits import image_groups
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     if kept := path.is_file() and not args.overwrite:
         folds = read_folds(path, ids, data.train_csv)
     else:
-        folds = assign_folds(answers, [row["image"] for row in rows], args.folds, args.seed)
+        folds = assign_folds(answers, image_groups(rows), args.folds, args.seed)
         write_folds(path, ids, folds)
     letters = pd.Series([LETTERS[answer] for answer in answers], name="answer")
     print(pd.crosstab(pd.Series(folds, name="fold"), letters, margins=True).to_string())

@@ -18,7 +18,7 @@ from vqa.core.compat import initial_global_step
 from vqa.core.distributed import run_on_main_and_broadcast
 from vqa.core.errors import run_main
 from vqa.data.collator import Collator
-from vqa.data.images import check_images, oriented_sizes
+from vqa.data.images import all_images, check_images, oriented_sizes
 from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens, rows_per_step
 from vqa.training.callbacks import EMACallback, FrozenWeightsCheck, SWACallback, WeightAverage
 from vqa.training.checkpointing import CheckpointMarkerCallback, TimeLimitCallback, checkpoint_to_resume
@@ -60,11 +60,11 @@ def read_and_check(run: FoldRun) -> bool:
 
 def check_all_images(runs: list[FoldRun]) -> None:
     """Open every image of the runs once, before any of them is trained."""
-    checked: set[str | None] = set()
+    checked: set[str] = set()
     for run in runs:
-        rows = [row for row in run.train_rows + run.valid_rows if row["image"] not in checked]
+        rows = [row for row in run.train_rows + run.valid_rows if not checked.issuperset(row["images"])]
         check_images(rows, run.data.train_csv)
-        checked |= {row["image"] for row in rows}
+        checked.update(all_images(rows))
 
 
 def train(run: FoldRun, base: SharedBase) -> None:
@@ -81,7 +81,7 @@ def train(run: FoldRun, base: SharedBase) -> None:
     model = base.add_adapter(run.model_args, recipe)
     run_on_main_and_broadcast(lambda: check_before_training(model, collate, train_rows, valid_rows))
     collate.features = prompts.features = base.features(data, train_rows + valid_rows, show)
-    lengths = count_tokens(train_rows, collate, oriented_sizes(row["image"] for row in train_rows), show)
+    lengths = count_tokens(train_rows, collate, oriented_sizes(all_images(train_rows)), show)
     encodes_images = collate.features is None
     set_batches(
         recipe, run_on_main_and_broadcast(lambda: choose_batch_config(recipe, run.model_args, lengths, encodes_images))

@@ -30,7 +30,7 @@ from vqa.config.recipe import RecipeArguments  # noqa: E402
 from vqa.core.dtypes import model_dtype  # noqa: E402
 from vqa.core.io import read_json  # noqa: E402
 from vqa.data.collator import Collator  # noqa: E402
-from vqa.data.images import oriented_sizes  # noqa: E402
+from vqa.data.images import all_images, oriented_sizes  # noqa: E402
 from vqa.data.prompt import LETTERS, build_messages, letter_ids, render_chat  # noqa: E402
 from vqa.data.rows import read_rows  # noqa: E402
 from vqa.inference.scoring import permutation_probs, score_rows  # noqa: E402
@@ -94,11 +94,11 @@ def trl(plan: dict, rows: list[dict]) -> Iterator[dict]:
     from trl import SFTConfig, SFTTrainer
 
     processor, text = processor_as_usual(plan), {"role": Value("string"), "content": Value("string")}
-    turns = [build_messages(row, {"type": "image"})[0]["content"][1]["text"] for row in rows]
+    turns = [build_messages(row)[0]["content"][1]["text"] for row in rows]
     table = {
         "prompt": [[{"role": "user", "content": turn}] for turn in turns],
         "completion": [[{"role": "assistant", "content": LETTERS[row["answer"]]}] for row in rows],
-        "images": [[row["image"]] for row in rows],
+        "images": [row["images"] for row in rows],
     }
     features = Features({"prompt": List(text), "completion": List(text), "images": List(ImageFeature())})
     dataset = Dataset.from_dict(table, features=features)
@@ -151,7 +151,7 @@ class Ours:
         features = open_feature_store(self.base, processor, data, [rows], show=False)
         self.seconds_an_image = (time.perf_counter() - start) / (len(rows) - len(rows) // 2)
         self.collate.features = self.prompts.features = features
-        self.lengths = count_tokens(rows, self.collate, oriented_sizes(row["image"] for row in rows), show=False)
+        self.lengths = count_tokens(rows, self.collate, oriented_sizes(all_images(rows)), show=False)
 
     def adapted(self, dropout: float) -> torch.nn.Module:
         return add_adapter(self.base, ADAPTER["r"], ADAPTER["lora_alpha"], dropout)
@@ -253,9 +253,9 @@ class UsualCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        chats = [build_messages(row, {"type": "image"}) for row in rows]
+        chats = [build_messages(row) for row in rows]
         texts = [render_chat(self.processor, chat, LETTERS[row["answer"]]) for chat, row in zip(chats, rows)]
-        images = [Image.open(row["image"]).convert("RGB") for row in rows]
+        images = [Image.open(row["images"][0]).convert("RGB") for row in rows]
         batch = self.processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
         labels = torch.full_like(batch["input_ids"], -100)
         labels[:, -3:-1] = batch["input_ids"][:, -3:-1]
@@ -264,8 +264,8 @@ class UsualCollator:
 
 def generated(model: torch.nn.Module, processor, rows: list[dict]) -> float:
     def answer(row: dict) -> str:
-        text = render_chat(processor, build_messages(row, {"type": "image"}))
-        inputs = processor(text=[text], images=[Image.open(row["image"]).convert("RGB")], return_tensors="pt")
+        text = render_chat(processor, build_messages(row))
+        inputs = processor(text=[text], images=[Image.open(row["images"][0]).convert("RGB")], return_tensors="pt")
         inputs = inputs.to(model.device)
         with torch.inference_mode(), torch.autocast(model.device.type, torch.float16, enabled=ON_GPU):
             tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False, use_cache=True)

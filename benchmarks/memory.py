@@ -123,7 +123,7 @@ def make_recipe(folder: Path, steps: int, batch_size: int, on_gpu: bool) -> Reci
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=EVAL_BATCH,
-        gradient_accumulation_steps=ACCUMULATION,
+        effective_batch_size=batch_size * ACCUMULATION,
         gradient_checkpointing=True,
         fp16=on_gpu,
         eval_strategy="no",
@@ -137,7 +137,7 @@ def measure(model, processor, recipe: RecipeArguments, setup: Setup, size: int, 
     """Train and validate a few batches: peaks in GiB, seconds per batch without the first step, and the estimates."""
     question = "사진의 왼쪽에 보이는 것은 무엇인가요?"
     rows = [
-        {"id": str(i), "image": str(picture), "question": question, "choices": CHOICES, "answer": i % 4}
+        {"id": str(i), "images": [str(picture)], "question": question, "choices": CHOICES, "answer": i % 4}
         for i in range(max(EVAL_BATCH, recipe.per_device_train_batch_size * ACCUMULATION))
     ]
     train_rows, averages, clock = TrainDataset(rows, True, 42), [EMACallback(), SWACallback()], Clock()

@@ -64,6 +64,7 @@ SPECIAL = (
 
 # Renders what Qwen2.5-VL's own template renders for the chats of this project, byte for byte.
 CHAT_TEMPLATE = """\
+{%- set image = namespace(number=0) -%}
 {%- for message in messages -%}
 {%- if loop.first and message['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
@@ -74,6 +75,10 @@ CHAT_TEMPLATE = """\
 {%- else -%}
 {%- for item in message['content'] -%}
 {%- if item['type'] == 'image' -%}
+{%- set image.number = image.number + 1 -%}
+{%- if add_vision_id -%}
+{{- 'Picture ' ~ image.number ~ ': ' -}}
+{%- endif -%}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
 {%- elif item['type'] == 'text' -%}
 {{- item['text'] -}}
@@ -119,7 +124,7 @@ def evaluate(folder: str, count: int) -> None:
                 image, row = draw_row(rng, domain)
                 path = Path(pictures, f"{number}.png")
                 image.save(path)
-                rows.append({**row, "id": f"{number}", "image": str(path)})
+                rows.append({**row, "id": f"{number}", "images": [str(path)]})
                 kinds.append(kind_of(row["choices"][row["answer"]], domain))
             probs = score_rows(model, rows, Collator(processor, 126), letter_ids(processor), 32, name)
         right = probs.argmax(1) == [row["answer"] for row in rows]
@@ -167,7 +172,7 @@ def make_processor(seed: int) -> Qwen2_5_VLProcessor:
     for domain in itertools.islice(itertools.cycle((HOME, CONTEST)), 4000):
         row = draw_row(rng, domain)[1]
         corpus += ["You are a helpful assistant.", "system\n", "user\n", "assistant\n", row["choices"][row["answer"]]]
-        corpus.append(build_messages(row, {"type": "image"})[0]["content"][1]["text"])
+        corpus.append(build_messages(row, [])[0]["content"][0]["text"])
 
     qwen = Qwen2Tokenizer()._tokenizer  # its normaliser and its splitting into words
     bpe = Tokenizer(models.BPE())

@@ -10,7 +10,7 @@ from conftest import TINY
 from vqa.config.arguments import ModelArguments
 from vqa.config.recipe import RecipeArguments
 from vqa.data.collator import Collator
-from vqa.data.images import oriented_sizes
+from vqa.data.images import all_images, oriented_sizes
 from vqa.training.batching import (
     Lengths,
     MicroBatches,
@@ -34,7 +34,7 @@ def setup():
 def test_tokens_are_those_of_the_collated_rows(processor, rows):
     collate = Collator(processor, image_size=112, with_answer=True)
     batches = [collate([row]) for row in rows]
-    lengths = count_tokens(rows, collate, oriented_sizes(row["image"] for row in rows), show=False)
+    lengths = count_tokens(rows, collate, oriented_sizes(all_images(rows)), show=False)
     assert lengths.tokens.tolist() == [batch["input_ids"].shape[1] for batch in batches]
     assert (lengths.patches * lengths.image_tokens).tolist() == [len(batch["pixel_values"]) for batch in batches]
 

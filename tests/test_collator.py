@@ -45,7 +45,7 @@ def test_padding_and_image_tokens_are_never_labelled_and_padding_is_masked(proce
 def test_every_key_of_the_processor_is_passed_on(processor, batch_rows):
     batch = Collator(processor, 140)(batch_rows)
     processors = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
-    assert set(batch) == processors | {"ids", "offered"}
+    assert set(batch) == processors | {"ids", "num_images", "offered"}
     assert batch["image_grid_thw"].prod(1).sum() == len(batch["pixel_values"])
 
 

@@ -90,8 +90,8 @@ def check(rows, count: int = 4) -> None:
         assert row["question"] == f"What colour is box {number}?"
         assert row["choices"] == offered(number, count)
         assert row["choices"][row["answer"]] == box_colour(number)
-        assert row["image"]
-        with Image.open(row["image"]) as image:
+        (path,) = row["images"]
+        with Image.open(path) as image:
             assert image.getpixel((6, 6)) == Image.new("RGB", (1, 1), box_colour(number)).getpixel((0, 0))
 
 
@@ -184,14 +184,17 @@ def test_two_columns_that_could_be_the_image_are_refused_with_the_mapping(pictur
 
 
 @pytest.mark.parametrize("separator", [None, ";", "|", ", "])
-def test_several_images_a_row_are_refused_and_never_dropped(separator, pictures, tmp_path):
+def test_every_image_of_a_row_is_used_in_order(separator, pictures, tmp_path):
     def two(row):
         second = f"img/{(int(row['id'][1:]) + 1) % ROWS:02d}.png"
         return row | ({"path": f"{row['path']}{separator}{second}"} if separator else {"path_2": second})
 
     table(two).to_csv(tmp_path / "train.csv", index=False)
-    with pytest.raises(UserError, match="12 rows with several images: r0, r1, r2"):
-        read_rows(tmp_path / "train.csv", pictures, with_answer=True)
+    contest = read_contest(tmp_path / "train.csv", pictures, with_answer=True)
+    assert [row["images"] for row in contest.rows] == [
+        [str(pictures / f"img/{number % ROWS:02d}.png") for number in (row, row + 1)] for row in range(ROWS)
+    ]
+    assert "12 rows with several images" in contest.summary()
 
 
 def test_rows_without_an_image_are_text_only_and_counted(pictures, tmp_path):
@@ -199,7 +202,7 @@ def test_rows_without_an_image_are_text_only_and_counted(pictures, tmp_path):
         tmp_path / "train.csv", index=False
     )
     contest = read_contest(tmp_path / "train.csv", pictures, with_answer=True)
-    assert [row["id"] for row in contest.rows if not row["image"]] == ["r0", "r5"]
+    assert [row["id"] for row in contest.rows if not row["images"]] == ["r0", "r5"]
     assert "2 rows without an image" in contest.summary()
 
 

@@ -199,7 +199,7 @@ def test_training_is_refused_where_a_row_or_an_image_is_on_both_sides(adapted, p
     collate = Collator(processor, 112, with_answer=True)
     with pytest.raises(UserError, match="1 validation rows are training rows too .row_011."):
         check_before_training(adapted, collate, rows[:12], rows[11:])
-    copy = shutil.copy(rows[0]["image"], tmp_path / "another name.jpg")
+    copy = shutil.copy(rows[0]["images"][0], tmp_path / "another name.jpg")
     with pytest.raises(UserError, match="have the image of a training row .row_020 and row_000."):
         check_before_training(adapted, collate, rows[:12], [rows[20] | {"image": str(copy)}])
 

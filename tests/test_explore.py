@@ -166,7 +166,7 @@ def test_image_tokens_are_those_that_the_model_gets(processor, tmp_path):
     pictures = read_pictures([str(tmp_path / "x.png")])
     found = images_section(pictures, 14, Page(tmp_path))["costs"]
     for line in found:
-        row = {"id": "x", "image": str(tmp_path / "x.png"), "question": "?", "choices": ["a", "b"]}
+        row = {"id": "x", "images": [str(tmp_path / "x.png")], "question": "?", "choices": ["a", "b"]}
         grid = Collator(processor, line["size"])([row])["image_grid_thw"]
         assert line["median"] == int(grid.prod()) // processor.image_processor.merge_size**2
         assert line["shrunk"] == (900 * 1300 > line["size"] ** 2)

@@ -20,6 +20,7 @@ import vqa.modeling.feature_store
 from vqa.config.arguments import DataArguments
 from vqa.core.errors import UserError
 from vqa.data.collator import Collator
+from vqa.data.images import all_images
 from vqa.modeling.feature_store import open_feature_store
 from vqa.modeling.loading import load_base
 from vqa.modeling.vision import encode_images
@@ -56,7 +57,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 def test_a_second_run_encodes_nothing_and_reads_the_same(open_store, processor, encoded, rows):
     first = open_store(rows)
-    assert sorted(encoded) == sorted(row["image"] for row in rows)
+    assert sorted(encoded) == sorted(all_images(rows))
     encoded.clear()
     again = open_store(rows)
     shown = [{**row, "permutation": [1, 2, 3, 0]} for row in rows]  # orders share an image
@@ -67,12 +68,13 @@ def test_a_second_run_encodes_nothing_and_reads_the_same(open_store, processor, 
 
 
 def test_identical_images_are_encoded_once_and_every_size_separately(open_store, encoded, rows, tmp_path):
-    copy = {**rows[0], "image": str(shutil.copy(rows[0]["image"], tmp_path / "copy.jpg"))}
+    copy = {**rows[0], "images": [str(shutil.copy(rows[0]["images"][0], tmp_path / "copy.jpg"))]}
     open_store([rows[0], copy, rows[0]])
     assert len(encoded) == 1
+    larger = {**copy, "scale": 1.5}
     store = open_store([copy], [{**rows[0], "scale": 1.5}])
     assert len(encoded) == 2
-    assert store.size({**copy, "scale": 1.5}) != store.size(copy) and store.holds([copy, {**copy, "scale": 1.5}])
+    assert store.read([larger])[1].tolist() != store.read([copy])[1].tolist() and store.holds([copy, larger])
 
 
 def test_a_batch_with_an_image_that_is_not_stored_is_decoded(open_store, model, processor, rows):
@@ -194,7 +196,7 @@ def test_two_processes_at_once_divide_the_work(open_store, contest, encoded, row
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error[-2000:]
     first, second = (record.read_text().split() for record in records)
-    assert sorted(first + second) == sorted(row["image"] for row in rows) and first and second
+    assert sorted(first + second) == sorted(all_images(rows)) and first and second
     built = shards(tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")
     open_store(rows)
@@ -254,7 +256,7 @@ def test_a_grid_other_than_the_headers_is_an_error_that_names_the_image(
     Image.new("RGB", (112, 56)).save(image)
     monkeypatch.setattr(vqa.modeling.feature_store, "oriented_sizes", lambda paths: dict.fromkeys(paths, (56, 112)))
     with pytest.raises(UserError, match=f"{image}: the decoded image has 4 x 8 patches, its header promises 8 x 4"):
-        open_store([{**rows[0], "image": str(image)}])
+        open_store([{**rows[0], "images": [str(image)]}])
     assert not encoded
 
 

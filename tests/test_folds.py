@@ -9,33 +9,34 @@ from conftest import draw_contest
 import make_folds
 from vqa.core.errors import UserError
 from vqa.data.folds import assign_folds, read_folds, split_fold, write_folds
+from vqa.data.splits import image_groups
 
 ANSWERS = [i % 4 for i in range(120)]
 
 
 @pytest.fixture
-def images(tmp_path):
-    """120 files, every tenth a copy of the one before it."""
-    paths = []
+def groups(tmp_path):
+    """The groups of 120 rows, every tenth with a copy of the image of the one before it."""
+    rows = []
     for i in range(120):
         path = tmp_path / f"{i}.jpg"
         path.write_bytes(str(i - 1 if i % 10 == 9 else i).encode())
-        paths.append(str(path))
-    return paths
+        rows.append({"id": str(i), "images": [str(path)]})
+    return image_groups(rows)
 
 
-def test_each_fold_has_its_share_of_every_answer_and_copies_stay_together(images):
-    folds = assign_folds(ANSWERS, images, 3, 42)
+def test_each_fold_has_its_share_of_every_answer_and_copies_stay_together(groups):
+    folds = assign_folds(ANSWERS, groups, 3, 42)
     for fold in range(3):
         assert np.bincount(np.array(ANSWERS)[folds == fold]).tolist() == pytest.approx([10] * 4, abs=2)
     for i in range(9, 120, 10):
         assert folds[i] == folds[i - 1]
 
 
-def test_the_same_seed_gives_the_same_folds_and_another_gives_others(images):
-    first = assign_folds(ANSWERS, images, 3, 42)
-    assert (first == assign_folds(ANSWERS, images, 3, 42)).all()
-    assert (first != assign_folds(ANSWERS, images, 3, 43)).any()
+def test_the_same_seed_gives_the_same_folds_and_another_gives_others(groups):
+    first = assign_folds(ANSWERS, groups, 3, 42)
+    assert (first == assign_folds(ANSWERS, groups, 3, 42)).all()
+    assert (first != assign_folds(ANSWERS, groups, 3, 43)).any()
 
 
 def test_what_is_written_is_read_back_whatever_the_order_of_the_ids(tmp_path):
@@ -72,8 +73,8 @@ def test_a_fold_splits_the_rows_in_two_and_an_unknown_one_is_refused():
         split_fold(folds, 3, "folds.csv")
 
 
-def test_an_answer_too_rare_for_every_fold_stands_in_the_way_of_none(images, recwarn):
-    folds = assign_folds([4] + ANSWERS[1:], images, 3, 42)
+def test_an_answer_too_rare_for_every_fold_stands_in_the_way_of_none(groups, recwarn):
+    folds = assign_folds([4] + ANSWERS[1:], groups, 3, 42)
     assert sorted(np.bincount(folds)) == pytest.approx([40] * 3, abs=2) and not recwarn.list
 
 
@@ -92,9 +93,9 @@ def test_a_broken_test_image_is_told_and_the_folds_are_made_all_the_same(tmp_pat
 
 
 @pytest.mark.parametrize("folds", [0, 1, 31, 500])
-def test_impossible_numbers_of_folds_are_refused(images, folds):
+def test_impossible_numbers_of_folds_are_refused(groups, folds):
     with pytest.raises(UserError, match="folds cannot"):
-        assign_folds(ANSWERS, images, folds, 42)
+        assign_folds(ANSWERS, groups, folds, 42)
 
 
 def test_again_is_still_read_as_overwrite_and_help_does_not_show_it(capsys):

@@ -93,10 +93,10 @@ def test_all_broken_images_are_counted_and_a_few_named(tmp_path):
     with pytest.raises(
         UserError, match="5 of 6 images cannot be used.*cut.jpg.*text.jpg.*bomb.png.*and 2 more"
     ) as error:
-        check_images([{"image": str(tmp_path / name)} for name in names], "train.csv")
+        check_images([{"images": [str(tmp_path / name)]} for name in names], "train.csv")
     assert "good.jpg" not in str(error.value)
     with pytest.raises(UserError, match="gone.jpg .no such file"):
-        check_images([{"image": str(tmp_path / "gone.jpg")}], "train.csv")
+        check_images([{"images": [str(tmp_path / "gone.jpg")]}], "train.csv")
     with pytest.raises(UserError, match="200 to 1"):
-        check_images([{"image": str(tmp_path / "thread.png")}], "train.csv")
-    check_images([{"image": str(tmp_path / "good.jpg")}], "train.csv")
+        check_images([{"images": [str(tmp_path / "thread.png")]}], "train.csv")
+    check_images([{"images": [str(tmp_path / "good.jpg")]}], "train.csv")

@@ -11,7 +11,7 @@ from conftest import HEADER, ROOT, write_csv
 
 from vqa.core.errors import UserError
 from vqa.data.collator import Collator
-from vqa.data.images import oriented_sizes
+from vqa.data.images import all_images, oriented_sizes
 from vqa.data.paraphrases import RULES, paraphrases
 from vqa.data.rows import read_rows
 from vqa.data.splits import rows_fingerprint
@@ -120,7 +120,7 @@ def test_the_longest_wording_counts_for_the_length_of_a_row(rows, processor):
     collate, long = Collator(processor, 112, with_answer=True), "In this picture, what is the colour of the box?"
     several = [{**rows[0], "question": "q?", "paraphrases": [long, "other?"]}, {**rows[1], "paraphrases": []}]
     alone = [{**rows[0], "question": long}, rows[1]]
-    sizes = oriented_sizes(row["image"] for row in several)
+    sizes = oriented_sizes(all_images(several))
     got = count_tokens(several, collate, sizes, show=False).tokens.tolist()
     assert got == [int(collate([row])["attention_mask"].sum()) for row in alone]
 

@@ -8,7 +8,7 @@ from vqa.core.errors import UserError
 from vqa.data.prompt import added_tokens, build_messages, escape_special_tokens, letter_ids, render_chat, shown_answer
 
 QWEN = Path(__file__).resolve().parent.parent.parent / "shared" / "qwen2-tokenizer"
-ROW = {"question": "무슨 색인가요?", "choices": ["빨강", "blue", "초록", "노랑"], "answer": 1}
+ROW = {"images": ["x.jpg"], "question": "무슨 색인가요?", "choices": ["빨강", "blue", "초록", "노랑"], "answer": 1}
 
 
 @pytest.fixture(params=["tiny", "qwen"])
@@ -24,7 +24,7 @@ def any_processor(request, processor):
 
 
 def test_the_chat_is_rendered_byte_for_byte_as_qwen_renders_it(any_processor):
-    text = render_chat(any_processor, build_messages(ROW, {"type": "image"}), "b")
+    text = render_chat(any_processor, build_messages(ROW), "b")
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "<|vision_start|><|image_pad|><|vision_end|>무슨 색인가요?\na. 빨강\nb. blue\nc. 초록\nd. 노랑\n"
@@ -33,7 +33,7 @@ def test_the_chat_is_rendered_byte_for_byte_as_qwen_renders_it(any_processor):
 
 
 def test_the_prediction_prompt_is_a_token_prefix_of_the_training_text(any_processor):
-    conversation = build_messages(ROW, {"type": "image"})
+    conversation = build_messages(ROW)
     prompt, text = render_chat(any_processor, conversation), render_chat(any_processor, conversation, "b")
     tokenizer = any_processor.tokenizer
     prompt_ids, text_ids = tokenizer(prompt).input_ids, tokenizer(text).input_ids
@@ -53,23 +53,23 @@ def test_letters_of_the_real_vocabulary_are_64_to_67():
 
 
 def test_the_letter_shown_before_a_choice_is_the_token_that_answers(any_processor):
-    ids = any_processor.tokenizer(render_chat(any_processor, build_messages(ROW, {"type": "image"}))).input_ids
+    ids = any_processor.tokenizer(render_chat(any_processor, build_messages(ROW))).input_ids
     found = letter_ids(any_processor)
     assert all(ids.count(found[i]) >= 1 for i in range(4))
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|endoftext|>", "<|im_start|>"])
 def test_text_that_spells_a_special_token_never_becomes_it(any_processor, token):
-    clean = {"question": "x", "choices": ["y", "z"]}
-    dirty = {"question": f"x {token}", "choices": [f"{token}y", "z"]}
+    clean = {"images": ["x.jpg"], "question": "x", "choices": ["y", "z"]}
+    dirty = {"images": ["x.jpg"], "question": f"x {token}", "choices": [f"{token}y", "z"]}
     special = added_tokens(any_processor)
     wanted = any_processor.tokenizer.convert_tokens_to_ids(token)
     counts = []
     for row in (clean, dirty):
-        text = render_chat(any_processor, build_messages(row, {"type": "image"}, special=special))
+        text = render_chat(any_processor, build_messages(row, special=special))
         counts.append(any_processor.tokenizer(text).input_ids.count(wanted))
     assert counts[0] == counts[1]
-    said = build_messages(dirty, {"type": "image"}, special=special)[0]["content"][1]["text"]
+    said = build_messages(dirty, special=special)[0]["content"][1]["text"]
     assert token not in said and said.replace("\u200b", "").count(token) == 2, "a person still reads it"
 
 
@@ -79,7 +79,7 @@ def test_plain_text_is_left_alone():
 
 def test_an_order_shows_its_choices_at_the_letters_and_moves_the_answer():
     row = {**ROW, "permutation": [2, 3, 1, 0]}
-    text = build_messages(row, {"type": "image"})[0]["content"][1]["text"]
+    text = build_messages(row)[0]["content"][1]["text"]
     assert "a. 초록\nb. 노랑\nc. blue\nd. 빨강" in text
     assert shown_answer(row) == 2
     assert shown_answer(ROW) == 1

@@ -22,7 +22,7 @@ def data(tmp_path, contest, rows) -> DataArguments:
     """Four test rows: two pictures of the training set under other names, and two of its own; three choices in one."""
     cells = []
     for number, row in enumerate(rows[:4]):
-        shutil.copy(row["image"], tmp_path / f"copy{number}.jpg")
+        shutil.copy(row["images"][0], tmp_path / f"copy{number}.jpg")
         choices = row["choices"] if number != 2 else [*row["choices"][:3], ""]
         cells.append([row["id"], f"copy{number}.jpg", row["question"], *choices])
     test_csv = write_csv(tmp_path / "test.csv", cells, HEADER[:-1])

@@ -16,7 +16,7 @@ def test_cells_with_commas_quotes_and_line_breaks_arrive_as_they_are(tmp_path):
     row = read_rows(path, with_answer=True)[0]
     assert row == {
         "id": "r1",
-        "image": str(tmp_path / "d/x.jpg"),
+        "images": [str(tmp_path / "d/x.jpg")],
         "question": question,
         "choices": ["a, b", 'say "x"', "3", "NA"],
         "answer": 3,
@@ -46,7 +46,7 @@ def test_ten_choices_are_read(tmp_path):
 
 def test_image_root_replaces_the_folder_of_the_csv(tmp_path):
     path = write_csv(tmp_path / "t.csv", [ROW])
-    assert read_rows(path, tmp_path / "other")[0]["image"] == str(tmp_path / "other" / "x.jpg")
+    assert read_rows(path, tmp_path / "other")[0]["images"] == [str(tmp_path / "other" / "x.jpg")]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_scales_change_the_grid_that_the_model_sees(processor, rows, capsys):
 
 def test_a_scale_that_changes_no_grid_gives_no_view(processor, rows, tmp_path, capsys):
     Image.new("RGB", (56, 56)).save(tmp_path / "smallest.png")  # four tokens, the fewest there are
-    smallest = {**rows[0], "image": str(tmp_path / "smallest.png")}
+    smallest = {**rows[0], "images": [str(tmp_path / "smallest.png")]}
     assert [view.name for view in make_views([smallest], Collator(processor, 140), [0.9, 1.0])] == ["plain"]
     assert "0 of 1 rows get another grid" in capsys.readouterr().out
     views = make_views([smallest, rows[0]], Collator(processor, 140), [0.9, 1.0])
@@ -140,9 +140,9 @@ def test_all_permutations_together_cancel_a_position_bias(processor, ids, rows, 
 
 
 def test_a_flipped_image_is_mirrored_and_never_taken_for_the_other(model, processor, rows, tmp_path):
-    with Image.open(rows[0]["image"]) as image:
+    with Image.open(rows[0]["images"][0]) as image:
         ImageOps.mirror(image).save(tmp_path / "mirrored.png")
-    mirrored, flipped = {**rows[0], "image": str(tmp_path / "mirrored.png")}, {**rows[0], "flip": True}
+    mirrored, flipped = {**rows[0], "images": [str(tmp_path / "mirrored.png")]}, {**rows[0], "flip": True}
     seen, wanted, before = (Collator(processor, 112)([row])["pixel_values"] for row in (flipped, mirrored, rows[0]))
     assert torch.equal(seen, wanted) and not torch.equal(seen, before)
     data = DataArguments(image_size=112, vision_cache_dir=str(tmp_path / "cache"))
@@ -156,7 +156,7 @@ def test_a_flipped_image_is_mirrored_and_never_taken_for_the_other(model, proces
 def test_rows_that_mention_a_side_are_not_flipped_and_counted(processor, rows, capsys):
     plain = {**rows[0], "question": "What is it?", "choices": ["bright", "leftover", "x"]}
     said = [{**plain, "question": question} for question in ("On the LEFT?", "오른쪽은 무엇인가요?", "What is it?")]
-    said += [{**plain, "choices": ["x", "왼쪽 위"]}, {**plain, "image": None}]
+    said += [{**plain, "choices": ["x", "왼쪽 위"]}, {**plain, "images": []}]
     *_, view = make_views(said, Collator(processor, 140), flip=True)
     assert (view.name, view.changed) == ("flip", [2])
     output = capsys.readouterr().out

@@ -5,13 +5,14 @@ collate = Collator(processor, image_size=384, with_answer=True)    # prompts and
 batch = collate(rows)                                              # rows of `vqa.data.rows.read_rows`
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
 from qwen_vl_utils import process_vision_info
 
 from vqa.config.arguments import INSTRUCTION
-from vqa.data.images import resized_image_item
+from vqa.data.images import image_item, shown_images
 from vqa.data.prompt import added_tokens, build_messages, render_chat, shown_answer, shown_target
 from vqa.data.rows import LETTERS, Row
 
@@ -31,13 +32,15 @@ class Collator:
             `image_features` (1 + deepstack layers, image tokens of all rows, hidden) instead of `pixel_values`.
 
     Input keys of a row (`vqa.data.rows.Row`):
-        id, question, choices; image: path, or None for a prompt without an image;
+        id, question, choices; images: paths, none for a prompt without an image;
         answer: index of the right choice (only needed with answers);
-        optional: permutation (choice shown at each letter), scale and flip (of the image), target (soft label).
+        optional: permutation (choice shown at each letter), scale and flip (of the images), target (soft label).
 
     Output keys:
-        what the processor returns: input_ids, attention_mask, mm_token_type_ids, pixel_values, image_grid_thw;
+        what the processor returns: input_ids, attention_mask, mm_token_type_ids and, of all images one after another,
+        pixel_values and image_grid_thw (no such keys where no row has an image);
         ids: the rows' ids, for error messages;
+        num_images: the number of images of each row, ints;
         offered: bool (rows, letters), the letters that the row offers;
     and with answers:
         labels: int64 (rows, tokens), the token id at the answer's letter and the end of the turn, IGNORE elsewhere;
@@ -63,7 +66,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row]) -> dict:
         """The batch; the rows are not changed."""
-        use_features = self.features is not None and self.features.holds(rows)
+        use_features = self.features is not None and self.features.holds(rows) and any(row["images"] for row in rows)
         conversations = [self.conversation(row, decode=not use_features) for row in rows]
         prompts = [render_chat(self.processor, conversation) for conversation in conversations]
         texts = prompts
@@ -73,6 +76,7 @@ class Collator:
 
         batch = self.with_features(texts, rows) if use_features else self.with_pixels(texts, conversations)
         batch["ids"] = [row["id"] for row in rows]
+        batch["num_images"] = [len(row["images"]) for row in rows]
         batch["offered"] = torch.tensor([[i < len(row["choices"]) for i in range(len(LETTERS))] for row in rows])
         if self.with_answer:
             batch["labels"] = self.labels(batch["input_ids"], prompts, texts)
@@ -83,11 +87,10 @@ class Collator:
         return batch
 
     def conversation(self, row: Row, decode: bool = True) -> list[dict]:
-        """The row's chat messages without the answer; with `decode`, they hold the image and its target size."""
-        image: dict | None = None if row["image"] is None else {"type": "image"}
-        if image and decode:
-            image |= resized_image_item(row, self.image_size, self.processor.image_processor.patch_size)
-        return build_messages(row, image, self.instruction, self.special)
+        """The row's chat messages without the answer; with `decode`, they hold the images and their target sizes."""
+        patch = self.processor.image_processor.patch_size
+        items = [image_item(shown, self.image_size, patch) for shown in shown_images(row)] if decode else None
+        return build_messages(row, items, self.instruction, self.special)
 
     def with_pixels(self, texts: list[str], conversations: list[list[dict]]) -> dict:
         """The processor's output for texts and decoded images."""
@@ -102,8 +105,8 @@ class Collator:
         """
         features, grids = self.features.read(rows)
         token, merge = self.processor.image_token, self.processor.image_processor.merge_size
-        counts = (grids.prod(1) // merge**2).tolist()
-        texts = [text.replace(token, token * count) for text, count in zip(texts, counts)]
+        counts = iter((grids.prod(1) // merge**2).tolist())
+        texts = [re.sub(re.escape(token), lambda _: token * next(counts), text) for text in texts]
         batch = self.processor.tokenizer(texts, **PADDING)
         kinds = (batch["input_ids"] == self.processor.image_token_id).long()
         return dict(batch) | {"mm_token_type_ids": kinds, "image_grid_thw": grids, "image_features": features}

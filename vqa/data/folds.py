@@ -8,15 +8,14 @@ import numpy as np
 import pandas as pd
 
 from vqa.core.errors import UserError
-from vqa.core.io import atomic_write, hash_files
+from vqa.core.io import atomic_write
 from vqa.data.table import align_ids, read_table
 
 
-def assign_folds(answers: Sequence[int], images: Sequence[str], folds: int, seed: int) -> np.ndarray:
-    """Fold of each row, int (rows,): stratified by answer, rows with byte-identical images in one fold."""
+def assign_folds(answers: Sequence[int], groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
+    """Fold of each row, int (rows,): stratified by answer, the rows of a group (`image_groups`) in one fold."""
     from sklearn.model_selection import StratifiedGroupKFold  # takes a second to import
 
-    groups = hash_files(images)
     if not 2 <= folds <= len(set(groups)):
         raise UserError(
             f"{folds} folds cannot be made of {len(set(groups))} different images. Set --folds from 2 to that number."

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -47,13 +48,31 @@ def thumbnail_image(path: str | Path, side: int) -> Image.Image:
     return paper
 
 
-def resized_image_item(row: Row, image_size: int, patch: int) -> dict:
-    """A row's decoded image, mirrored where `flip` is set, and its target size, in the form of `qwen_vl_utils`."""
-    image = open_image(row["image"])  # type: ignore[arg-type]  # the caller has seen that there is one
-    if row.get("flip"):
+class ShownImage(NamedTuple):
+    """An image file as a row shows it: its side relative to the pixel budget's, and whether it is mirrored."""
+
+    path: str
+    scale: float
+    flip: bool
+
+
+def shown_images(row: Row) -> list[ShownImage]:
+    """The images of a row, in order."""
+    return [ShownImage(path, row.get("scale", 1.0), row.get("flip", False)) for path in row["images"]]
+
+
+def all_images(rows: Iterable[Row]) -> list[str]:
+    """The path of each image of the rows, once."""
+    return list(dict.fromkeys(path for row in rows for path in row["images"]))
+
+
+def image_item(shown: ShownImage, image_size: int, patch: int) -> dict:
+    """The decoded image and its target size, as an item of a chat in the form of `qwen_vl_utils`."""
+    image = open_image(shown.path)
+    if shown.flip:
         image = ImageOps.mirror(image)
-    width, height = target_size(*image.size, image_size, row.get("scale", 1.0), patch)
-    return {"image": image, "resized_width": width, "resized_height": height}
+    width, height = target_size(*image.size, image_size, shown.scale, patch)
+    return {"type": "image", "image": image, "resized_width": width, "resized_height": height}
 
 
 def target_size(width: int, height: int, image_size: int, scale: float = 1.0, patch: int = 14) -> tuple[int, int]:
@@ -97,10 +116,8 @@ def oriented_sizes(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
 
 def check_images(rows: Sequence[Row], label: str, remedy: str = "Replace the files, or delete their rows.") -> None:
     """Decode every image once. Raises UserError, with the number and the first few names, if any cannot be used."""
-    if without := [row["id"] for row in rows if row["image"] is None]:
-        raise UserError(f"{label}: {len(without)} rows have no image: {preview(without)}. {remedy}")
     if broken := find_bad_images(rows, label):
-        total = len({row["image"] for row in rows})
+        total = len(all_images(rows))
         if len(broken) == total:
             remedy = _suggest_root(label, next(iter(broken))) or remedy
         raise UserError(
@@ -121,7 +138,7 @@ def find_bad_images(rows: Sequence[Row], label: str) -> dict[str, str]:
 
     JPEGs are decoded at an eighth of their size: fast, and the file is still read to its end.
     """
-    paths = list(dict.fromkeys(row["image"] for row in rows if row["image"]))
+    paths = all_images(rows)
     with ThreadPoolExecutor() as pool:
         checks = tqdm(
             pool.map(_problem, paths), total=len(paths), desc=f"checking images of {label}", leave=False, disable=None

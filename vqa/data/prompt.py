@@ -9,17 +9,20 @@ Answer with the letter only.<|im_end|>
 b<|im_end|>
 """
 
+from collections.abc import Sequence
+
 from vqa.config.arguments import INSTRUCTION
 from vqa.core.errors import UserError
 from vqa.data.rows import LETTERS, Row
 
 
 def build_messages(
-    row: Row, image: dict | None, instruction: str = INSTRUCTION, special: tuple[str, ...] = ()
+    row: Row, images: Sequence[dict] | None = None, instruction: str = INSTRUCTION, special: tuple[str, ...] = ()
 ) -> list[dict]:
-    """Chat messages of a row, without the answer.
+    """Chat messages of a row, without the answer: its images in order, then the text.
 
-    `image` is the image item of the user's turn (`{"type": "image", ...}`), or None for a prompt without an image.
+    `images` are the items of the user's turn, `{"type": "image", ...}` for each of the row's images; by default they
+    have no pixels.
     `row["permutation"]`, if set, lists the choice shown at each letter: in `[2, 0, 1]` the third choice is a.
     `special` are the tokenizer's added tokens: where a question or choice spells one, it is kept as ordinary text.
     """
@@ -27,8 +30,8 @@ def build_messages(
     lines = [row["question"]]
     lines += [f"{letter}. {row['choices'][choice]}" for letter, choice in zip(LETTERS, permutation)]
     text = escape_special_tokens("\n".join(lines), special) + f"\n{instruction}"
-    content = [] if image is None else [image]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+    items = [{"type": "image"} for _ in row["images"]] if images is None else images
+    return [{"role": "user", "content": [*items, {"type": "text", "text": text}]}]
 
 
 def escape_special_tokens(text: str, special: tuple[str, ...]) -> str:
@@ -60,11 +63,16 @@ def shown_target(row: Row) -> list[float]:
 
 
 def render_chat(processor, conversation: list[dict], answer: str | None = None) -> str:
-    """The chat as text. Without `answer` it ends where the model writes; with it, at the end of the answer's turn."""
+    """The chat as text. Without `answer` it ends where the model writes; with it, at the end of the answer's turn.
+
+    Several images are numbered as the model's template does it, where it can: `Picture 1: ` in Qwen's.
+    """
+    several = sum(item["type"] == "image" for item in conversation[0]["content"]) > 1
+    options = {"add_vision_id": True} if several else {}
     if answer is None:
-        return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **options)
     turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    return processor.apply_chat_template(conversation + [turn], tokenize=False, add_generation_prompt=False)
+    return processor.apply_chat_template(conversation + [turn], tokenize=False, add_generation_prompt=False, **options)
 
 
 def letter_ids(processor) -> list[int]:
@@ -74,7 +82,7 @@ def letter_ids(processor) -> list[int]:
     for token, of the training text.
     """
     tokenizer = processor.tokenizer
-    conversation = build_messages({"question": "?", "choices": list(LETTERS)}, {"type": "image"})
+    conversation = build_messages({"question": "?", "choices": list(LETTERS)}, [{"type": "image"}])
     prompt = render_chat(processor, conversation)
     prompt_ids = tokenizer(prompt).input_ids
     found = []

@@ -25,10 +25,10 @@ LETTERS = ascii_lowercase  # the letter of each choice in the prompt
 
 
 class Row(TypedDict, total=False):
-    """One question about one image. `read_rows` fills the first part; later steps add the rest to copies of a row."""
+    """One question about its images. `read_rows` fills the first part; later steps add the rest to copies of a row."""
 
     id: str
-    image: str | None  # path of the file; None: answer from the text alone
+    images: list[str]  # paths of the files, in the order shown; none: answer from the text alone
     question: str
     choices: list[str]  # the texts offered, in the order of the columns a, b, ...
     answer: int  # index of the right choice
@@ -40,9 +40,9 @@ class Row(TypedDict, total=False):
     permutations: list[list[int]]  # several of them, scored in one pass that shares the prompt's beginning
     views: list[int]  # the test-time view that each of `permutations` belongs to
     paraphrase: int  # which paraphrase replaces the question; 0: the question itself
-    scale: float  # side of the image relative to the pixel budget's
-    flip: bool  # mirror the image
-    image_hash: str | None  # SHA-256 of the image file
+    scale: float  # side of each image relative to the pixel budget's
+    flip: bool  # mirror each image
+    image_hash: str | None  # SHA-256 of the image file; of several files, joined by spaces
     note: str  # remark for the prediction file, such as a broken image
 
 
@@ -62,7 +62,9 @@ class Contest:
         parts = [f"{self.path}: {pluralize(len(self.rows), 'row')} of {offered} choices", str(self.columns)]
         if self.form:
             parts.append(f"answers as {self.form}")
-        if text_only := sum(row["image"] is None for row in self.rows):
+        if several := sum(len(row["images"]) > 1 for row in self.rows):
+            parts.append(f"{pluralize(several, 'row')} with several images")
+        if text_only := sum(not row["images"] for row in self.rows):
             parts.append(f"{pluralize(text_only, 'row')} without an image, asked by their text alone")
         return "; ".join(parts)
 
@@ -89,7 +91,7 @@ def read_contest(
 ) -> Contest:
     """Read and check a contest's file: CSV, TSV, JSON, JSON lines or Parquet.
 
-    Each row has `id`, `image`, `question` and `choices`; `with_answer`, also `answer`, and `annotators` where the
+    Each row has `id`, `images`, `question` and `choices`; `with_answer`, also `answer`, and `annotators` where the
     file has columns `answer1, answer2, ...`. `paraphrases` are the columns `question_1, question_2, ...`, if any.
     `columns` (role -> column) and `answer_form` decide where the file alone does not. Raises UserError, which names
     the file and the row, for whatever cannot be used.
@@ -98,8 +100,8 @@ def read_contest(
     found = find_columns(path, list(table.columns), columns)
     rows = read_texts(path, table, found)
     images = _find_images(path, table[list(found.paths)].to_dict("split")["data"], rows, image_root)
-    for row, image in zip(rows, images):
-        row["image"] = image
+    for row, own in zip(rows, images):
+        row["images"] = own
     form = add_answers(path, rows, table, found, answer_form) if with_answer else None
     return Contest(path, rows, found, form)
 
@@ -113,7 +115,7 @@ def read_texts(path: str | Path, table: pd.DataFrame, found: Columns) -> list[Ro
         place = f"{path}: row {len(rows) + 1} (id {row_id})"
         row = Row(
             id=row_id,
-            image=None,
+            images=[],
             question=str(cells[found.question]),
             choices=_choices(place, [cells[name] for name in found.choices]),
         )
@@ -168,30 +170,21 @@ def rows_with_equal_choices(rows: Sequence[Row]) -> list[str]:
 
 def _find_images(
     path: str | Path, cells: Sequence[Sequence], rows: Sequence[Row], image_root: str | Path | None
-) -> list[str | None]:
-    """The image file of each row; None where the row has none."""
+) -> list[list[str]]:
+    """The image files of each row, in the order of the columns and of the names within a cell."""
     finder = ImageFinder(image_root or Path(path).parent)
-    images: list[str | None] = []
-    several, outside = [], []
+    images, outside = [], []
     for row, row_cells in zip(rows, cells):
         names = [name for cell in row_cells for name in finder.split(cell)]
-        if any(escapes(name) for name in names):
-            outside.append(f"{names[0]!r} (id {row['id']})")
-            continue
+        outside += [f"{name!r} (id {row['id']})" for name in names if escapes(name)]
         try:
-            images.append(finder.find(names[0]) if names else None)
+            images.append([finder.find(name) for name in names if not outside])
         except UserError as error:
             raise UserError(f"{path}: id {row['id']}: {error}") from None
-        several += [row["id"]] if len(names) > 1 else []
     if outside:
         raise UserError(
             f"{path}: {len(outside)} image paths lead out of {finder.root}: {preview(outside)}. Write them relative "
             "to that folder, or set another folder with --image_root."
-        )
-    if several:
-        raise UserError(
-            f"{path}: {pluralize(len(several), 'row')} with several images: {preview(several)}. The model sees one "
-            'image a row. Choose the column in the args file: "columns": {"path": "..."}.'
         )
     return images
 

@@ -12,6 +12,7 @@ from vqa.config.arguments import DataArguments, folds_file, reader_options
 from vqa.core.errors import UserError, preview
 from vqa.core.io import hash_file, hash_files
 from vqa.data.folds import read_folds, split_fold
+from vqa.data.images import all_images
 from vqa.data.predictions import read_predictions
 from vqa.data.rows import Row, read_rows
 
@@ -101,24 +102,36 @@ def split_problems(train_rows: list[Row], valid_rows: list[Row]) -> list[str]:
     return problems
 
 
-def image_hashes(rows: list[Row]) -> list[str]:
-    return hash_files([row["image"] for row in rows])  # type: ignore[misc]  # rows of a CSV have an image
+def image_hashes(rows: Sequence[Row]) -> list[list[str]]:
+    """SHA-256 of each image of each row."""
+    paths = all_images(rows)
+    hashes = dict(zip(paths, hash_files(paths)))
+    return [[hashes[path] for path in row["images"]] for row in rows]
+
+
+def image_groups(rows: Sequence[Row]) -> list[str]:
+    """A key of each row that rows with the same images share, byte for byte. A row without an image has its own.
+
+    Rows that share some of their images are not joined: where pairs are drawn from a few images, that would join all.
+    """
+    return [" ".join(sorted(set(hashes))) or f"text of {row['id']}" for row, hashes in zip(rows, image_hashes(rows))]
 
 
 def shared_images(rows: list[Row], others: list[Row]) -> list[tuple[str, str]]:
-    """(id, id of one of the others) for each of `rows` whose image is byte-identical to that of one of the others."""
-    holder = dict(zip(image_hashes(others), (row["id"] for row in others)))
-    groups = image_hashes(rows)
-    return [(row["id"], holder[group]) for row, group in zip(rows, groups) if group in holder]
+    """(id, id of one of the others) for each of `rows` whose images are those of one of the others, byte for byte."""
+    holder = dict(zip(image_groups(others), (row["id"] for row in others)))
+    groups = image_groups(rows)
+    return [(row["id"], holder[group]) for row, group in zip(rows, groups) if row["images"] and group in holder]
 
 
 def images_across_folds(rows: list[Row], folds: Sequence[int] | np.ndarray) -> list[list[str]]:
     """For each image that is in several folds, the ids of its rows."""
     ids, folds_of = defaultdict(list), defaultdict(set)
-    for row, group, fold in zip(rows, image_hashes(rows), folds):
-        ids[group].append(row["id"])
-        folds_of[group].add(fold)
-    return [ids[group] for group in ids if len(folds_of[group]) > 1]
+    for row, hashes, fold in zip(rows, image_hashes(rows), folds):
+        for image in hashes:
+            ids[image].append(row["id"])
+            folds_of[image].add(fold)
+    return [ids[image] for image in ids if len(folds_of[image]) > 1]
 
 
 def rows_fingerprint(*parts: Sequence[Row]) -> str:
@@ -129,9 +142,9 @@ def rows_fingerprint(*parts: Sequence[Row]) -> str:
     """
 
     def content(row: Row) -> dict:
-        image = row.get("image")
-        digest = row.get("image_hash") or (hash_file(image) if image and Path(image).is_file() else None)
-        return {**row, "image": digest}
+        hashes = [hash_file(path) if Path(path).is_file() else "" for path in row.get("images", ())]
+        kept = {key: value for key, value in row.items() if key != "images"}
+        return kept | {"image": row.get("image_hash") or " ".join(hashes) or None}
 
     rows = [[content(row) for row in part] for part in parts]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]

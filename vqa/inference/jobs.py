@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from vqa.core.errors import UserError, preview
-from vqa.core.io import hash_files, write_json
+from vqa.core.io import write_json
 from vqa.data.images import check_images, find_bad_images
 from vqa.data.predictions import read_card, read_predictions, write_predictions
 from vqa.data.rows import Row, read_rows
+from vqa.data.splits import image_hashes
 from vqa.evaluation.experiment_log import log_run
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import accuracy_and_log_loss, score_with_interval
@@ -19,6 +20,7 @@ from vqa.inference.tta import View, ViewPredictions
 from vqa.inference.view_cache import ViewCache, view_fingerprint
 
 NO_IMAGE = "image unreadable, answered from the text alone"
+LESS_IMAGES = "image unreadable, answered from the other images"
 
 
 def read_test_rows(csv: str, image_root: str | None, skip_bad_images: bool, reader: Mapping) -> list[Row]:
@@ -53,13 +55,14 @@ def _with_images(rows: list[Row], csv: str, skip_bad: bool) -> list[Row]:
     """`rows` with the `image_hash` of each. Bad images raise UserError, or are left out and noted in their rows."""
     if skip_bad:
         bad = find_bad_images(rows, csv)
-        rows = [row | Row(image=None, note=NO_IMAGE) if row["image"] in bad else row for row in rows]
+        readable = [[path for path in row["images"] if path not in bad] for row in rows]
+        rows = [
+            row | Row(images=left, note=LESS_IMAGES if left else NO_IMAGE) if len(left) < len(row["images"]) else row
+            for row, left in zip(rows, readable)
+        ]
     else:
-        shown = [row for row in rows if row["image"]]
-        check_images(shown, csv, "Replace the files, or answer their rows from the text alone with --skip_bad_images.")
-    paths = [path for row in rows if (path := row["image"])]
-    hashes: dict[str | None, str] = dict(zip(paths, hash_files(paths)))
-    return [row | Row(image_hash=hashes.get(row["image"])) for row in rows]
+        check_images(rows, csv, "Replace the files, or answer their rows from the text alone with --skip_bad_images.")
+    return [row | Row(image_hash=" ".join(hashes) or None) for row, hashes in zip(rows, image_hashes(rows))]
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def _make_card(job: Job, predictions: ViewPredictions) -> dict:
         "gate": job.gate,
         "seconds": round(float(predictions.seconds.sum()), 1),
         "letter_mass": predictions.letter_mass,
-        "without_image": [row["id"] for row in job.rows if not row["image"]],
+        "without_image": [row["id"] for row in job.rows if "note" in row],
     }
 
 
@@ -175,6 +178,7 @@ def _log_prediction(job: Job, probabilities: np.ndarray, seconds: float, cli_arg
     if job.oof:
         answers = np.array([row["answer"] for row in job.rows])
         oof_scores = score_with_interval(probabilities, answers, Labels(job.csv).clusters(ids))
+        oof_scores |= {"text_only": (item.validation or {}).get("text_only")}
         scores = {"scores": oof_scores, "labels": job.csv, "out_of_fold": (ids, probabilities)}
     elif len(job.views) == 1 and item.validation:  # training has scored the plain view
         scores = {"scores": item.validation, "labels": item.data.train_csv}

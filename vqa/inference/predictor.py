@@ -95,7 +95,7 @@ class Predictor:
         changed = sorted({i for view in views for i in view.changed})
         is_main = PartialState().is_main_process
         if self.features and self.collate.features:
-            self.features.add(model, [rows[i] for i in changed if rows[i]["image"]], is_main)
+            self.features.add(model, [rows[i] for i in changed], is_main)
         label = f"{checkpoint.name}, {' + '.join(view.name for view in views)}" if is_main else None
         options = self.collate, self.letter_ids, self.batch_size, label, self.workers
         if len(views) == 1:
@@ -114,7 +114,7 @@ class Predictor:
 
     def compare_with_generate(self, job: Job, predictions: ViewPredictions, rows: int) -> dict[str, int] | None:
         """How many of `rows` rows, drawn by seed, `generate` answers like the plain view; None if none are drawn."""
-        with_image = [i for i, row in enumerate(job.rows) if row["image"]]
+        with_image = [i for i, row in enumerate(job.rows) if row["images"]]
         drawn = np.random.default_rng(0).permutation(with_image)[:rows].tolist()
         if not drawn:
             return None

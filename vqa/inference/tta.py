@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import PartialState
 
 from vqa.data.collator import Collator
-from vqa.data.images import image_tokens, oriented_sizes, target_size
+from vqa.data.images import all_images, image_tokens, oriented_sizes, target_size
 from vqa.data.rows import Row
 from vqa.inference.scoring import normalize
 from vqa.inference.view_cache import CachedView
@@ -159,27 +159,27 @@ def _paraphrased(rows: list[Row], number: int) -> View:
 
 
 def _flipped(rows: list[Row]) -> View:
-    """Every image mirrored, except in rows that mention a side."""
+    """All images mirrored, except in rows that mention a side."""
     sided = [bool(SIDES.search("\n".join([row["question"], *row["choices"]]))) for row in rows]
     PartialState().print(
         f"flip: text in images is mirrored too; {sum(sided)} of {len(rows)} rows mention left or right (왼쪽, 오른쪽) "
         "and are not flipped"
     )
-    changed = [i for i, row in enumerate(rows) if row["image"] and not sided[i]]
+    changed = [i for i, row in enumerate(rows) if row["images"] and not sided[i]]
     return View("flip", [row | Row(flip=True) for row in rows], changed)
 
 
 def _scaled(rows: list[Row], scales: Iterable[float], collate: Collator) -> list[View]:
     """A view for each scale other than 1, of the rows to which it gives a new grid of tokens."""
     patch = collate.processor.image_processor.patch_size
-    sizes = oriented_sizes(row["image"] for row in rows if row["image"])
+    sizes = oriented_sizes(all_images(rows))
     if not sizes:
         return []
     views, seen = [], {path: {target_size(*size, collate.image_size, 1.0, patch)} for path, size in sizes.items()}
     plain = median(image_tokens(*grid, patch) for grids in seen.values() for grid in grids)
     for scale in dict.fromkeys(scale for scale in scales if scale != 1.0):
         grids = {path: target_size(*size, collate.image_size, scale, patch) for path, size in sizes.items()}
-        changed = [i for i, row in enumerate(rows) if row["image"] and grids[row["image"]] not in seen[row["image"]]]
+        changed = [i for i, row in enumerate(rows) if any(grids[path] not in seen[path] for path in row["images"])]
         for path, grid in grids.items():
             seen[path].add(grid)
         tokens = median(image_tokens(*grid, patch) for grid in grids.values())

@@ -53,5 +53,5 @@ class ViewCache:
 
 def view_fingerprint(model: str, rows: Sequence[Row]) -> str:
     """Of weights and of rows as a view shows them. Images count by their bytes (`image_hash`), not by their path."""
-    content = [model, *({key: value for key, value in row.items() if key != "image"} for row in rows)]
+    content = [model, *({key: value for key, value in row.items() if key != "images"} for row in rows)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -23,7 +24,15 @@ from vqa.config.arguments import DataArguments
 from vqa.core.errors import UserError
 from vqa.core.hashing import fingerprint
 from vqa.core.io import hash_files
-from vqa.data.images import image_tokens, oriented_sizes, resized_image_item, target_size
+from vqa.data.images import (
+    ShownImage,
+    all_images,
+    image_item,
+    image_tokens,
+    oriented_sizes,
+    shown_images,
+    target_size,
+)
 from vqa.data.rows import Row
 from vqa.modeling.families import family_of, vision_tower
 from vqa.modeling.feature_shards import FeatureShards
@@ -55,7 +64,7 @@ def open_feature_store(
 
 
 class FeatureStore:
-    """Features of images, by row.
+    """Features of the images of rows.
 
     Args:
         model: the base model, or PEFT's around it; the store keeps no reference.
@@ -69,37 +78,41 @@ class FeatureStore:
         base = unwrap_base_model(model)
         tower, embeddings = vision_tower(base), base.get_input_embeddings().weight
         self.processor, self.image_size = processor, image_size
-        self.patch, _ = family_of(base).patch_and_merge_size(processor)
+        self.patch = processor.image_processor.patch_size
         self.dtype = embeddings.dtype  # the language model casts features to it
         layers = 1 + len(getattr(tower, "deepstack_visual_indexes", ()))
         self.bytes_per_token = layers * embeddings.shape[1] * embeddings.element_size()
         depends_on = [FORMAT, tower_fingerprint(tower), processor.image_processor.to_json_string(), str(self.dtype)]
         name = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
         self.shards = FeatureShards(Path(root) / f"vision-{name}-{str(self.dtype).split('.')[1]}", limit_gb * 1e9)
-        self.images: dict[str | None, tuple[str, tuple[int, int]]] = {}  # path -> SHA-256, upright (width, height)
+        self.images: dict[str, tuple[str, tuple[int, int]]] = {}  # path -> SHA-256, upright (width, height)
 
-    def size(self, row: Row) -> tuple[int, int]:
-        """(width, height) in pixels that the row's image is resized to."""
-        upright = self.images[row["image"]][1]
-        return target_size(*upright, self.image_size, row.get("scale", 1.0), self.patch)
+    def size(self, image: ShownImage) -> tuple[int, int]:
+        """(width, height) in pixels that the image is resized to."""
+        return target_size(*self.images[image.path][1], self.image_size, image.scale, self.patch)
 
-    def key(self, row: Row) -> str:
-        """What identifies the features of the row's image in this store."""
-        width, height = self.size(row)
-        return f"{self.images[row['image']][0]}_{width}x{height}{'_flipped' if row.get('flip') else ''}"
+    def key(self, image: ShownImage) -> str:
+        """What identifies the features of the image in this store."""
+        width, height = self.size(image)
+        return f"{self.images[image.path][0]}_{width}x{height}{'_flipped' if image.flip else ''}"
 
-    def grids(self, rows: Sequence[Row]) -> torch.Tensor:
-        """int64 (rows, 3): frames, rows and columns of patches of each row's image, from its file's header."""
-        sizes = [self.size(row) for row in rows]
+    def grids(self, images: Sequence[ShownImage]) -> torch.Tensor:
+        """int64 (images, 3): frames, rows and columns of patches of each image, from its file's header."""
+        sizes = [self.size(image) for image in images]
         return torch.tensor([[1, height // self.patch, width // self.patch] for width, height in sizes])
 
     def holds(self, rows: Sequence[Row]) -> bool:
         """Whether the images of all `rows` are stored, at their sizes."""
-        return all(row["image"] in self.images and self.key(row) in self.shards for row in rows)
+        images = (image for row in rows for image in shown_images(row))
+        return all(image.path in self.images and self.key(image) in self.shards for image in images)
 
     def read(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (1 + deepstack layers, image tokens of all rows, hidden) and int64 grids (rows, 3)."""
-        return torch.cat([self.shards.read(self.key(row)) for row in rows], dim=1), self.grids(rows)
+        """Features (1 + deepstack layers, image tokens of all rows, hidden) and int64 grids (images, 3).
+
+        Images are in the order of the rows. At least one row has an image.
+        """
+        images = [image for row in rows for image in shown_images(row)]
+        return torch.cat([self.shards.read(self.key(image)) for image in images], dim=1), self.grids(images)
 
     def add(self, model: nn.Module, rows: Sequence[Row], show: bool = True) -> bool:
         """Compute the features of `rows` that are not stored yet. False, and a line, beyond the limit.
@@ -107,10 +120,10 @@ class FeatureStore:
         Raises UserError where an image's features are not finite, its pixels do not fit its header, or the folder
         cannot be written.
         """
-        paths = [p for p in dict.fromkeys(row["image"] for row in rows) if p is not None and p not in self.images]
+        paths = [path for path in all_images(rows) if path not in self.images]
         self.images |= zip(paths, zip(hash_files(paths), oriented_sizes(paths).values()))
-        wanted = {self.key(row): row for row in rows}
-        tokens = {key: image_tokens(*self.size(row), self.patch) for key, row in wanted.items()}
+        wanted = {self.key(image): image for row in rows for image in shown_images(row)}
+        tokens = {key: image_tokens(*self.size(image), self.patch) for key, image in wanted.items()}
         self.shards.open(wanted.keys())
         size = sum(tokens[key] for key in wanted if key not in self.shards) * self.bytes_per_token
         if size == 0:
@@ -131,36 +144,41 @@ class FeatureStore:
         self.shards.open(wanted.keys())
         return True
 
-    def _encode(self, model: nn.Module, rows: dict[str, Row], groups: list[list[str]], show: bool) -> None:
-        """Write a shard for each group of keys, whose rows are in `rows`."""
+    def _encode(self, model: nn.Module, images: dict[str, ShownImage], groups: list[list[str]], show: bool) -> None:
+        """Write a shard for each group of the keys of `images`."""
         count, start = sum(map(len, groups)), time.time()
         with tqdm(total=count, desc=f"encoding {count} images", unit=" images", leave=False, disable=not show) as bar:
-            for keys in self.shards.write(groups, lambda keys: self._encode_group(model, {k: rows[k] for k in keys})):
+            encode = partial(self._encode_group, model, images)
+            for keys in self.shards.write(groups, encode):
                 bar.update(len(keys))
         if show:
             print(f"{count} images encoded in {time.time() - start:.1f} s, features in {self.shards.folder}")
 
-    def _encode_group(self, model: nn.Module, group: dict[str, Row]) -> dict[str, torch.Tensor]:
-        """Key -> features (1 + deepstack layers, image tokens, hidden), on the CPU."""
-        rows = list(group.values())
+    def _encode_group(
+        self, model: nn.Module, images: dict[str, ShownImage], keys: list[str]
+    ) -> dict[str, torch.Tensor]:
+        """Key -> features (1 + deepstack layers, image tokens, hidden), on the CPU, of the images with these keys."""
+        shown = [images[key] for key in keys]
         with ThreadPoolExecutor() as pool:
-            images = list(pool.map(self._load_image, rows))
-        inputs = self.processor.image_processor(images=images, do_resize=False, return_tensors="pt")
-        for row, grid, expected in zip(rows, inputs["image_grid_thw"].tolist(), self.grids(rows).tolist()):
+            pixels = list(pool.map(self._load_image, shown))
+        inputs = self.processor.image_processor(images=pixels, do_resize=False, return_tensors="pt")
+        for image, grid, expected in zip(shown, inputs["image_grid_thw"].tolist(), self.grids(shown).tolist()):
             if grid != expected:
                 raise UserError(
-                    f"{row['image']}: the decoded image has {grid[1]} x {grid[2]} patches, its header promises "
+                    f"{image.path}: the decoded image has {grid[1]} x {grid[2]} patches, its header promises "
                     f"{expected[1]} x {expected[2]}. Save the image again, upright and without EXIF data, or set "
                     "--vision_cache false."
                 )
         device = next(vision_tower(unwrap_base_model(model)).parameters()).device
-        pixels, grids = inputs["pixel_values"].to(device), inputs["image_grid_thw"].to(device)
-        features = image_features(model, pixels, grids, [str(row["image"]) for row in rows]).to("cpu", self.dtype)
-        parts = features.split([image_tokens(*self.size(row), self.patch) for row in rows], dim=1)
-        return {key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(group, parts)}
+        inputs = inputs.to(device)
+        paths = [image.path for image in shown]
+        features = image_features(model, inputs["pixel_values"], inputs["image_grid_thw"], paths)
+        tokens = [image_tokens(*self.size(image), self.patch) for image in shown]
+        parts = features.to("cpu", self.dtype).split(tokens, dim=1)
+        return {key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(keys, parts)}
 
-    def _load_image(self, row: Row):
-        return fetch_image(resized_image_item(row, self.image_size, self.patch), image_patch_size=self.patch)
+    def _load_image(self, image: ShownImage):
+        return fetch_image(image_item(image, self.image_size, self.patch), image_patch_size=self.patch)
 
 
 def tower_fingerprint(tower: nn.Module) -> str:

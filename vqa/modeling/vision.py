@@ -27,7 +27,8 @@ def encode_images(model: nn.Module, batch: dict) -> dict:
     """
     features = batch.get("image_features")
     if features is None:
-        features = image_features(model, batch["pixel_values"], batch["image_grid_thw"], batch["ids"])
+        names = [row_id for row_id, number in zip(batch["ids"], batch["num_images"]) for _ in range(number)]
+        features = image_features(model, batch["pixel_values"], batch["image_grid_thw"], names)
     kept = {key: value for key, value in batch.items() if key not in ("pixel_values", "image_features")}
     return kept | as_encoder_outputs(features)
 

@@ -119,7 +119,7 @@ def label_issues_section(results: Results, rows: list[Row], page: Page) -> dict:
         row, answer = rows[i], rows[i]["answer"]
         letters, texts = [LETTERS[answer], LETTERS[suggested]], [row["choices"][answer], row["choices"][suggested]]
         probs = [mean[i, answer], mean[i, suggested]]
-        lines.append([row["id"], *letters, *probs, *texts, row["question"], row["image"], folds[row["id"]]])
+        lines.append([row["id"], *letters, *probs, *texts, row["question"], ";".join(row["images"]), folds[row["id"]]])
     table = pd.DataFrame(lines, columns=[*columns, "question", "image", "fold"])
     with atomic_write(page.folder / "mislabelled.csv") as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.4f")

@@ -90,6 +90,12 @@ def read_fold_column(file: str, rows: pd.DataFrame, page: Page) -> np.ndarray | 
 def by_split(rows: pd.DataFrame):
     return rows.groupby("split", sort=False)
 
+def image_keys(rows: pd.DataFrame, pictures: dict[str, Picture]) -> pd.Series:
+    """A key of each row that rows with the same images share. A row without an image has its own."""
+    keys = [" ".join(sorted({pictures[path].sha or path for path in paths})) for paths in rows["images"]]
+    return pd.Series([key or f"row {index}" for key, index in zip(keys, rows.index)], index=rows.index)
+
+
 
 def labelled_rows(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["answer"].notna()]
@@ -130,7 +136,7 @@ def letters_section(rows: pd.DataFrame, page: Page) -> list[dict]:
 def text_only_section(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page) -> dict:
     """The accuracy of a classifier that reads question and choices and sees no image."""
     labelled = labelled_rows(rows)
-    images = pd.factorize(pd.Series([pictures[path].sha or path for path in labelled["image"]]))[0]
+    images = pd.factorize(image_keys(labelled, pictures))[0]
     num_images = images.max(initial=-1) + 1
     if num_images < MIN_IMAGES:
         return {"rows": 0, "sentence": f"Not measured: it needs labelled rows with {MIN_IMAGES} different images."}
@@ -211,7 +217,8 @@ def images_section(pictures: dict[str, Picture], patch: int, page: Page) -> dict
 
 def duplicates_section(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page) -> dict:
     """Images that occur twice, within a file and across files. All pairs are written to duplicates.csv."""
-    images = rows.drop_duplicates(["split", "image"]).reset_index(drop=True)
+    images = rows.explode("images").dropna(subset="images").rename(columns={"images": "image"})
+    images = images.drop_duplicates(["split", "image"]).reset_index(drop=True)
     pairs = same_pictures(images, pictures)
     for side in ("first", "second"):
         for column in ("split", "id", "image", "fold"):
@@ -267,7 +274,7 @@ def choices_section(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page
             odd_rows += split[split["id"].isin(equal)].to_dict("records")
     keys = ["image_key", "question_key"]
     keyed = rows.assign(
-        image_key=[pictures[path].sha or path for path in rows["image"]],
+        image_key=image_keys(rows, pictures),
         question_key=rows["question"].str.split().str.join(" "),
         text=[None if a is None else c[a].strip() for a, c in zip(rows["answer"], rows["choices"])],
     )

@@ -7,7 +7,7 @@ from difflib import SequenceMatcher
 import numpy as np
 import pandas as pd
 
-from vqa.data.images import oriented_sizes
+from vqa.data.images import all_images, oriented_sizes
 from vqa.data.rows import Row
 from vqa.evaluation.metrics import accuracy, row_log_loss
 from vqa.evaluation.significance import mean_loss
@@ -21,10 +21,8 @@ MIN_ROWS = 20  # of a group that may be called the worst
 def group_rows(rows: Sequence[Row]) -> dict[str, pd.Series]:
     """Name of a grouping -> group of each row (categories), by id."""
     ids = [row["id"] for row in rows]
-    images = [row["image"] for row in rows]
-    sizes = oriented_sizes(images)  # type: ignore[arg-type]  # rows of a CSV have an image
-    areas = [width * height for width, height in (sizes[image] for image in images)]  # type: ignore[index]
-    sides = [round(math.sqrt(area)) for area in areas]
+    areas = {path: width * height for path, (width, height) in oriented_sizes(all_images(rows)).items()}
+    sides = [round(math.sqrt(sum(areas[path] for path in row["images"]))) for row in rows]
     lengths = [len(row["question"]) for row in rows]
     return {
         TYPE: pd.Series([question_type(row["question"]) for row in rows], ids, dtype="category"),

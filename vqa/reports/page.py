@@ -76,7 +76,7 @@ def thumbnail(path: str | Path) -> str | None:
 
 
 def card(row: Row, labels: list[str], probs: Mapping[str, Sequence[float]] | None = None) -> dict:
-    """What the card of a row shows: image, labels, question, choices and each model's probability of each choice."""
+    """What the card of a row shows: images, labels, question, choices and each model's probability of each choice."""
     choices = [
         {
             "letter": LETTERS[i],
@@ -86,5 +86,5 @@ def card(row: Row, labels: list[str], probs: Mapping[str, Sequence[float]] | Non
         }
         for i, text in enumerate(row["choices"])
     ]
-    image = thumbnail(row["image"]) if row["image"] else None
-    return {"image": image, "id": row["id"], "labels": labels, "question": row["question"], "choices": choices}
+    images = [thumbnail(path) for path in row["images"]]
+    return {"images": images, "id": row["id"], "labels": labels, "question": row["question"], "choices": choices}

@@ -37,24 +37,30 @@ def rows_per_step(args: RecipeArguments) -> int:
 def split_batch(batch: dict, most: int) -> list[dict]:
     """The batch in parts of at most `most` rows; image tensors hold all rows' images one after another."""
     rows = len(batch["ids"])
+    images = [sum(num_images[start : start + most]) for start in range(0, rows, most)]
     if rows <= most:
+        of_images = key in ("pixel_values", "image_features", "image_grid_thw")
         return [batch]
-    patches = batch["image_grid_thw"].prod(1)
+    num_images = batch["num_images"]
     sizes = [min(most, rows - start) for start in range(0, rows, most)]
     parts: list[dict] = [{} for _ in sizes]
     for key, value in batch.items():
         if key in ("pixel_values", "image_features"):
             along = 1 if key == "image_features" else 0
-            of_rows = patches * value.shape[along] // patches.sum()
-            pieces = value.split([int(chunk.sum()) for chunk in of_rows.split(sizes)], dim=along)
+            patches = batch["image_grid_thw"].prod(1)
+            lengths = patches * value.shape[along] // patches.sum()
+            pieces = value.split([int(chunk.sum()) for chunk in lengths.split(images)], dim=along)
+        elif key == "image_grid_thw":
+            pieces = value.split(images)
         elif isinstance(value, torch.Tensor):
             pieces = value.split(sizes)
         elif isinstance(value, int):
             pieces = [value] * len(sizes)
         else:
             pieces = [value[start : start + most] for start in range(0, rows, most)]
-        for part, piece in zip(parts, pieces):
-            part[key] = piece
+        for part, piece, number in zip(parts, pieces, images):
+            if number or not of_images:  # a part without images is as the Collator makes it
+                part[key] = piece
     return parts
 
 
@@ -120,7 +126,7 @@ RECORD = "batch.json"  # in the fold's folder: a resumed run keeps the micro-bat
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each row, text and image together, and of its image alone; `patches` make an image token."""
+    """Tokens of each row, text and images together, and of its images alone; `patches` make an image token."""
 
     tokens: np.ndarray
     image_tokens: np.ndarray
@@ -144,13 +150,14 @@ def count_tokens(
     longest: Iterable[Row] = (
         {**row, "question": max([row["question"], *row.get("paraphrases", [])], key=len)} for row in bar
     )
-    chats = (build_messages(row, {"type": "image"}, collate.instruction, collate.special) for row in longest)
+    chats = (build_messages(row, None, collate.instruction, collate.special) for row in longest)
     texts = (render_chat(collate.processor, chat, LETTERS[0]) for chat in chats)
     chunks = iter(lambda: list(itertools.islice(texts, 1000)), [])  # not all at once: only the counts are kept
     tokenizer = collate.processor.tokenizer
-    text_tokens = np.array([len(ids) - 1 for chunk in chunks for ids in tokenizer(chunk).input_ids])  # - <|image_pad|>
-    of_images = np.array([image_tokens[row["image"]] for row in rows])  # type: ignore[index]  # all have an image
-    return Lengths(text_tokens + of_images, of_images, collate.processor.image_processor.merge_size**2)
+    text_tokens = np.array([len(ids) for chunk in chunks for ids in tokenizer(chunk).input_ids])
+    num_images = np.array([len(row["images"]) for row in rows])  # each is one <|image_pad|> in the text
+    of_images = np.array([sum(image_tokens[path] for path in row["images"]) for row in rows])
+    return Lengths(text_tokens - num_images + of_images, of_images, collate.processor.image_processor.merge_size**2)
 
 
 def count_image_tokens(sizes: Mapping[str, tuple[int, int]], collate: Collator) -> dict[str, int]:

@@ -17,7 +17,7 @@ from vqa.config.recipe import RecipeArguments
 from vqa.core.errors import UserError, pluralize, preview
 from vqa.data.collator import Collator
 from vqa.data.folds import read_folds
-from vqa.data.images import check_images, find_bad_images, oriented_size, preview_bad_images, target_size
+from vqa.data.images import all_images, check_images, find_bad_images, oriented_size, preview_bad_images, target_size
 from vqa.data.prompt import letter_ids, shown_answer
 from vqa.data.rows import LETTERS, Row, read_rows, rows_with_equal_choices
 from vqa.data.splits import images_across_folds, shared_images, split_problems, split_rows
@@ -96,7 +96,7 @@ def read_contest(report: Report, data: DataArguments, seed: int) -> Contest:
             f"{data.test_csv}: {number} cannot be used: {paths}. Replace the files, or answer their rows from the "
             "text alone with `predict.py --skip_bad_images`."
         )
-    test = [row for row in test if row["image"] not in broken]
+    test = [row for row in test if not broken.keys() & set(row["images"])]
     folds = None
     if data.fold is not None:
         folds = read_folds(folds_file(data), [row["id"] for row in rows], data.train_csv)
@@ -140,11 +140,12 @@ def check_tokens(report: Report, collate: Collator, contest: Contest) -> tuple[L
     """Print the images' sizes and tokens. Returns the lengths of the training rows and of the validation rows."""
     report.section("Images and tokens")
     patch = collate.processor.image_processor.patch_size
-    paths = sorted({row["image"] for row in contest.rows if row["image"]})
+    paths = sorted(all_images(contest.rows))
     sizes = {path: oriented_size(path) for path in tqdm(paths, desc="reading image sizes", leave=False, disable=None)}
     tokens = count_image_tokens(sizes, collate)
     by_tokens = sorted(paths, key=tokens.__getitem__)
-    for name, path in zip(("smallest", "median", "largest"), (by_tokens[i] for i in (0, len(paths) // 2, -1))):
+    examples = [by_tokens[i] for i in (0, len(paths) // 2, -1)] if paths else []
+    for name, path in zip(("smallest", "median", "largest"), examples):
         width, height = target_size(*sizes[path], collate.image_size, patch=patch)
         given = "{} x {}".format(*sizes[path])
         print(f"{name:8} image {given}, resized to {width} x {height}: {tokens[path]} tokens")

@@ -35,7 +35,7 @@ def label_problems(collate: Collator, rows: list[Row]) -> list[str]:
     """One line for each row whose labels do not cover exactly the right letter and the end of the turn."""
     problems = []
     for row, text in zip(rows, supervised_texts(collate, rows)):
-        conversation, letter = build_messages(row, {"type": "image"}), LETTERS[shown_answer(row)]
+        conversation, letter = build_messages(row), LETTERS[shown_answer(row)]
         prompt = render_chat(collate.processor, conversation)
         wanted = render_chat(collate.processor, conversation, letter)[len(prompt) :].rstrip()
         if text != wanted:
