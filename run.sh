@@ -4,12 +4,13 @@
 #   bash run.sh args/7b --num_train_epochs 5       # flags of the training override the args files
 #   bash run.sh args --max_hours 11                # stop training with a checkpoint after 11 hours, for 12-hour notebooks
 #   LABELS=test_answers.csv bash run.sh args       # a table of scores, where the test answers are known
-#   JOBS=2 bash run.sh args                        # train two folds at once, each in a process of its own
+#   JOBS=2 bash run.sh args                        # train two folds at once, each on GPUs of its own
+#   LAUNCH="accelerate launch --config_file X.yaml" bash run.sh args       # start the scripts in another way
+# With several GPUs, each fold trains on one of them: JOBS is the number of GPUs, or of folds if there are fewer.
 # Run it again to continue: finished folds are skipped, others resume from their latest checkpoint.
 set -euo pipefail
 export RUN_STARTED=${RUN_STARTED:-$(date +%s)} # max_hours counts from here
 LABELS=${LABELS:-${TRUTH:-}}                   # TRUTH: its name in earlier releases
-JOBS=${JOBS:-1}
 args=${1:-}
 args=${args%/}
 case "$args" in args | args/*) ;; *)
@@ -29,11 +30,16 @@ names=("${files[@]##*/}")
 names=("${names[@]%.json}")
 [ -t 2 ] || export HF_HUB_DISABLE_PROGRESS_BARS=1
 
-gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
-[ -z "${CUDA_VISIBLE_DEVICES:-}" ] || gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
-launch=python # with one GPU or none
-[ "$gpus" -lt 2 ] || launch="accelerate launch --multi_gpu --num_processes $gpus --num_machines 1 --mixed_precision no --dynamo_backend no"
-read -ra launch <<<"${LAUNCH:-$launch}"
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+  IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+else
+  mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -x '[0-9]*' || true)
+fi
+if [ -z "${JOBS:-}" ]; then # what finishes first: one fold for each GPU
+  JOBS=$((${#gpus[@]} < ${#files[@]} ? ${#gpus[@]} : ${#files[@]}))
+  [ "$JOBS" -gt 0 ] && [ -z "${LAUNCH:-}" ] || JOBS=1
+fi
+export LAUNCH=${LAUNCH:-} GPUS="${gpus[*]}"
 
 stage() { # stage NAME COMMAND...: run it and note its seconds
   local start=$SECONDS
@@ -42,13 +48,31 @@ stage() { # stage NAME COMMAND...: run it and note its seconds
   echo "$1,$((SECONDS - start))" >>"$outputs/seconds.txt"
 }
 
-train() { # all folds in one process, which loads the base model once; or JOBS processes that share the cores
-  export OMP_NUM_THREADS=$((($(nproc) + JOBS - 1) / JOBS))
+on_gpus() { # on_gpus FIRST COUNT COMMAND...: run a Python script on COUNT of the GPUs, from number FIRST on
+  local all own launch=(python) # with one GPU or none
+  read -ra all <<<"$GPUS"
+  if [ ${#all[@]} -gt 0 ]; then
+    own="${all[*]:$1 % ${#all[@]}:$2}"
+    export CUDA_VISIBLE_DEVICES=${own// /,}
+  fi
+  if [ "$2" -gt 1 ]; then # port 0 is one that is free; accelerate warns where the other flags are missing
+    launch=(accelerate launch --multi_gpu --num_processes "$2" --num_machines 1 --main_process_port 0)
+    launch+=(--mixed_precision no --dynamo_backend no)
+  fi
+  [ -z "$LAUNCH" ] || read -ra launch <<<"$LAUNCH"
+  "${launch[@]}" "${@:3}"
+}
+export -f on_gpus
+
+train() { # all folds in one process, which loads the base model once; or JOBS processes that share cores and GPUs
+  export OMP_NUM_THREADS=$((($(nproc) + JOBS - 1) / JOBS)) EACH=1
+  while [ $((EACH * 2 * JOBS)) -le ${#gpus[@]} ]; do EACH=$((EACH * 2)); done # a power of two divides a step's rows
   if [ "$JOBS" = 1 ]; then
-    "${launch[@]}" train_fold.py "${files[@]}" --resume_from_checkpoint auto "$@"
+    on_gpus 0 "$EACH" train_fold.py "${files[@]}" --resume_from_checkpoint auto "$@"
   else # after exit code 255 xargs starts no further fold
-    printf '%s\n' "${files[@]}" | xargs -P "$JOBS" -I {} sh -c '"$@" || exit 255' \
-      sh "${launch[@]}" train_fold.py {} --resume_from_checkpoint auto "$@"
+    printf '%s\n' "${files[@]}" | xargs -P "$JOBS" --process-slot-var=SLOT -I {} \
+      bash -c 'on_gpus $((SLOT * EACH)) "$EACH" "$@" || exit 255' \
+      bash train_fold.py {} --resume_from_checkpoint auto "$@"
   fi
 }
 
@@ -58,8 +82,8 @@ stage folds python make_folds.py "${files[0]}"
 stage "train ${#files[@]} folds" train "$@"
 unset OMP_NUM_THREADS # nproc would repeat it: prediction ran with the one thread of each training job
 export OMP_NUM_THREADS=$(nproc)
-# With LABELS, the untrained base model is scored too, for comparison.
-stage predict "${launch[@]}" predict.py "${names[@]/#/$checkpoints/}" ${LABELS:+--base "$checkpoints/${names[0]}/args.json"} \
+# On all GPUs, which share the rows. With LABELS, the untrained base model is scored too, for comparison.
+stage predict on_gpus 0 ${#gpus[@]} predict.py "${names[@]/#/$checkpoints/}" ${LABELS:+--base "$checkpoints/${names[0]}/args.json"} \
   --num_permutations 4 --output_dir "$outputs"
 predictions=("${names[@]/#/$outputs/}")
 stage ensemble python ensemble.py "${predictions[@]/%/.csv}"

@@ -19,7 +19,8 @@ from vqa.core.distributed import run_on_main_and_broadcast
 from vqa.core.errors import run_main
 from vqa.data.collator import Collator
 from vqa.data.images import all_images, check_images, oriented_sizes
-from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens, rows_per_step
+from vqa.evaluation.reference import Reference
+from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens
 from vqa.training.callbacks import EMACallback, FrozenWeightsCheck, SWACallback, WeightAverage
 from vqa.training.checkpointing import CheckpointMarkerCallback, TimeLimitCallback, checkpoint_to_resume
 from vqa.training.dataset import SetEpochCallback, TrainDataset
@@ -52,7 +53,9 @@ def read_and_check(run: FoldRun) -> bool:
     if run_on_main_and_broadcast(run.is_finished):
         print_on_main(f"{run.folder} is finished; nothing to train")
         return True
-    recipe.resume_from_checkpoint = run_on_main_and_broadcast(lambda: checkpoint_to_resume(checkpoint, run.folder))
+    recipe.resume_from_checkpoint = run_on_main_and_broadcast(
+        lambda: checkpoint_to_resume(checkpoint, run.folder, recipe.effective_batch_size)
+    )
     if run.data.fold is None:
         recipe.eval_strategy = "no"
     return False
@@ -123,8 +126,8 @@ def train(run: FoldRun, base: SharedBase) -> None:
     elif not trainer.validator.best:  # eval_strategy "no"
         trainer.evaluate()
     if trainer.is_world_process_zero():
-        run.write_metrics(make_metrics(trainer, fingerprints, seconds))
-        print(summary(run, trainer))
+        warning = run.write_metrics(make_metrics(trainer, fingerprints, seconds))
+        print(summary(run, trainer), *filter(None, [warning]), sep="\n")
 
 
 def make_weight_averages(recipe: RecipeArguments) -> list[WeightAverage]:
@@ -135,7 +138,7 @@ def make_weight_averages(recipe: RecipeArguments) -> list[WeightAverage]:
 
 def make_time_limit(recipe: RecipeArguments, scored_rows: int) -> TimeLimitCallback:
     """The callback that ends the run in time. An evaluation scores `scored_rows` rows, at most as fast as training."""
-    time_limit = TimeLimitCallback(recipe.max_hours, evaluation_steps=scored_rows / rows_per_step(recipe))
+    time_limit = TimeLimitCallback(recipe.max_hours, evaluation_steps=scored_rows / recipe.effective_batch_size)
     if run_on_main_and_broadcast(time_limit.is_late):
         stop(f"{recipe.output_dir}: no time is left of max_hours. Run the same command in a new session.")
     return time_limit
@@ -151,7 +154,7 @@ def set_batches(recipe: RecipeArguments, config: dict[str, int | bool]) -> None:
 
 def make_metrics(trainer: FoldTrainer, fingerprints: dict[str, str], seconds: float) -> dict:
     steps = trainer.state.global_step
-    rows = (steps - initial_global_step(trainer)) * rows_per_step(trainer.args)
+    rows = (steps - initial_global_step(trainer)) * trainer.args.effective_batch_size
     return {
         "train_rows": len(trainer.train_dataset),
         "valid_rows": len(trainer.eval_dataset),
@@ -170,8 +173,11 @@ def summary(run: FoldRun, trainer: FoldTrainer) -> str:
     best, name = trainer.validator.best, trainer.validator.best_weights()
     if name not in best:
         return f"{run.folder}: trained on {len(run.train_rows)} rows"
-    scores = f"accuracy {best[name]['accuracy']:.4f}, log-loss {best[name]['log_loss']:.4f}"
-    return f"{run.folder}: best weights {name} at step {best[name]['step']}, {scores}"
+    scores = best[name]  # write_metrics added the reference
+    return (
+        f"{run.folder}: best weights {name} at step {scores['step']}, accuracy {scores['accuracy']:.4f}, "
+        f"log-loss {scores['log_loss']:.4f} ({Reference(scores['chance'], scores['text_only'])})"
+    )
 
 
 def print_on_main(message: str) -> None:

@@ -9,6 +9,7 @@ from conftest import ROOT
 import predict
 from vqa.config.args_file import build_dataclass, read_args_file
 from vqa.config.parser import CLASSES, check_launch, check_machine, field_names, parse_arguments
+from vqa.config.recipe import RecipeArguments
 from vqa.core.errors import UserError
 from vqa.core.io import swap_root
 
@@ -50,6 +51,35 @@ def test_what_a_fold_writes_as_its_args_repeats_it(args_file):
     assert again[:2] == first[:2] and again[3] == first[3]
 
 
+@pytest.mark.parametrize(
+    ("values", "rows"),
+    [
+        ({}, 16),
+        ({"effective_batch_size": 24}, 24),
+        ({"effective_batch_size": 24, "per_device_train_batch_size": 4}, 24),
+        ({"per_device_train_batch_size": 4}, 8),  # files of release 0.1, whose defaults were 8 and 2
+        ({"gradient_accumulation_steps": 3}, 24),
+        ({"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}, 12),
+    ],
+)
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_a_step_has_the_same_rows_on_any_number_of_gpus(args_file, monkeypatch, values, rows, gpus):
+    monkeypatch.setattr(RecipeArguments, "world_size", gpus)
+    _, _, recipe, resolved = parse_arguments([args_file({"model": "m", **values})], "")
+    size, batches = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    assert size * batches * gpus == rows == recipe.effective_batch_size
+    assert size <= values.get("per_device_train_batch_size", rows)
+    assert (resolved["effective_batch_size"], resolved["gradient_accumulation_steps"]) == (rows, None)
+
+
+def test_rows_that_cannot_be_split_evenly_are_refused_with_what_works(args_file, monkeypatch):
+    monkeypatch.setattr(RecipeArguments, "world_size", 3)
+    with pytest.raises(UserError, match="16 rows .* over 3 GPUs. Set effective_batch_size to 15 or 18"):
+        parse_arguments([args_file({"model": "m"})], "")
+    with pytest.raises(UserError, match="Set effective_batch_size to 3,"):
+        parse_arguments([args_file({"model": "m", "effective_batch_size": 2})], "")
+
+
 @pytest.mark.parametrize("word", ["null", "none"])
 def test_null_can_be_said_on_the_command_line(args_file, word):
     assert parse_arguments([args_file({"model": "m", "fold": 1}), "--fold", word], "")[1].fold is None
@@ -73,6 +103,7 @@ def test_null_can_be_said_on_the_command_line(args_file, word):
         ({"swa_every": 0}, [], "1 or more"),
         ({"ema_decay": 1.0}, [], "below 1"),
         ({"save_total_limit": 1}, [], "Set it to 2 or more"),
+        ({"effective_batch_size": 16}, ["--gradient_accumulation_steps", "1"], "Leave it out"),
         ({"swa_lr": 1e-4, "swa_start": None}, [], "Set swa_start"),
         ({"extends": "fold0.json"}, [], "extends itself"),
         ({"extends": "gone.json"}, [], "gone.json: no such file"),

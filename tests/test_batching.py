@@ -71,7 +71,8 @@ def test_the_order_goes_by_seed_and_epoch_alone():
 
 
 def way(setup, room, rows=32, rate=1e14, checkpointing=None):
-    fields = choose_micro_batch(setup, LENGTHS, rows, room, rate, checkpointing)
+    recipe = RecipeArguments("x", effective_batch_size=rows, gradient_checkpointing=checkpointing, use_cpu=True)
+    fields = choose_micro_batch(setup, LENGTHS, recipe, room, rate)
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
     return tuple(fields[name] for name in names)
 
@@ -174,7 +175,7 @@ def test_gradients_are_never_copied(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", [None, False, True])
 def test_what_the_args_leave_open_is_chosen_and_reaches_the_trainer(given, tmp_path, monkeypatch):
     """With the GPU's part played: 64 rows fit only with checkpointing, which is quicker where it is allowed."""
-    recipe = RecipeArguments(str(tmp_path), per_device_train_batch_size=32, gradient_checkpointing=given, use_cpu=True)
+    recipe = RecipeArguments(str(tmp_path), effective_batch_size=64, gradient_checkpointing=given, use_cpu=True)
     recipe.fp16 = True  # a CPU would be refused
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("vqa.training.batching.available_memory", lambda: 2e8)
@@ -188,3 +189,9 @@ def test_what_the_args_leave_open_is_chosen_and_reaches_the_trainer(given, tmp_p
     recipe.resume_from_checkpoint = "checkpoint-1"
     monkeypatch.setattr("vqa.training.batching.available_memory", lambda: 1e12)
     assert choose_batch_config(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False) == fields
+    monkeypatch.setattr(RecipeArguments, "world_size", 2)  # the next session has two GPUs
+    fields = choose_batch_config(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False)
+    assert fields["per_device_train_batch_size"] * fields["gradient_accumulation_steps"] == 32
+    recipe.most_rows_at_once = 4
+    fields = choose_batch_config(recipe, ModelArguments(model=TINY), LENGTHS, encodes_images=False)
+    assert (fields["per_device_train_batch_size"], fields["gradient_accumulation_steps"]) == (4, 8)

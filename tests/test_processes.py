@@ -1,6 +1,7 @@
 """Training in two processes against training in one: the same rows, weights, averages and out-of-fold file."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -29,7 +30,7 @@ RECIPE = {
     "max_train_rows": TRAIN_ROWS,
     "lora_dropout": 0.0,
     "num_train_epochs": EPOCHS,
-    "gradient_accumulation_steps": 1,
+    "effective_batch_size": BATCH,
     # With its usual epsilon AdamW moves a weight whose gradient is rounding noise as far as any other.
     "adam_epsilon": 1e-3,
     "learning_rate": 3e-3,
@@ -60,26 +61,25 @@ def argv(folder: Path, name: str, *flags) -> list[str]:
 
 @pytest.fixture(scope="module")
 def one(folder):
-    """One process with batches of 4: the folder of the run."""
-    train(argv(folder, "one", "--per_device_train_batch_size", BATCH), folder / "records" / "one.0")
+    """One process: the folder of the run."""
+    train(argv(folder, "one"), folder / "records" / "one.0")
     return folder / "runs" / "one"
 
 
 @pytest.fixture(scope="module")
 def launched(folder):
-    """Two processes with batches of 2, started before `one` is asked for; gives what they printed."""
+    """Two processes, started before `one` is asked for; gives what they printed."""
     import make_folds
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["make_folds.py", str(folder / "args.json")])
         make_folds.main()
-    half = ["--per_device_train_batch_size", BATCH // 2]
     checkpoint = folder / "runs" / "two" / f"checkpoint-{SAVED}"
     jobs = {
-        "two": argv(folder, "two", *half),
-        "resumed": argv(folder, "resumed", *half, "--resume_from_checkpoint", checkpoint),
-        "again": argv(folder, "two", *half, "--resume_from_checkpoint", "auto"),
-        "refused": argv(folder, "refused", *half, "--fold", 7),
+        "two": argv(folder, "two"),
+        "resumed": argv(folder, "resumed", "--resume_from_checkpoint", checkpoint),
+        "again": argv(folder, "two", "--resume_from_checkpoint", "auto"),
+        "refused": argv(folder, "refused", "--fold", 7),
     }
     (folder / "jobs.json").write_text(json.dumps(jobs))
     started = subprocess.Popen(
@@ -129,7 +129,7 @@ def test_every_row_counts_once_an_epoch_and_repeats_not_at_all(folder, two):
         assert repeats == [0] * (STEPS_AN_EPOCH * BATCH - TRAIN_ROWS)
 
 
-def test_the_adapter_is_that_of_one_process_with_twice_the_batch(one, two):
+def test_the_adapter_is_that_of_one_process(one, two):
     fresh = load_file(weights(one))
     assert max(t.abs().max().item() for name, t in fresh.items() if "lora_B" in name) > 1e-3, "it has moved"
     for name in ("", "ema", "swa"):
@@ -166,6 +166,17 @@ def test_two_processes_go_on_from_a_checkpoint_to_the_same_bytes(folder, two):
         assert resumed.read_bytes() == whole.read_bytes(), name
 
 
+def test_one_process_continues_what_two_began(folder, one, two):
+    """The folder moves to a machine with one GPU, in the middle of an epoch: the same run, with the same result."""
+    moved = folder / "runs" / "moved"
+    shutil.copytree(two, moved, ignore=shutil.ignore_patterns("metrics.json", f"checkpoint-{EPOCHS * STEPS_AN_EPOCH}"))
+    train(argv(folder, "moved", "--resume_from_checkpoint", "auto"), folder / "records" / "moved.0")
+    rows = [record(folder, run)["rows"] for run in ("one", "moved")]
+    assert record(folder, "moved")["code"] == 0 and sorted(rows[1]) == sorted(rows[0][SAVED * BATCH - 3 :])
+    for name in ("", "ema", "swa"):
+        assert largest_difference(weights(one, name), weights(moved, name)) < 1e-5, name
+
+
 def test_only_the_first_process_writes(folder, two):
     first, second = ([Path(path).name for path in record(folder, "all", rank)["written"]] for rank in (0, 1))
     for name in ("args.json", "metrics.json", "best.json", "oof.csv"):
@@ -191,7 +202,7 @@ def test_messages_are_printed_once_and_an_error_is_one_line(folder, two):
 
 def test_two_batches_of_two_are_one_of_four(folder, one):
     """Gradient accumulation; an epoch's last step has one batch of two only, in both."""
-    half = ["--per_device_train_batch_size", BATCH // 2, "--gradient_accumulation_steps", 2]
+    half = ["--per_device_train_batch_size", BATCH // 2]
     train(argv(folder, "accumulated", *half), folder / "records" / "accumulated.0")
     assert record(folder, "accumulated")["code"] == 0
     for name in ("", "ema", "swa"):
@@ -201,14 +212,10 @@ def test_two_batches_of_two_are_one_of_four(folder, one):
 def test_accumulated_batches_of_different_sizes_count_by_their_rows(folder):
     """A step of 5 and 4 rows is one of 9: the mean of the two batches' means would not be the mean of the rows."""
     runs = []
-    for size, accumulation in ((5, 2), (9, 1)):
-        name, flags = f"by_{size}", ["--per_device_train_batch_size", size, "--num_train_epochs", 3]
-        train(
-            argv(
-                folder, name, *flags, "--gradient_accumulation_steps", accumulation, "--ema_decay", 0, "--fold", "null"
-            ),
-            folder / "records" / f"{name}.0",
-        )
+    for size, rows in ((5, 10), (9, 9)):
+        name, flags = f"by_{size}", ["--per_device_train_batch_size", size, "--effective_batch_size", rows]
+        flags += ["--num_train_epochs", 3, "--ema_decay", 0, "--fold", "null"]
+        train(argv(folder, name, *flags), folder / "records" / f"{name}.0")
         runs.append(folder / "runs" / name)
     assert largest_difference(weights(runs[0]), weights(runs[1])) < 1e-6
 

@@ -26,13 +26,13 @@ def checkpoint(folder, step: int, whole: bool = True):
 
 
 def test_auto_takes_the_newest_whole_checkpoint_by_number(tmp_path):
-    assert checkpoint_to_resume("auto", tmp_path) is None
+    assert checkpoint_to_resume("auto", tmp_path, 16) is None
     nine, ten = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
     half = checkpoint(tmp_path, 11, whole=False)
-    assert nine != checkpoint_to_resume("auto", tmp_path) == ten
+    assert nine != checkpoint_to_resume("auto", tmp_path, 16) == ten
     with pytest.raises(UserError, match="not a complete one"):
-        checkpoint_to_resume(half, tmp_path)
-    assert checkpoint_to_resume(None, tmp_path) is None
+        checkpoint_to_resume(half, tmp_path, 16)
+    assert checkpoint_to_resume(None, tmp_path, 16) is None
 
 
 def state(step: int, epoch: float, steps: int = 100) -> SimpleNamespace:
@@ -128,11 +128,18 @@ def test_a_stopped_fold_goes_on_to_the_bytes_of_one_that_was_not(trained, script
     assert weights[0] == weights[1]
 
 
-def test_a_run_is_not_gone_on_with_by_another_number_of_processes(tmp_path):
-    (tmp_path / "checkpoint-4").mkdir()
+def test_a_checkpoint_of_steps_with_other_rows_is_refused(tmp_path):
+    newest = checkpoint(tmp_path, 4)
+    (tmp_path / "checkpoint-4" / COMPLETE).write_text("effective_batch_size 32")
+    assert checkpoint_to_resume("auto", tmp_path, 32) == newest
+    with pytest.raises(UserError, match="a run with effective_batch_size 32, and this run has 16"):
+        checkpoint_to_resume("auto", tmp_path, 16)
+    for marker in ("", "1"):  # of release 0.1, which wrote the number of processes
+        (tmp_path / "checkpoint-4" / COMPLETE).write_text(marker)
+        assert checkpoint_to_resume("auto", tmp_path, 16) == newest
     (tmp_path / "checkpoint-4" / COMPLETE).write_text("2")
-    with pytest.raises(UserError, match="written by 2 processes and this run has 1"):
-        checkpoint_to_resume("auto", tmp_path)
+    with pytest.raises(UserError, match="written by 2 processes of an earlier release"):
+        checkpoint_to_resume("auto", tmp_path, 16)
 
 
 def test_before_the_first_evaluation_its_length_is_assumed():

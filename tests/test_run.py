@@ -16,12 +16,17 @@ def loop(tmp_path):
     shutil.copy(ROOT / "run.sh", tmp_path)
     (tmp_path / "bin").mkdir()
 
-    def call(*flags: str, training: int = 0, gpus: int = 0, **variables: str):
-        """`training`: exit code of train_fold.py. `gpus`: how many nvidia-smi lists."""
+    def call(*flags: str, training: int = 0, gpus: int = 0, smi: str = "", **variables: str):
+        """`training`: exit code of train_fold.py. `gpus`: how many nvidia-smi lists; `smi`: what it does instead."""
         calls = tmp_path / "calls.txt"
-        calls.unlink(missing_ok=True)
-        note = f'echo "$(basename $0) $*" >> {calls}; case "$*" in *train_fold.py*) exit {training};; esac'
-        for name, body in (("python", note), ("accelerate", note), ("nvidia-smi", f"seq {gpus}")):
+        gpus_of = tmp_path / "gpus.txt"
+        for path in (calls, gpus_of):
+            path.unlink(missing_ok=True)
+        note = (  # a moment of work, so that jobs overlap
+            f'echo "$(basename $0) $*" >> {calls}; echo "$CUDA_VISIBLE_DEVICES: $*" >> {gpus_of}; '
+            f'case "$*" in *train_fold.py*) sleep 0.2; exit {training};; esac'
+        )
+        for name, body in (("python", note), ("accelerate", note), ("nvidia-smi", smi or f"seq 0 {gpus - 1}")):
             path = tmp_path / "bin" / name
             path.write_text(f"#!/bin/sh\n{body}\n")
             path.chmod(0o755)
@@ -31,6 +36,7 @@ def loop(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stderr
 
+    call.folder = tmp_path
     return call
 
 
@@ -64,15 +70,34 @@ def test_after_a_fold_that_was_stopped_nothing_is_predicted(loop, jobs):
     assert not any("predict" in call for call in calls)
 
 
-def test_several_gpus_have_a_process_each_and_one_has_plain_python(loop):
-    def launcher(**options):
-        return next(call for call in loop("args", **options)[1] if "train_fold.py" in call).split(" train_fold.py")[0]
+def test_each_fold_trains_on_a_gpu_of_its_own_and_all_gpus_predict(loop):
+    def gpus_of(script: str) -> list[str]:
+        lines = (loop.folder / "gpus.txt").read_text().splitlines()
+        return sorted(line.split(": ")[0] for line in lines if script in line)
 
+    def launcher(script: str = "train_fold.py", **options) -> str:
+        code, calls, error = loop("args", **options)
+        assert code == 0, error
+        return next(call for call in calls if script in call).split(f" {script}")[0]
+
+    assert launcher(gpus=0) == "python" and gpus_of("train_fold.py") == [""]
     assert launcher(gpus=1) == launcher(gpus=2, CUDA_VISIBLE_DEVICES="1") == "python"
-    defaults = "--num_machines 1 --mixed_precision no --dynamo_backend no"  # accelerate warns of those not given
-    assert launcher(gpus=2) == f"accelerate launch --multi_gpu --num_processes 2 {defaults}"
+    assert gpus_of("train_fold.py") == gpus_of("predict.py") == ["1"]
+    assert launcher(gpus=3) == "python" and gpus_of("train_fold.py") == ["0", "1", "2"]
+    assert launcher("predict.py", gpus=3).startswith("accelerate launch --multi_gpu --num_processes 3 ")
+    assert launcher(gpus=2, CUDA_VISIBLE_DEVICES="5,7") == "python" and gpus_of("predict.py") == ["5,7"]
+    assert set(gpus_of("train_fold.py")) == {"5", "7"} and len(gpus_of("train_fold.py")) == 3
+    several = launcher(gpus=4, JOBS="2")
+    options = "--num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no"
+    assert several == f"accelerate launch --multi_gpu --num_processes 2 {options}"  # accelerate warns of those missing
+    assert set(gpus_of("train_fold.py")) == {"0,1", "2,3"}
+    launch_command_parser().parse_args([*several.split()[2:], "train_fold.py"])
+    assert launcher(gpus=3, JOBS="1").split()[4] == "2" and gpus_of("train_fold.py") == ["0,1"], "2 divides 16 rows"
     assert launcher(gpus=2, LAUNCH="accelerate launch x") == "accelerate launch x"
-    launch_command_parser().parse_args([*launcher(gpus=2).split()[2:], "train_fold.py"])
+
+
+def test_a_driver_that_fails_counts_as_no_gpu(loop):
+    assert "python train_fold.py" in " ".join(loop("args", smi="echo NVIDIA-SMI has failed; exit 9")[1])
 
 
 @pytest.mark.parametrize("name", ["LABELS", "TRUTH"])

@@ -41,8 +41,7 @@ BASE_ARGS = FP16 | {
     "lora_dropout": 0.0,
     "learning_rate": 3e-3,
     "max_steps": 20,
-    "per_device_train_batch_size": 16,
-    "gradient_accumulation_steps": 1,
+    "effective_batch_size": 16,
     "ema_decay": 0.9,
     "swa_start": 0.5,
     "eval_strategy": "no",
@@ -195,7 +194,7 @@ def background(request) -> Iterator[dict[str, Commands]]:
     if not skipped and "two_processes" in needed and NUM_GPUS > 1:
         job = request.getfixturevalue("job")
         run, predictions = job / "runs" / "two", job / "outputs_of_two"
-        train = ["train_fold.py", job / "args.json", "--output_dir", run, "--per_device_train_batch_size", 8, *GENTLE]
+        train = ["train_fold.py", job / "args.json", "--output_dir", run, *GENTLE]
         started["two_processes"] = Commands(
             job / "two_processes.log",
             [*LAUNCH, *train],

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from vqa.config.args_file import build_dataclass, raise_unknown_field, read_args_file
 from vqa.config.arguments import DataArguments, ModelArguments
-from vqa.config.recipe import RecipeArguments, check_hub, check_optimizer, check_recipe
+from vqa.config.recipe import ROWS, RecipeArguments, check_hub, check_optimizer, check_recipe
 from vqa.core.cli import non_default_args
 from vqa.core.compat import parser_actions
 from vqa.core.distributed import check_launcher
@@ -65,12 +65,15 @@ def parse_arguments(
     check_optimizer(recipe)
     if recipe.push_to_hub:
         check_hub(recipe)
+    kept |= {"effective_batch_size": recipe.effective_batch_size, "gradient_accumulation_steps": None}
     return model, data, recipe, kept
 
 
 def non_default_fields(resolved: dict) -> dict:
     """The fields of a run that differ from the defaults, without output_dir."""
-    changed = non_default_args(_parser(""), argparse.Namespace(**resolved))
+    parser = _parser("")
+    parser.set_defaults(effective_batch_size=ROWS)
+    changed = non_default_args(parser, argparse.Namespace(**resolved))
     return {name: value for name, value in changed.items() if name != "output_dir"}
 
 

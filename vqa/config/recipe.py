@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from vqa.core.errors import UserError
 
 # transformers 5.23 and PEFT warn in every run that version 6 will rename `gradient_checkpointing`.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+
+ROWS = 16  # of an optimiser step, by default
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # since transformers 5.23, and before
 
@@ -47,13 +50,22 @@ class RecipeArguments(TrainingArguments):
     learning_rate: float = arg(2e-4, "Peak learning rate: usual for QLoRA, ten times that of full fine-tuning.")
     lr_scheduler_type: str = arg("cosine", "Schedule; cosine falls to zero at the end, so that the last steps settle.")
     warmup_steps: float = arg(0.05, "Warm-up steps; below 1, a fraction of the run.")
-    per_device_train_batch_size: int = arg(8, "Rows of a micro-batch on each GPU, if auto_batch is off.")
-    gradient_accumulation_steps: int = arg(2, "Micro-batches of an optimiser step; times the batch size, its rows.")
+    effective_batch_size: int = arg(
+        None, f"Rows of an optimiser step, on all GPUs together ({ROWS} if not given). It decides the result."
+    )
+    per_device_train_batch_size: int = arg(
+        None, "Most rows that a GPU processes at once; null: auto_batch chooses. It decides memory and speed only."
+    )
+    gradient_accumulation_steps: int = arg(
+        None,
+        "For args files of release 0.1, without effective_batch_size: a step has this many times "
+        "per_device_train_batch_size rows, on any number of GPUs. Otherwise it follows from the rows and the GPUs.",
+    )
     per_device_eval_batch_size: int = arg(16, "Rows of a validation batch on each GPU.")
     auto_batch: bool = arg(
         True,
-        "Split the rows of a step (batch size times accumulation) into micro-batches that suit this GPU, and halve "
-        "them when memory runs out. Also turns gradient_checkpointing off where memory allows, unless it is set.",
+        "Split the rows of a step into micro-batches that suit this GPU, and halve them when memory runs out. Also "
+        "turns gradient_checkpointing off where memory allows, unless it is set.",
     )
     train_sampling_strategy: str = arg(
         "group_by_length", "Random rows, sorted by length within a step, which saves padding; random: not sorted."
@@ -95,14 +107,50 @@ class RecipeArguments(TrainingArguments):
         for name in named:  # non-reentrant: no input needs a gradient, so the vision tower gets none
             given = getattr(self, f"{name}_kwargs") or {}
             setattr(self, f"{name}_kwargs", {"use_reentrant": False} | given)
+        self.most_rows_at_once = self.per_device_train_batch_size
+        self.effective_batch_size = rows_of_step(vars(self))
+        self.per_device_train_batch_size = self.gradient_accumulation_steps = 1  # until the processes are counted
         super().__post_init__()
+        self.per_device_train_batch_size = self.micro_batch_sizes()[-1]
+        self.gradient_accumulation_steps = self.rows_per_process() // self.per_device_train_batch_size
         self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns without a GPU
+
+    def rows_per_process(self) -> int:
+        """Rows of an optimiser step on each process. Raises UserError where they cannot be split evenly."""
+        rows, processes = self.effective_batch_size, self.world_size
+        if rows % processes:
+            possible = [n for n in (rows - rows % processes, rows + -rows % processes) if n]
+            raise UserError(
+                f"the {rows} rows of an optimiser step cannot be split evenly over {processes} GPUs. Set "
+                f"effective_batch_size to {' or '.join(map(str, possible))}, or use another number of GPUs."
+            )
+        return rows // processes
+
+    def micro_batch_sizes(self) -> list[int]:
+        """The numbers of rows that a process may take through the model at once, ascending."""
+        rows = self.rows_per_process()
+        return [size for size in range(1, (self.most_rows_at_once or rows) + 1) if rows % size == 0]
 
     def set_checkpointing(self, on: bool) -> None:
         """Set it under both of its names; the Trainer reads the newer one where it exists."""
         for name in CHECKPOINTING:
             if hasattr(self, name):
                 setattr(self, name, on)
+
+
+def rows_of_step(values: Mapping) -> int:
+    """Rows of an optimiser step by the fields of an args file of any release.
+
+    Those of release 0.1 have no `effective_batch_size`. Their step has the product of the two other fields, which were
+    8 and 2 by default.
+    """
+    rows, batch, accumulation = (
+        values.get(name)
+        for name in ("effective_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    if rows is not None:
+        return rows
+    return ROWS if batch is accumulation is None else (batch or 8) * (accumulation or 2)
 
 
 LOWEST = {
@@ -122,6 +170,7 @@ LOWEST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
+    "effective_batch_size": 1,
     "dataloader_num_workers": 0,
     "seed": 0,
     "vision_cache_gb": 0,
@@ -165,6 +214,10 @@ def check_recipe(values: dict) -> None:
         if values[name]:
             raise UserError(f"{name} does not work with this recipe: {why}. Leave it out.")
     check_reports(values["report_to"])
+    if values["effective_batch_size"] and values["gradient_accumulation_steps"]:
+        raise UserError(
+            "gradient_accumulation_steps follows from effective_batch_size and the number of GPUs. Leave it out."
+        )
     if values["save_total_limit"] == 1:
         raise UserError(
             "save_total_limit 1 deletes the last checkpoint before the next one is complete. Set it to 2 or more."

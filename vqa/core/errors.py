@@ -4,9 +4,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 OUT_OF_MEMORY = (
-    "out of GPU memory. In training, delete the fold's folder and add --auto_batch false "
-    "--per_device_train_batch_size 2 --gradient_accumulation_steps 4. In validation or prediction, halve "
-    "--per_device_eval_batch_size or --batch_size. Or lower image_size."
+    "out of GPU memory. In training, add --per_device_train_batch_size 2 --gradient_checkpointing true and resume. In "
+    "validation or prediction, halve --per_device_eval_batch_size or --batch_size. Or lower image_size."
 )
 
 

@@ -1,8 +1,8 @@
 """How many rows go through the model at once: as many as GPU memory holds.
 
-The args say how many rows an optimiser step has: `per_device_train_batch_size` times `gradient_accumulation_steps`.
-With `auto_batch` these rows are cut into the micro-batches that this GPU processes fastest, and gradient checkpointing
-is left out where its memory is not needed. The mean over the step's rows stays the same.
+The args say how many rows an optimiser step has (`effective_batch_size`). Each process takes its part of them. With
+`auto_batch` a part is cut into the micro-batches that this GPU processes fastest, and gradient checkpointing is left
+out where its memory is not needed. The mean over the step's rows stays the same.
 """
 
 import itertools
@@ -29,22 +29,17 @@ from vqa.training.memory import CUDA_BYTES, Batch, Setup, meta_model, training_p
 from vqa.training.speed import measured_rate, seconds_a_batch
 
 
-def rows_per_step(args: RecipeArguments) -> int:
-    """Rows of an optimiser step, on all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
 def split_batch(batch: dict, most: int) -> list[dict]:
     """The batch in parts of at most `most` rows; image tensors hold all rows' images one after another."""
     rows = len(batch["ids"])
-    images = [sum(num_images[start : start + most]) for start in range(0, rows, most)]
     if rows <= most:
-        of_images = key in ("pixel_values", "image_features", "image_grid_thw")
         return [batch]
     num_images = batch["num_images"]
     sizes = [min(most, rows - start) for start in range(0, rows, most)]
     parts: list[dict] = [{} for _ in sizes]
+    images = [sum(num_images[start : start + most]) for start in range(0, rows, most)]
     for key, value in batch.items():
+        of_images = key in ("pixel_values", "image_features", "image_grid_thw")
         if key in ("pixel_values", "image_features"):
             along = 1 if key == "image_features" else 0
             patches = batch["image_grid_thw"].prod(1)
@@ -121,7 +116,7 @@ class MicroBatches:
 
 SLACK = 0.94  # of the memory: the estimate may be short, and free blocks may be too small
 
-RECORD = "batch.json"  # in the fold's folder: a resumed run keeps the micro-batches that it began with
+RECORD = "batch.json"  # in the fold's folder: a run that is resumed on as many GPUs keeps its micro-batches
 
 
 @dataclass(frozen=True)
@@ -175,17 +170,23 @@ def choose_batch_config(
     `encodes_images`: whether training runs the vision tower, because its features are not stored.
     """
     record = Path(recipe.output_dir, RECORD)
-    if recipe.resume_from_checkpoint and record.is_file():
-        return read_json(record)
+    if recipe.resume_from_checkpoint and record.is_file() and fits_recipe(config := read_json(record), recipe):
+        return config
     if not recipe.auto_batch or not torch.cuda.is_available():
         return {}
     setup = make_setup(model_args, recipe, meta_model(model_args, model_dtype(recipe.fp16, recipe.bf16)))
     lengths = lengths if encodes_images else replace(lengths, patches=0)
-    rows = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     room = SLACK * available_memory()
-    config = choose_micro_batch(setup, lengths, rows, room, measured_rate(setup), recipe.wants_checkpointing)
+    config = choose_micro_batch(setup, lengths, recipe, room, measured_rate(setup))
     write_json(record, config)
     return config
+
+
+def fits_recipe(config: dict[str, int | bool], recipe: RecipeArguments) -> bool:
+    """Whether an earlier choice is one that this run could make: for as many rows on each GPU, within its limits."""
+    size, batches = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
+    checkpointing = recipe.wants_checkpointing in (None, config["gradient_checkpointing"])
+    return checkpointing and size in recipe.micro_batch_sizes() and size * batches == recipe.rows_per_process()
 
 
 def make_setup(args: ModelArguments, recipe: RecipeArguments, model: PeftModel) -> Setup:
@@ -209,15 +210,15 @@ def available_memory() -> int:
 
 
 def choose_micro_batch(
-    setup: Setup, lengths: Lengths, rows: int, room: float, rate: float, checkpointing: bool | None
+    setup: Setup, lengths: Lengths, recipe: RecipeArguments, room: float, rate: float
 ) -> dict[str, int | bool]:
-    """The fastest way through the `rows` rows of a step that fits into `room` bytes.
+    """The fastest way through a GPU's rows of a step that fits into `room` bytes and that the recipe leaves open.
 
     The longest rows are what has to fit. Where nothing fits by the estimate, one row at a time with checkpointing is
-    tried. `checkpointing` None leaves it open. `rate` is the GPU's, in operations a second.
+    tried. `rate` is the GPU's, in operations a second.
     """
-    fitting = []
-    for size in (size for size in range(1, rows + 1) if rows % size == 0):
+    rows, checkpointing, fitting = recipe.rows_per_process(), recipe.wants_checkpointing, []
+    for size in recipe.micro_batch_sizes():
         batch = lengths.batch(size)
         for recompute in (False, True) if checkpointing is None else (checkpointing,):
             candidate = replace(setup, checkpointing=recompute)

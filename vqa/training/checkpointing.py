@@ -35,11 +35,15 @@ class CheckpointMarkerCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()  # each process writes its random state
         if state.is_world_process_zero:
-            Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).write_text(str(args.world_size))
+            marker = Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE)
+            marker.write_text(f"effective_batch_size {args.effective_batch_size}")
 
 
-def checkpoint_to_resume(wanted: str | None, folder: str | Path) -> str | None:
-    """The checkpoint that the args name; for `auto` the newest complete one in the fold's folder, if there is one."""
+def checkpoint_to_resume(wanted: str | None, folder: str | Path, rows: int) -> str | None:
+    """The checkpoint that the args name; for `auto` the newest complete one in the fold's folder, if there is one.
+
+    `rows`: of an optimiser step. Raises UserError where the checkpoint counts steps of another number of rows.
+    """
     if wanted == "auto":
         complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
         newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
@@ -50,11 +54,16 @@ def checkpoint_to_resume(wanted: str | None, folder: str | Path) -> str | None:
         raise UserError(
             f"resume_from_checkpoint: {wanted} is not a checkpoint folder, or not a complete one. Try auto."
         )
-    saved, now = Path(wanted, COMPLETE).read_text(), PartialState().num_processes
-    if saved and int(saved) != now:  # the Trainer would silently count steps and rows in another way
+    marker = Path(wanted, COMPLETE).read_text()
+    if marker.isdigit() and int(marker) > 1:  # the number of processes, in release 0.1
         raise UserError(
-            f"{wanted} was written by {saved} processes and this run has {now}. Resume it with `accelerate launch "
-            f"--num_processes {saved}`, or delete {Path(wanted).parent} to start over."
+            f"{wanted} was written by {marker} processes of an earlier release, where each step had {marker} times "
+            f"the rows. Finish the run with that release, or delete {Path(wanted).parent} to start over."
+        )
+    if marker and not marker.isdigit() and int(marker.split()[1]) != rows:
+        raise UserError(
+            f"{wanted} is of a run with {marker}, and this run has {rows}. Set the same number, or resume another "
+            "checkpoint."
         )
     return wanted
 

@@ -29,7 +29,6 @@ from vqa.training.batching import (
     choose_micro_batch,
     count_image_tokens,
     count_tokens,
-    rows_per_step,
 )
 from vqa.training.dataset import TrainDataset
 from vqa.training.memory import (
@@ -198,12 +197,11 @@ def check_cost(
         train, valid = replace(train, patches=0), valid and replace(valid, patches=0)
     size = recipe.per_device_train_batch_size
     if recipe.auto_batch:
-        rows = size * recipe.gradient_accumulation_steps
-        config = choose_micro_batch(setup, train, rows, SLACK * room, rate, recipe.wants_checkpointing)
-        size = config["per_device_train_batch_size"]
+        config = choose_micro_batch(setup, train, recipe, SLACK * room, rate)
+        size, batches = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
         setup = replace(setup, checkpointing=bool(config["gradient_checkpointing"]))
         how = "with" if setup.checkpointing else "without"
-        print(f"auto_batch on {name}: a step of {rows} rows is {rows // size} x {size}, {how} gradient checkpointing")
+        print(f"auto_batch on {name}: a step of {batches * size} rows is {batches} x {size}, {how} gradient checkpointing")
     peaks = {"training": training_peak(setup, train.batch(size))}
     if valid and recipe.eval_strategy != "no":
         peaks["validation"] = validation_peak(setup, valid.batch(recipe.per_device_eval_batch_size))
@@ -232,5 +230,5 @@ def training_seconds(setup: Setup, recipe: RecipeArguments, batch: Batch, rows: 
     """Seconds of training on `rows` rows of median length on this GPU alone."""
     batches = recipe.num_train_epochs * math.ceil(rows / batch.rows)
     if recipe.max_steps > 0:
-        batches = recipe.max_steps * rows_per_step(recipe) / batch.rows
+        batches = recipe.max_steps * recipe.effective_batch_size / batch.rows
     return batches * seconds_a_batch(setup, batch, training=True, operations_a_second=rate)

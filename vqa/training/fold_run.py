@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vqa.config.arguments import DataArguments, ModelArguments, reader_options
 from vqa.config.parser import field_names, non_default_fields, parse_arguments
-from vqa.config.recipe import RecipeArguments
+from vqa.config.recipe import RecipeArguments, rows_of_step
 from vqa.core.errors import UserError, preview
 from vqa.core.io import read_json, write_json
 from vqa.data.predictions import join
@@ -14,20 +14,26 @@ from vqa.data.rows import Row, read_rows
 from vqa.data.splits import rows_fingerprint, split_rows
 from vqa.evaluation.experiment_log import log_run
 from vqa.evaluation.labels import Labels
-from vqa.evaluation.metrics import score_with_interval
+from vqa.evaluation.metrics import accuracy, score_with_interval
 from vqa.evaluation.oof import weights_folder
+from vqa.evaluation.reference import Reference, model_warning
 
 # Fields that may differ when a run is resumed: they change where and how fast it runs, not its result.
 RESUME_SAFE_FIELDS = {
+    "activation_checkpointing",
+    "auto_batch",
     "disable_tqdm",
     "dataloader_num_workers",
     "dataloader_persistent_workers",
     "dataloader_pin_memory",
     "dataloader_prefetch_factor",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
     "logging_steps",
     "max_hours",
     "output_dir",
     "per_device_eval_batch_size",
+    "per_device_train_batch_size",
     "report_to",
     "resume_from_checkpoint",
     "save_total_limit",
@@ -91,10 +97,17 @@ class FoldRun:
         write_json(self.folder / "args.json", self.config)
         write_json(self.folder / "rows.json", {"version": 2, "fingerprint": self.rows_fingerprint()})
 
-    def write_metrics(self, metrics: dict) -> None:
-        """Add the run to the experiment log and write metrics.json, the last file: it marks the fold as complete."""
-        metrics["run"] = log_training(self.folder, metrics, self.config)
+    def write_metrics(self, metrics: dict) -> str | None:
+        """Add the run to the experiment log and write metrics.json, the last file: it marks the fold as complete.
+
+        Returns a warning if the best weights are not better than what sees no image.
+        """
+        from vqa.evaluation.text_only_baseline import text_only_accuracy  # takes a second to import
+
+        text_only = text_only_accuracy(self.train_rows, self.valid_rows)
+        metrics["run"], warning = log_training(self.folder, metrics, self.config, text_only)
         write_json(self.folder / "metrics.json", metrics)
+        return warning
 
 
 def parse_runs(argv: list[str], description: str) -> list[FoldRun]:
@@ -129,22 +142,29 @@ def changed_fields(before: dict, config: dict) -> list[str]:
     fields that do not exist any more are left out.
     """
     known = field_names() - RESUME_SAFE_FIELDS
-    configs = [{key: value for key, value in (OLD_DEFAULTS | c).items() if key in known} for c in (before, config)]
+    configs = [OLD_DEFAULTS | c | {"effective_batch_size": rows_of_step(c)} for c in (before, config)]
+    configs = [{key: value for key, value in c.items() if key in known} for c in configs]
     old, new = (non_default_fields(c) for c in configs)
     return sorted(key for key in old.keys() | new.keys() if (key in old, old.get(key)) != (key in new, new.get(key)))
 
 
-def log_training(folder: Path, metrics: dict, config: dict) -> str:
-    """Add a run to the experiment log; returns its id there.
+def log_training(folder: Path, metrics: dict, config: dict, text_only: float | None) -> tuple[str, str | None]:
+    """Add a run to the experiment log; returns (its id there, a warning about the best weights or None).
 
-    The scores of each set of weights get their number of rows and the interval of their accuracy.
+    The scores of each set of weights get their number of rows, the interval of their accuracy, and the accuracy of
+    chance and of the text alone.
     """
-    labels, oof = Labels(config["train_csv"]), {}
+    labels, oof = Labels(config["train_csv"], config.get("columns"), config.get("answer_form")), {}
+    warning = None
     for name, scores in metrics["weights"].items():
         ids, (probabilities,) = join([weights_folder(folder, name) / "oof.csv"])
         oof[name] = ids, probabilities
-        scores |= score_with_interval(probabilities, labels.answers(ids), labels.clusters(ids))
-    return log_run(
+        answers, clusters = labels.answers(ids), labels.clusters(ids)
+        scores |= score_with_interval(probabilities, answers, clusters) | {"text_only": text_only}
+        if name == metrics["best"]:
+            score = accuracy(probabilities.argmax(1) == answers, clusters)
+            warning = model_warning(folder, probabilities, answers, score, Reference(scores["chance"], text_only))
+    run_id = log_run(
         "training",
         folder,
         non_default_fields(config),
@@ -154,3 +174,4 @@ def log_training(folder: Path, metrics: dict, config: dict) -> str:
         config["train_csv"],
         oof.get(metrics["best"]),
     )
+    return run_id, warning

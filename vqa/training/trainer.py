@@ -15,7 +15,7 @@ from vqa.core.io import write_json
 from vqa.data.collator import Collator
 from vqa.data.rows import Row
 from vqa.inference.scoring import answer_logits
-from vqa.training.batching import MicroBatches, rows_per_step
+from vqa.training.batching import MicroBatches
 from vqa.training.callbacks import LogCallback, ProgressBar, WeightAverage, swa_start_step, trainable_parameters
 from vqa.training.checkpointing import COMPLETE
 from vqa.training.dataset import LengthSortedSampler, TrainDataset
@@ -67,7 +67,7 @@ class FoldTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthSortedSampler(self.lengths, rows_per_step(self.args), seed, self.train_dataset.epoch)
+        return LengthSortedSampler(self.lengths, self.args.effective_batch_size, seed, self.train_dataset.epoch)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimiser step on this process, and the number of rows in that step on all processes.
