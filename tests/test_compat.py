@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import (
+    AutoConfig,
     DynamicCache,
     HfArgumentParser,
     Trainer,
@@ -22,6 +23,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 
 from vqa.core import compat
 from vqa.data.collator import Collator
@@ -207,6 +209,21 @@ def test_cache_rows_can_be_repeated_and_reordered(model):
         compat.select_cache_rows(cache, torch.tensor([1, 0, 1]))
     for layer, (keys, values) in zip(cache.layers, before):
         assert torch.equal(layer.keys, keys[[1, 0, 1]]) and torch.equal(layer.values, values[[1, 0, 1]])
+
+
+def test_states_of_linear_attention_can_be_repeated_too():
+    layers = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
+    cache = DynamicCache(config=AutoConfig.for_model("qwen3_5_text", **layers))
+    states = torch.arange(2.0).view(2, 1, 1)
+    cache.update_conv_state(states.expand(2, 3, 4), 0, conv_kernel_size=4)
+    cache.update_recurrent_state(states, 0)
+    compat.select_cache_rows(cache, torch.tensor([1, 0, 1]))
+    for state in (cache.layers[0].conv_states[0], cache.layers[0].recurrent_states[0]):
+        assert state[:, 0, 0].tolist() == [1, 0, 1]
+
+
+def test_a_norm_with_a_gate_has_no_epsilon_for_the_fused_norm():
+    assert Qwen3_5RMSNormGated(4).variance_epsilon and compat.rms_norm_epsilon(Qwen3_5RMSNormGated(4)) is None
 
 
 def test_rms_norms_keep_their_epsilon_as_variance_epsilon(model):

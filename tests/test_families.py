@@ -8,16 +8,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY
+from tiny_families import TEXT, make_family
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2ForCausalLM
 
 from vqa.config.arguments import DataArguments
 from vqa.core.dtypes import half_autocast
@@ -25,62 +18,26 @@ from vqa.core.errors import UserError
 from vqa.data.collator import IGNORE, Collator
 from vqa.data.prompt import LETTERS, letter_ids
 from vqa.inference.scoring import answer_logits, normalize, permutation_probs, score_rows
-from vqa.modeling.families import FAMILIES, family_of_type, language_model, last_vision_projection, vision_tower
+from vqa.modeling.families import FAMILIES, GENERIC, family_of, fp32_vision_layers, language_model, vision_tower
 from vqa.modeling.feature_store import open_feature_store
 from vqa.modeling.loading import add_adapter, load_base, load_processor
 from vqa.modeling.vision import encode_images, guard_fp16
-
-TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
-}
-VISION = {
-    "qwen2_vl": {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2},
-    "qwen3_vl": {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 48,
-        "deepstack_visual_indexes": [0],
-    },
-}
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def folder(request, processor, tmp_path_factory) -> str:
     """A model folder of each family; Qwen2.5-VL's is the embedded one."""
-    family, tokenizer = request.param, processor.tokenizer
-    if family == "qwen2_5_vl":
-        return TINY
-    path = tmp_path_factory.mktemp(family)
-    token = tokenizer.convert_tokens_to_ids
-    tokens = {f"{kind}_token_id": token(f"<|{kind}_pad|>") for kind in ("image", "video")}
-    tokens |= {f"vision_{edge}_token_id": token(f"<|vision_{edge}|>") for edge in ("start", "end")}
-    text = TEXT | {"vocab_size": len(tokenizer), "pad_token_id": token("<|endoftext|>")}
-    config = AutoConfig.for_model(family, text_config=text, vision_config=VISION[family], **tokens)
-    torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(path)
-    if family == "qwen2_vl":
-        family_processor = Qwen2VLProcessor(
-            Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), processor.chat_template
-        )
-    else:
-        images = Qwen2VLImageProcessor(patch_size=16)
-        family_processor = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), processor.chat_template)
-    family_processor.save_pretrained(path)
-    return str(path)
+    return make_family(request.param, processor, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
 def loaded(folder):
     processor = load_processor(folder)
     return load_base(folder, load_in_4bit=False, dtype=torch.float32).eval(), processor, letter_ids(processor)
+
+
+def vision_inputs(batch: dict) -> dict:
+    return {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
 
 
 def on_pixels(batch: dict) -> dict:
@@ -97,7 +54,7 @@ def test_labels_cover_the_letter_and_the_end_of_the_turn(loaded, rows):
 def test_an_images_tokens_fit_its_grid_and_the_pixel_budget(loaded, rows):
     model, processor, _ = loaded
     batch = Collator(processor, 140)(rows[:3])
-    patch, merge = family_of_type(model.config.model_type).patch_and_merge_size(processor)
+    patch, merge = processor.image_processor.patch_size, processor.image_processor.merge_size
     tokens = (batch["input_ids"] == model.config.image_token_id).sum(1)
     assert torch.equal(tokens, batch["image_grid_thw"].prod(1) // merge**2)
     assert (batch["image_grid_thw"].prod(1) * patch**2 <= 140**2).all()
@@ -125,7 +82,7 @@ def test_stored_features_give_what_pixels_give(loaded, rows, tmp_path):
     pixels, stored = (Collator(processor, 140, with_answer=True, features=f)(rows) for f in (None, store))
     assert len(pixels["image_grid_thw"].unique(dim=0)) > 1
     assert pixels.keys() - stored.keys() == {"pixel_values"} and stored.keys() - pixels.keys() == {"image_features"}
-    for key in pixels.keys() & stored.keys() - {"ids", "answer_start"}:
+    for key in pixels.keys() & stored.keys() - {"ids", "answer_start", "num_images"}:
         assert torch.equal(pixels[key], stored[key]) and pixels[key].dtype == stored[key].dtype, key
     labels = pixels["labels"][:, -3:]
     with torch.no_grad():
@@ -139,11 +96,12 @@ def test_stored_features_give_what_pixels_give(loaded, rows, tmp_path):
 def test_the_adapter_is_in_the_language_model_alone_and_learns(folder, rows):
     processor = load_processor(folder)
     base = load_base(folder, load_in_4bit=False, dtype=torch.float32)
+    linear = {name for name, m in language_model(base).named_modules() if isinstance(m, torch.nn.Linear)}
     model = add_adapter(base, 4, 8, 0.0)
     adapted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert adapted and all("language_model" in name for name in adapted)
     suffixes = {name.split(".lora_")[0].split(".")[-1] for name in adapted}
-    assert suffixes == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert suffixes == {name.rpartition(".")[2] for name in linear}
     batch = Collator(processor, 140, with_answer=True)(rows[:4])
     model(**on_pixels(encode_images(model, batch)), labels=batch["labels"]).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -168,35 +126,35 @@ def test_train_and_predict_by_the_scripts(folder, trained, script, tmp_path):
     assert np.abs(plain[columns].to_numpy() - oof[columns].to_numpy()).max() < 1e-6
 
 
-def overflowing(folder: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A model whose last vision block writes values beyond 65,504, as Qwen2.5-VL's does for some images.
-
-    Its other layers are made to cope with such values: the block's input is small beside them.
-    """
+def overflowing(folder: str, batch: dict) -> torch.nn.Module:
+    """A model in float32 whose layers to guard write values beyond 65,504; every weight fits float16."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    layer, _ = last_vision_projection(model)
+    written = []
     with torch.no_grad():
-        layer.weight.mul_(1e6 / layer.weight.abs().sum(1).max())
-        layer.bias.fill_(1e5)
-    return model.to(dtype)
+        for name, parameter in vision_tower(model).named_parameters():
+            if name.endswith("norm2.weight") and folder != TINY:  # so that small weights suffice
+                parameter.mul_(100)
+        for layer in fp32_vision_layers(model)[0]:
+            hook = layer.register_forward_hook(lambda layer, args, output: written.append(output.abs().max()))
+            model.get_image_features(**vision_inputs(batch))
+            hook.remove()
+            layer.weight.mul_(2e5 / written[-1])
+            layer.bias.zero_()
+    return model.half().float()
 
 
-def test_the_fp16_guard_keeps_the_last_vision_block_finite_and_right(folder, rows):
+def features(model, batch: dict) -> torch.Tensor:
+    with torch.no_grad(), half_autocast(model):
+        return torch.cat(model.get_image_features(**vision_inputs(batch)).pooler_output)
+
+
+def test_the_fp16_guard_keeps_the_vision_tower_finite_and_right(folder, rows):
     batch = Collator(load_processor(folder), 140)(rows[:2])
-    exact, guarded, bare = (overflowing(folder, dtype) for dtype in (torch.float32, torch.float32, torch.float16))
-    projection, _ = last_vision_projection(guarded)
-    weight, bias = projection.weight.clone(), projection.bias.clone()
-    guarded = guard_fp16(guarded.to(torch.float16))
-    with torch.no_grad():  # what a checkpoint in bf16 holds: values that fp16 weights could not
-        projection.weight.copy_(weight)
-        projection.bias.copy_(bias)
-
-    def features(model):
-        with torch.no_grad(), half_autocast(model):
-            return torch.cat(model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output)
-
-    assert not features(bare).isfinite().all(), "without the guard it overflows"
-    wanted, got = features(exact), features(guarded).float()
+    exact = overflowing(folder, batch)
+    wanted, half = features(exact, batch), exact.half()
+    assert all(parameter.isfinite().all() for parameter in half.parameters())
+    assert not features(half, batch).isfinite().all(), "without the guard it overflows"
+    got = features(guard_fp16(half), batch).float()
     assert got.isfinite().all()
     assert (got - wanted).norm() / wanted.norm() < 0.01
 
@@ -229,16 +187,16 @@ def test_permutations_that_share_a_prefix_have_the_probabilities_that_they_have_
         assert np.abs(values - alone).max() < 1e-5 and np.ptp(alone, axis=0).max() > 1e-5
 
 
-def test_a_model_of_an_unlisted_type_has_the_paths_of_qwen_or_is_refused_in_one_line(model):
+def test_a_model_of_an_unlisted_type_has_the_usual_names_or_is_refused_in_one_line(model):
+    text_only = Qwen2ForCausalLM(AutoConfig.for_model("qwen2", **TEXT))
+    text_only.config.model_type = "foo_vl"
     listed, config = model.config.model_type, model.config
-    assert family_of_type("foo_vl").last_vision_projection is None and family_of_type("foo_vl").prepare is None
     config.model_type = "foo_vl"
     try:
-        assert vision_tower(model) is model.model.visual and last_vision_projection(model) is None
-        other = torch.nn.Module()
-        other.config = config
-        with pytest.raises(UserError, match="type 'foo_vl' are not supported: .*'model.language_model'") as error:
-            language_model(other)
+        assert family_of(model) is GENERIC and fp32_vision_layers(model) == ([], [])
+        assert vision_tower(model) is model.model.visual and language_model(model) is model.model.language_model
+        with pytest.raises(UserError, match="type 'foo_vl' are not supported: it has no vision tower") as error:
+            vision_tower(text_only)
     finally:
         config.model_type = listed
     assert all(name in str(error.value) for name in FAMILIES) and "\n" not in str(error.value)

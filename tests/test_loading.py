@@ -18,7 +18,7 @@ from vqa.core.errors import UserError
 from vqa.core.hashing import checkpoint_fingerprint
 from vqa.modeling import base_checks
 from vqa.modeling.base_checks import BNB_4BIT, check_base, check_weights, saved_quantization
-from vqa.modeling.families import last_vision_projection
+from vqa.modeling.families import fp32_vision_layers
 from vqa.modeling.loading import load_base
 from vqa.modeling.vision import guard_fp16
 from vqa.training.batching import make_setup
@@ -167,19 +167,20 @@ def test_the_memory_estimate_knows_a_base_that_is_saved_in_4_bits(folder):
     assert saved_quantization(AutoConfig.from_pretrained(folder)) == BNB_4BIT
 
 
-def test_the_guarded_layer_is_dequantized_to_fp32(model, monkeypatch):
+def test_the_guarded_layer_is_dequantized_and_computes_in_fp32(monkeypatch):
     """Here the layer has 4-bit weights in place of its own; tests/gpu has the real ones."""
     base = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float16)
-    projection, _ = last_vision_projection(base)
+    (projection,), _ = fp32_vision_layers(base)
     weight = projection.weight.detach().clone()
     projection.weight = nn.Parameter(torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
     projection.weight.quant_state = SimpleNamespace(dtype=torch.float16)
-    monkeypatch.setattr("vqa.modeling.vision.dequantize_module_weight", lambda layer: weight)
+    monkeypatch.setattr("bitsandbytes.functional.dequantize_4bit", lambda packed, state: weight)
     guard_fp16(base)
-    assert projection.weight.dtype == torch.float32 and torch.equal(projection.weight, weight.float())
     hidden = torch.full((1, weight.shape[1]), 60000.0, dtype=torch.float16)
     with torch.autocast("cpu", torch.float16):
-        assert projection(hidden).dtype == torch.float32
+        output = projection(hidden)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, nn.functional.linear(hidden.float(), weight.float(), projection.bias.float()))
 
 
 def test_a_base_with_a_tensor_of_no_dimension_has_a_fingerprint(tmp_path):

@@ -16,7 +16,6 @@ import torch
 from accelerate.utils import extract_model_from_parallel as extract_model_from_parallel  # the model inside DDP
 from peft.tuners.lora import LoraLayer as LoraLayer  # its forward pass is replaced by the fused one
 from peft.tuners.tuners_utils import BaseTunerLayer as BaseTunerLayer  # any layer that carries an adapter
-from peft.utils.integrations import dequantize_module_weight as dequantize_module_weight  # 4 or 8 bits, in its dtype
 from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -100,13 +99,14 @@ def rope_positions(base, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def select_cache_rows(cache: DynamicCache, row_index: torch.Tensor) -> None:
-    """Make row i of the cache what row `row_index[i]` was: rows may be repeated."""
-    cache.batch_select_indices(row_index)
+    """Make row i of the cache what row `row_index[i]` was, states of linear attention too: rows may be repeated."""
+    cache.reorder_cache(row_index)  # type: ignore[arg-type]  # a LongTensor is a Tensor of int64
 
 
 def rms_norm_epsilon(module: nn.Module) -> float | None:
-    """The epsilon of one of transformers' RMS norms, None for any other module."""
-    return getattr(module, "variance_epsilon", None)
+    """The epsilon of one of transformers' plain RMS norms, None for any other module, such as a norm with a gate."""
+    epsilon = getattr(module, "variance_epsilon", None)
+    return epsilon if len(inspect.signature(type(module).forward).parameters) == 2 else None
 
 
 def module_names_in_model(config: PretrainedConfig, names: Iterable[str]) -> list[str]:

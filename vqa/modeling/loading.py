@@ -10,7 +10,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
-from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+)
 
 from vqa.core import compat
 from vqa.core.dtypes import has_bf16
@@ -23,7 +30,7 @@ from vqa.modeling.base_checks import (
     saved_quantization,
     set_skipped_modules,
 )
-from vqa.modeling.families import family_of, family_of_type
+from vqa.modeling.families import family_of, family_of_type, lora_pattern
 from vqa.modeling.fused_lora import fuse_adapters, fuse_norms
 from vqa.modeling.vision import check_accepts_features, guard_fp16
 
@@ -31,9 +38,13 @@ DOES_NOT_FIT = "does not fit this base model; give --model the one that it was t
 
 
 def load_processor(model: str, trust_remote_code: bool = False):
-    """The model's processor, tokenizer and image processor in one."""
+    """The model's processor, tokenizer and image processor in one. Its chat template has its family's options."""
     check_model_path(model)
-    return AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    for name, value in family_of_type(config.model_type).template_options.items():
+        processor.chat_template = f"{{%- set {name} = {str(value).lower()} -%}}\n{processor.chat_template}"
+    return processor
 
 
 def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
@@ -43,6 +54,7 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
     """
     config = check_base(model, load_in_4bit, trust_remote_code)
     check_has_gpu(model, config, load_in_4bit)
+    check_dtype(model, config, dtype)
     options = {}
     if saved_quantization(config) == BNB_4BIT:
         set_skipped_modules(model, config)
@@ -79,10 +91,22 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
     return fuse_norms(base.requires_grad_(False))
 
 
+def check_dtype(model: str, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Raise UserError where the base would compute in float16 and is known to overflow it."""
+    reason = family_of_type(config.model_type).bf16_only
+    if reason and dtype == torch.float16:
+        raise UserError(f"{model} cannot compute in fp16: {reason}. Use a GPU with bf16 (Ampere or later), or a Qwen.")
+
+
 def add_adapter(base: nn.Module, rank: int, alpha: int, dropout: float) -> PeftModel:
     """A new LoRA adapter on the language model; its parameters are float32, as fp16 training needs them."""
-    targets = family_of(base).lora_targets
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=lora_pattern(base),
+        task_type="CAUSAL_LM",
+    )
     return fuse_adapters(get_peft_model(base, config))
 
 

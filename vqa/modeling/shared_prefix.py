@@ -4,6 +4,9 @@ System turn, image and question are the same in every permutation, and they are 
 the model once; a batch of the permutations' suffixes then shares their keys and values.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -22,7 +25,8 @@ class PermutationCollator:
     """Turn rows with `permutations` into a batch of their prefixes and one of all their suffixes.
 
     The batch is that of `collate`, a Collator of prompts, each row cut off where its permutations begin to differ, and
-        suffix_ids: int64 (suffixes, tokens), the rest of each permutation of each row, padded on the left;
+        suffix_ids: int64 (suffixes, tokens), the rest of each permutation of each row, padded on the right: padding
+            between prefix and suffix would change the states of linear attention;
         suffix_mask: int64 (suffixes, tokens), 0 at that padding;
         row_index: int64 (suffixes,), the row that each belongs to.
     """
@@ -43,10 +47,10 @@ class PermutationCollator:
             prefix_lengths.append(int(mask.sum()) - len(tokens[0]) + shared)
         for name in PREFIX_KEYS:
             prefixes = [values[mask][:length] for values, mask, length in zip(batch[name], masks, prefix_lengths)]
-            batch[name] = pad_left(prefixes, tokenizer.pad_token_id if name == "input_ids" else 0)
+            batch[name] = pad(prefixes, tokenizer.pad_token_id if name == "input_ids" else 0, "left")
         return batch | {
-            "suffix_ids": pad_left(suffixes, tokenizer.pad_token_id),
-            "suffix_mask": pad_left([torch.ones_like(suffix) for suffix in suffixes], 0),
+            "suffix_ids": pad(suffixes, tokenizer.pad_token_id, "right"),
+            "suffix_mask": pad([torch.ones_like(suffix) for suffix in suffixes], 0, "right"),
             "row_index": torch.tensor([i for i, permuted in enumerate(views) for _ in permuted]),
         }
 
@@ -55,8 +59,8 @@ class PermutationCollator:
         return render_chat(self.collate.processor, self.collate.conversation(row, decode=False))
 
 
-def pad_left(sequences: list[torch.Tensor], value: int) -> torch.Tensor:
-    return pad_sequence(sequences, batch_first=True, padding_value=value, padding_side="left")
+def pad(sequences: list[torch.Tensor], value: int, side: str) -> torch.Tensor:
+    return pad_sequence(sequences, batch_first=True, padding_value=value, padding_side=side)
 
 
 def common_length(sequences: list[list[int]]) -> int:
@@ -66,23 +70,40 @@ def common_length(sequences: list[list[int]]) -> int:
 
 
 def permutation_logits(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Logits float32 (suffixes, vocabulary) at the last position of each suffix of a PermutationCollator's batch."""
+    """Logits float32 (suffixes, vocabulary) at the last token of each suffix of a PermutationCollator's batch."""
+    base, row_index = unwrap_base_model(model), batch["row_index"]
     inputs = {name: batch[name] for name in (*PREFIX_KEYS, "image_grid_thw") if name in batch}
-    positions = rope_positions(unwrap_base_model(model), inputs)
+    positions = rope_positions(base, inputs)
     if "image_grid_thw" in batch:  # rows without an image have none
         inputs["mm_encoder_outputs"] = encode_images(model, batch)["mm_encoder_outputs"]
-    cache = DynamicCache(config=unwrap_base_model(model).config.get_text_config())
-    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    model(**inputs, position_ids=positions, **options)
+    cache = DynamicCache(config=base.config.get_text_config())
+    model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    row_index = batch["row_index"]
     select_cache_rows(cache, row_index)
-    # The prefix ends in text, so its last three coordinates are equal and the suffix continues from them.
-    start = positions[:, row_index, -1:] + 1
-    logits = model(
-        input_ids=batch["suffix_ids"],
-        attention_mask=torch.cat([batch["attention_mask"][row_index], batch["suffix_mask"]], dim=1),
-        position_ids=start + (batch["suffix_mask"].cumsum(1) - 1).clamp(min=0),
-        **options,
-    ).logits
-    return logits[:, -1].float()
+    suffix_mask = batch["suffix_mask"]
+    last = suffix_mask.sum(1) - 1
+    with _head_reads(base, last):
+        logits = model(
+            input_ids=batch["suffix_ids"],
+            attention_mask=torch.cat([batch["attention_mask"][row_index], suffix_mask], dim=1),
+            # The prefix ends in text, so its last three coordinates are equal and the suffix continues from them.
+            position_ids=positions[:, row_index, -1:] + suffix_mask.cumsum(1),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+    return logits[:, 0].float()
+
+
+@contextmanager
+def _head_reads(base, positions: torch.Tensor) -> Iterator[None]:
+    """Let the output layer of `base` read one hidden state of each row, at `positions` (rows,), and no other."""
+
+    def select(head, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        (hidden,) = inputs
+        return (hidden[torch.arange(len(hidden), device=hidden.device), positions][:, None],)
+
+    hook = base.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -12,12 +12,12 @@ from vqa.core.compat import (
     BaseTunerLayer,
     accepts_encoder_outputs,
     as_encoder_outputs,
-    dequantize_module_weight,
+    dequantized_weight,
     extract_model_from_parallel,
 )
 from vqa.core.dtypes import half_autocast
 from vqa.core.errors import UserError, preview
-from vqa.modeling.families import last_vision_projection, vision_tower
+from vqa.modeling.families import fp32_vision_layers, vision_tower
 
 
 def encode_images(model: nn.Module, batch: dict) -> dict:
@@ -56,23 +56,25 @@ def image_features(
 
 
 def guard_fp16(model: nn.Module) -> nn.Module:
-    """Keep the output layer of the last vision block's MLP in fp32, outside autocast. Returns the model.
+    """Let the vision tower's layers that overflow fp16 compute in fp32, outside autocast. Returns the model.
 
-    In Qwen2.5-VL it overflows fp16 for some images, and the answers turn to NaN (ggml-org/llama.cpp#17534,
-    vllm-project/vllm#13817). Weights in fp32 alone do not help, since autocast would still compute in fp16. A layer
-    in 4 bits is dequantized: bitsandbytes would compute in fp16 as well.
+    In Qwen2.5-VL the output layer of the last block's MLP does for some images, and the answers turn to NaN
+    (ggml-org/llama.cpp#17534, vllm-project/vllm#13817). Weights in fp32 alone do not help, since autocast would still
+    compute in fp16. The weights stay as they are: they fit, and a copy in fp32 would cost memory.
     """
-    if layers := last_vision_projection(model):
-        projection, norm = layers
-        projection.weight = nn.Parameter(dequantize_module_weight(projection).float(), requires_grad=False)
-        projection.float().forward = MethodType(_linear_in_fp32, projection)
+    layers, norms = fp32_vision_layers(model)
+    for layer in layers:
+        layer.forward = MethodType(_linear_in_fp32, layer)
+    for norm in norms:
         norm.float()  # autocast on CUDA would do this itself; on a CPU it does not
     return model
 
 
 def _linear_in_fp32(self: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """Without autocast, and without bitsandbytes' own forward pass, where the layer is in 4 bits."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return linear(hidden.float(), self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.float()
+        return linear(hidden.float(), dequantized_weight(self).float(), bias)
 
 
 def is_vision_frozen(model: nn.Module) -> bool:

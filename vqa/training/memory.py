@@ -6,7 +6,7 @@ on a GPU, to compare. It follows this project's training: frozen base, float32 a
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from vqa.config.arguments import ModelArguments
 from vqa.core.compat import adapted_module_names
 from vqa.modeling.base_checks import check_model_path
-from vqa.modeling.families import vision_tower
+from vqa.modeling.families import patch_embedding, vision_blocks, vision_tower
 from vqa.modeling.loading import add_adapter
 from vqa.modeling.vision import unwrap_base_model
 
@@ -161,9 +161,9 @@ def logit_bytes(setup: Setup, batch: Batch, positions: int = 4) -> int:
 
 def vision_bytes(setup: Setup, batch: Batch) -> int:
     """The vision tower's forward pass without gradients: the input patches and the activations of one block."""
-    tower: Any = vision_tower(unwrap_base_model(setup.model))
-    pixels = tower.patch_embed.proj.weight[0].numel()
-    widest = max(m.out_features for m in tower.get_submodule("blocks").modules() if isinstance(m, nn.Linear))
+    base = unwrap_base_model(setup.model)
+    pixels = patch_embedding(base).weight[0].numel()
+    widest = max(m.out_features for m in vision_blocks(base).modules() if isinstance(m, nn.Linear))
     return batch.rows * batch.patches * (pixels * (4 + element(setup)) + widest * VISION_BYTES * element(setup) // 2)
 
 

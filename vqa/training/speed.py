@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from vqa.modeling.families import vision_tower
+from vqa.modeling.families import vision_blocks
 from vqa.modeling.vision import unwrap_base_model
 from vqa.training.memory import Batch, Setup, layers, linear_parameters, text_config
 
@@ -30,7 +30,7 @@ def operations(setup: Setup, batch: Batch, training: bool) -> int:
     Frozen weights have no gradient, so the backward pass costs as much as the forward one; checkpointing runs the
     language model forward once more. The vision tower only runs forward.
     """
-    vision = sum(p.numel() for p in vision_tower(unwrap_base_model(setup.model)).get_submodule("blocks").parameters())
+    vision = sum(p.numel() for p in vision_blocks(unwrap_base_model(setup.model)).parameters())
     return (
         2 * batch.rows * (passes(setup, training) * batch.tokens * linear_parameters(setup) + batch.patches * vision)
     )

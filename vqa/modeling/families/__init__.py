@@ -1,15 +1,18 @@
 """Model families, one file each; no other module names a family. docs/adding_a_model.md shows how to add one.
 
-A model of an unlisted type is treated as GENERIC: Qwen's paths, and no guard against overflow in fp16.
+A model of an unlisted type is treated as GENERIC: the usual names, and no guard against overflow in fp16.
 """
+
+from fnmatch import fnmatch
+from typing import Any
 
 from torch import nn
 
 from vqa.core.errors import UserError
-from vqa.modeling.families import qwen2_5_vl, qwen2_vl, qwen3_vl
+from vqa.modeling.families import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from vqa.modeling.families.base import Family
 
-FAMILIES = {kind: m.FAMILY for m in (qwen2_vl, qwen2_5_vl, qwen3_vl) for kind in m.FAMILY.model_types}
+FAMILIES = {kind: m.FAMILY for m in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5) for kind in m.FAMILY.model_types}
 GENERIC = Family(model_types=())
 
 
@@ -23,30 +26,66 @@ def family_of_type(model_type: str) -> Family:
     return FAMILIES.get(model_type, GENERIC)
 
 
-def vision_tower(model: nn.Module) -> nn.Module:
+def vision_tower(model) -> nn.Module:
     """The vision tower of a base model."""
-    return _submodule(model, family_of(model).vision_tower)
+    return _found(model, model.get_encoder(modality="image"), "vision tower")
 
 
-def language_model(model: nn.Module) -> nn.Module:
+def language_model(model) -> nn.Module:
     """The module of a base model that holds the decoder layers."""
-    return _submodule(model, family_of(model).language_model)
+    return _found(model, model.get_decoder(), "decoder")
 
 
-def last_vision_projection(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """(output layer of the last vision block's MLP, norm that reads it), or None where no overflow is known."""
+def vision_blocks(model) -> Any:
+    """The blocks of the vision tower, an `nn.ModuleList`."""
+    return _submodule(model, vision_tower(model), family_of(model).vision_blocks)
+
+
+def patch_embedding(model) -> nn.Module:
+    """The first layer of the vision tower, whose weight has one row of pixels for each of its outputs."""
+    return _submodule(model, vision_tower(model), family_of(model).patch_embedding)
+
+
+def fp32_vision_layers(model) -> tuple[list[nn.Module], list[nn.Module]]:
+    """(linear layers of the vision tower that overflow float16 for some images, norms that read their output)."""
     family, tower = family_of(model), vision_tower(model)
-    if family.last_vision_projection is None or family.last_vision_norm is None:
-        return None
-    path = family.last_vision_projection.format(last=len(tower.get_submodule("blocks")) - 1)  # type: ignore[arg-type]
-    return tower.get_submodule(path), tower.get_submodule(family.last_vision_norm)
+    if not family.fp32_layers:
+        return [], []
+    last = len(vision_blocks(model)) - 1
+
+    def matching(patterns: tuple[str, ...]) -> list[nn.Module]:
+        wanted = [pattern.format(last=last) for pattern in patterns]
+        return [module for name, module in tower.named_modules() if any(fnmatch(name, p) for p in wanted)]
+
+    return matching(family.fp32_layers), matching(family.fp32_norms)
 
 
-def _submodule(model, path: str) -> nn.Module:
+def lora_pattern(model) -> str:
+    """Regular expression for the full names of the language model's layers that get an adapter.
+
+    Bare names such as `gate_proj` would also match the MLPs of a vision tower.
+    """
+    decoder = language_model(model)
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    return rf".*{path.rpartition('.')[2]}.*\.({'|'.join(family_of(model).lora_targets)})"
+
+
+def _found(model, module, part: str) -> nn.Module:
+    """`module`, unless transformers returned the model itself, for want of such a part."""
+    if module is model or module is model.base_model:
+        raise UserError(_unsupported(model, f"it has no {part}"))
+    return module
+
+
+def _submodule(model, parent: nn.Module, path: str) -> nn.Module:
     try:
-        return model.get_submodule(path)
+        return parent.get_submodule(path)
     except AttributeError:
-        raise UserError(
-            f"models of type {model.config.model_type!r} are not supported: there is no module {path!r}; "
-            f"use a model of type {', '.join(FAMILIES)}, or add a file to vqa/modeling/families"
-        ) from None
+        raise UserError(_unsupported(model, f"its {type(parent).__name__} has no {path!r}")) from None
+
+
+def _unsupported(model, reason: str) -> str:
+    return (
+        f"models of type {model.config.model_type!r} are not supported: {reason}. Use a model of type "
+        f"{', '.join(FAMILIES)}, or add a file to vqa/modeling/families."
+    )

@@ -1,44 +1,45 @@
 """What the project has to know about a model family.
 
-Most of a model needs no entry: its chat template, tokenizer and image sizes come from its processor, its dimensions
-from its config. A family fits if transformers' forward accepts image features (`mm_encoder_outputs`) and the image
-processor resizes to multiples of `patch_size * merge_size`, as those of the Qwen models do.
+Most of a model needs no entry: its prompt and its images come from its processor (vqa/data/prompt.py and images.py),
+its dimensions from its config, its vision tower and decoder from transformers' `get_encoder` and `get_decoder`. A
+family fits if transformers' forward accepts image features (`mm_encoder_outputs`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where things are in the models of one family. The defaults are those that the Qwen models share.
+    """Where things are in the models of one family. The defaults are those that most families share.
 
-    Paths are those of `nn.Module.get_submodule`, on the base model unless another module is named.
+    A pattern is one of `fnmatch`, for the full name of a module within the vision tower; `{last}` is the index of its
+    last block.
 
     model_types: the configs' `model_type`.
-    vision_tower: the module that turns patches into image tokens; it has `blocks`.
-    language_model: the module that holds the decoder layers.
-    lora_targets: regular expression for the full names of the layers that get an adapter. Bare names such as
-        `gate_proj` would also match the MLPs of the vision tower.
+    lora_targets: the last parts of the names of the language model's layers that get an adapter.
     not_in_4bit: modules that stay in 16 bits. The list replaces that of bitsandbytes, so it has to name the output
-        layer too. "visual" is the tower's name before transformers 5.
-    last_vision_projection, last_vision_norm: within the vision tower, the layer whose output exceeds the range of
-        float16 for some images, and the norm that reads it. `{last}` is the index of the last block. None where no
-        overflow is known.
+        layer too. "visual" is the tower's name in Qwen's models before transformers 5.
+    fp32_layers: patterns for layers whose output exceeds the range of float16 for some images. They compute in
+        float32. None where no overflow is known.
+    fp32_norms: patterns for the norms that read those outputs.
+    bf16_only: why the language model cannot compute in float16; "" where it can.
+    template_options: variables of the chat template, such as {"enable_thinking": False}.
+    vision_blocks, patch_embedding: the list of the vision tower's blocks, and its first layer, within the tower.
+    features_per_image: whether the model takes a list with the features of each image; otherwise one tensor.
     prepare: called once with the loaded base model, to replace slow parts of it. The outputs must not change.
     """
 
     model_types: tuple[str, ...]
-    vision_tower: str = "model.visual"
-    language_model: str = "model.language_model"
-    lora_targets: str = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     not_in_4bit: tuple[str, ...] = ("lm_head", "visual", "model.visual")
-    last_vision_projection: str | None = None
-    last_vision_norm: str | None = None
+    fp32_layers: tuple[str, ...] = ()
+    fp32_norms: tuple[str, ...] = ()
+    bf16_only: str = ""
+    template_options: dict[str, bool] = field(default_factory=dict)
+    vision_blocks: str = "blocks"
+    patch_embedding: str = "patch_embed.proj"
+    features_per_image: bool = True
     prepare: Callable[[nn.Module], nn.Module] | None = None
-
-    def patch_and_merge_size(self, processor) -> tuple[int, int]:
-        """(side of a patch in pixels, side of an image token in patches), as the Collator reads them too."""
-        return processor.image_processor.patch_size, processor.image_processor.merge_size

@@ -53,7 +53,7 @@ def patches_by_window_length(cu_seqlens: torch.Tensor) -> dict[int, torch.Tensor
 
 FAMILY = Family(
     model_types=("qwen2_5_vl",),
-    last_vision_projection="blocks.{last}.mlp.down_proj",
-    last_vision_norm="merger.ln_q",
+    fp32_layers=("blocks.{last}.mlp.down_proj",),
+    fp32_norms=("merger.ln_q",),
     prepare=batch_vision_windows,
 )

@@ -4,6 +4,6 @@ from vqa.modeling.families.base import Family
 
 FAMILY = Family(
     model_types=("qwen2_vl",),
-    last_vision_projection="blocks.{last}.mlp.fc2",
-    last_vision_norm="merger.ln_q",
+    fp32_layers=("blocks.{last}.mlp.fc2",),
+    fp32_norms=("merger.ln_q",),
 )
