@@ -34,6 +34,7 @@ from vqa.evaluation.experiment_log import log_run
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import accuracy, row_log_loss
 from vqa.evaluation.oof import MissingOOFError, OOFPredictions, check_agreement, group_models, load_oof, run_args
+from vqa.evaluation.reference import model_warning
 from vqa.evaluation.significance import print_comparison
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     probabilities = chosen(members)
     form = None
     if sample:
-        form = read_submission_form(sample, ids, choices, train_answer_form(run), args.answer_form)
+        form = read_submission_form(sample, ids, choices, train_answer_form(run, oof), args.answer_form)
     write_submission(output, ids, probabilities, form, choices)
     if args.probabilities:
         write_probabilities(args.probabilities, ids, probabilities)
@@ -158,9 +159,11 @@ def find_oof(models: dict, oof_files: dict | None, args: argparse.Namespace) -> 
         print(f"no out-of-fold rows: {reason}")
         return None
     for name, member in zip(models, oof.stack):
-        correct = accuracy(member.argmax(1) == oof.answers, oof.clusters)
+        score = accuracy(member.argmax(1) == oof.answers, oof.clusters)
         loss = row_log_loss(member, oof.answers).mean()
-        print(f"{name}: out-of-fold accuracy {correct}, log-loss {loss:.4f}, {len(oof.answers)} rows")
+        print(f"{name}: out-of-fold accuracy {score}, log-loss {loss:.4f}, {len(oof.answers)} rows ({oof.reference})")
+        if warning := model_warning(name, member, oof.answers, score, oof.reference):
+            print(warning)
     return oof
 
 
@@ -185,9 +188,11 @@ def print_changes(before: pd.DataFrame | None, output: Path) -> None:
         print(f"{differ} the previous submission")
 
 
-def train_answer_form(run: dict) -> AnswerForm | None:
+def train_answer_form(run: dict, oof: OOFPredictions | None) -> AnswerForm | None:
     """How the training CSV of a run writes answers, if it is there."""
     csv = run.get("train_csv")
+    if oof and oof.labels.path == csv:  # it is read already
+        return oof.labels.form
     if not csv or not Path(csv).is_file():
         return None
     return Labels(csv, run.get("columns"), run.get("answer_form")).form

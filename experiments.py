@@ -7,7 +7,8 @@
     python experiments.py --plot                            # validation against leaderboard, as a PNG beside the log
 
 The other scripts write the log: experiments/log.csv, or the file in the environment variable EXPERIMENTS_LOG.
-Accuracy, its 95 % interval and log-loss are out of fold: on rows that the run's models were not trained on.
+Accuracy, its 95 % interval and log-loss are out of fold: on rows that the run's models were not trained on. chance and
+text_only are the accuracies of a draw and of a classifier that sees no image.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from vqa.core.figures import new_figure, save_figure
 from vqa.data.predictions import read_predictions
 from vqa.evaluation.experiment_log import log_path, log_run, read_log
 from vqa.evaluation.labels import Labels
+from vqa.evaluation.reference import REMEDY, Reference
 from vqa.evaluation.significance import print_comparison
 
 ARGS_WIDTH = 60
@@ -39,6 +41,8 @@ def main() -> None:
         plot_leaderboard(log, log_path().with_name("leaderboard.png"))
     else:
         print(as_table(log).to_string(index=False))
+        if blind := not_above_reference(log):
+            print(f"warning: {preview(blind, 10)}: the accuracy is not above chance and text_only. {REMEDY}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,11 +68,19 @@ def as_table(log: pd.DataFrame) -> pd.DataFrame:
         table[name] = runs[name].map(round_cell)
     bounds = zip(runs["low"].map(round_cell), runs["high"].map(round_cell))
     table["interval"] = [f"{low}-{high}" if low else "" for low, high in bounds]
-    table["log_loss"] = runs["log_loss"].map(round_cell)
+    for name in ("chance", "text_only", "log_loss"):
+        table[name] = runs[name].map(round_cell)
     table["public"] = [round_cell(public.get(name, "")) for name in runs["id"]]
     table[["seconds", "peak_gib", "parents"]] = runs[["seconds", "peak_gib", "parents"]]
     table["args"] = differing_args(runs)
     return table
+
+
+def not_above_reference(log: pd.DataFrame) -> list[str]:
+    """Ids of the runs whose accuracy is not above their reference lines."""
+    scored = log[(log["low"] != "") & (log["chance"] != "")]
+    cells = zip(scored["id"], scored["low"], scored["chance"], scored["text_only"])
+    return [name for name, low, *lines in cells if not Reference(*(float(x or 0) for x in lines)).is_below(float(low))]
 
 
 def round_cell(number: str) -> str:

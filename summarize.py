@@ -4,7 +4,8 @@
     python summarize.py outputs/demo --labels data/demo/test_answers.csv        # test rows with known answers
 
 The scores are computed from the prediction files in the folder and in its plain/, and are also written to scores.json
-there. low and high bound the 95 % interval of the accuracy.
+there. low and high bound the 95 % interval of the accuracy. chance and text_only are the accuracies of a draw and of a
+classifier that sees no image; the latter was measured on the validation rows.
 """
 
 import argparse
@@ -19,10 +20,13 @@ from vqa.core.io import write_json
 from vqa.data.predictions import join, read_card, read_predictions, validation_scores
 from vqa.data.table import read_table
 from vqa.evaluation.ensembling import ensemble, score_weights
+from vqa.evaluation.experiment_log import SCORES
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import score_with_interval
+from vqa.evaluation.reference import REMEDY, Reference, pooled_reference
 
 METHODS = ("mean", "majority", "weighted")
+BASE = "base model, untrained"
 
 
 def main() -> None:
@@ -34,6 +38,10 @@ def main() -> None:
     table = test_table(folder, folds, Labels(args.labels)) if args.labels else validation_table(folds)
     seconds = read_seconds(folder / "seconds.txt")
     print(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
+    for line in table:
+        if line["low"] is not None and line["step"] != BASE:
+            if not Reference(line["chance"], line["text_only"]).is_below(line["low"]):
+                print(f"warning: the accuracy of {line['step']} is not above chance and text_only. {REMEDY}")
     if seconds:
         print("\nseconds: " + ", ".join(f"{stage} {value}" for stage, value in seconds.items()))
     write_json(folder / "scores.json", {"scores": table, "seconds": seconds})
@@ -50,17 +58,14 @@ def parse_args() -> argparse.Namespace:
 def validation_table(folds: list[Path]) -> list[dict]:
     """Each fold's out-of-fold accuracy and log-loss, as training measured them."""
     scores = [read_card(path).get("validation") or {} for path in folds]
-    return [
-        {"step": path.stem, "accuracy": fold.get("accuracy"), "log_loss": fold.get("log_loss")}
-        for path, fold in zip(folds, scores)
-    ]
+    return [{"step": path.stem} | {name: fold.get(name) for name in SCORES} for path, fold in zip(folds, scores)]
 
 
 def test_table(folder: Path, folds: list[Path], labels: Labels) -> list[dict]:
     """A line for the untrained base model, each fold and each ensemble; the latter two without and with TTA."""
     table, base, plain = [], folder / "base" / "base.csv", sorted((folder / "plain").glob("fold*.csv"))
     if base.is_file():
-        table.append(score_step("base model, untrained", *read_predictions(base), labels))
+        table.append(score_step(BASE, *read_predictions(base), labels))
     for suffix, files in (("", plain), (" + TTA", folds)) if plain else (("", folds),):
         table += [score_step(path.stem + suffix, *read_predictions(path), labels) for path in files]
         if len(files) > 1:
@@ -68,13 +73,15 @@ def test_table(folder: Path, folds: list[Path], labels: Labels) -> list[dict]:
             weights = score_weights(validation_scores(files, "log_loss"), "log_loss")
             table += [score_step(f"{name}{suffix}", ids, ensemble(stack, name, weights), labels) for name in METHODS]
             table[-2]["log_loss"] = None  # majority: shares of votes are not probabilities
-    return table
+    validation = [read_card(path).get("validation") or {} for path in folds]
+    text_only = pooled_reference(validation, chance=0.0).text_only
+    return [line | {"text_only": text_only} for line in table]
 
 
 def score_step(step: str, ids: list[str], probabilities: np.ndarray, labels: Labels) -> dict:
     """A line of the table, named `step`."""
     scores = score_with_interval(probabilities, labels.answers(ids), labels.clusters(ids))
-    return {"step": step} | {name: scores[name] for name in ("rows", "accuracy", "low", "high", "log_loss")}
+    return {"step": step} | {name: scores.get(name) for name in SCORES}
 
 
 def read_seconds(path: Path) -> dict[str, int]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vqa.evaluation.metrics import accuracy
-from vqa.reports.text_only_baseline import TextOnlyBaseline
+from vqa.evaluation.text_only_baseline import TextOnlyBaseline
 
 WORDS = [a + b for a in "가나다라마바사" for b in "고노도로모보소오조초코토포호"]
 QUESTIONS = ["무슨 색인가요?", "What is on the table?", "몇 개인가요?", "어디에 있나요?"]
@@ -22,7 +22,7 @@ def make_rows(count: int, seed: int = 0) -> list[dict]:
 
 
 def correct(rows, groups) -> np.ndarray:
-    return TextOnlyBaseline(rows).predict(groups) == np.array([row["answer"] for row in rows])
+    return TextOnlyBaseline(rows).cross_validate(groups) == np.array([row["answer"] for row in rows])
 
 
 def test_it_does_not_beat_chance_where_the_text_has_no_cue():

@@ -218,10 +218,10 @@ def nested_scores(chosen: Ensemble, oof: OOFPredictions, weight_by: str) -> dict
     method = chosen.method if len(oof.stack) > 1 else "mean"  # of one model, each row has one prediction
     temperature = chosen.inverse_temperature is not None
     values = nested(method, oof.stack, oof.answers, oof.clusters, temperature, weight_by)
-    scores = score_with_interval(values, oof.answers, oof.clusters)
+    scores = score_with_interval(values, oof.answers, oof.clusters) | {"text_only": oof.reference.text_only}
     if method == "majority":  # shares of votes are not probabilities
         del scores["log_loss"]
-    return {"scores": scores, "labels": oof.labels, "out_of_fold": (oof.ids, values)}
+    return {"scores": scores, "labels": oof.labels.path, "out_of_fold": (oof.ids, values)}
 
 
 def ensemble_members(
@@ -281,7 +281,7 @@ def select_method(oof: OOFPredictions, temperature: bool, weight_by: str, show: 
         if method != "majority":  # shares of votes are not probabilities
             losses[method] = row_log_loss(values, oof.answers)
             table[-1]["log_loss"] = losses[method].mean()
-    show(f"\nnested scores on {len(oof.answers)} out-of-fold rows of {oof.labels}:")
+    show(f"\nnested scores on {len(oof.answers)} out-of-fold rows of {oof.labels.path}:")
     show(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-") + "\n")
     best = min(losses, key=lambda method: losses[method].mean())
     if best == "mean":

@@ -23,7 +23,7 @@ from vqa.core.io import atomic_write
 from vqa.data.predictions import write_probabilities
 from vqa.data.table import read_table
 
-SCORES = ("rows", "accuracy", "low", "high", "log_loss")
+SCORES = ("rows", "accuracy", "low", "high", "log_loss", "chance", "text_only")
 COLUMNS = (
     *("id", "time", "kind", "revision", "output", "args", "data"),
     *SCORES,

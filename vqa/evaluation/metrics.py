@@ -85,6 +85,12 @@ def design_effect(values: np.ndarray, codes: np.ndarray) -> float:
 def score_with_interval(
     probabilities: np.ndarray, answers: np.ndarray, clusters: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, float]:
-    """{"rows", "low", "high", "accuracy", "log_loss"}; low and high bound the accuracy's 95 % interval."""
+    """{"rows", "low", "high", "accuracy", "log_loss", "chance"}; low and high bound the accuracy's 95 % interval."""
     _, low, high, _ = accuracy(probabilities.argmax(1) == answers, clusters)
-    return {"rows": len(answers), "low": low, "high": high} | accuracy_and_log_loss(probabilities, answers)
+    scores = {"rows": len(answers), "low": low, "high": high, "chance": chance_accuracy(probabilities)}
+    return scores | accuracy_and_log_loss(probabilities, answers)
+
+
+def chance_accuracy(probabilities: np.ndarray) -> float:
+    """Mean accuracy of a draw among the choices that each row offers: those with a probability above 0."""
+    return float((1 / (probabilities > 0).sum(-1)).mean())

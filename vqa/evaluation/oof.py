@@ -24,7 +24,8 @@ from vqa.data.folds import read_folds
 from vqa.data.predictions import read_card, read_predictions
 from vqa.data.table import check_ids, read_table
 from vqa.evaluation.labels import Labels
-from vqa.evaluation.metrics import row_log_loss
+from vqa.evaluation.metrics import chance_accuracy, row_log_loss
+from vqa.evaluation.reference import Reference, pooled_reference
 
 SAME_PREDICTION = ("model", "views", "gate")  # cards that agree in these keys are of the same weights and views
 WEIGHTS = ("raw", "ema", "swa")
@@ -38,14 +39,16 @@ class MissingOOFError(UserError):
 class OOFPredictions:
     """Out-of-fold rows that all models predicted.
 
-    stack: probabilities (models, rows, letters). answers: their indices (rows,). labels: the CSV with the answers.
+    stack: probabilities (models, rows, letters). answers: their indices (rows,). labels: the answers' CSV.
+    reference: chance and text-only accuracy.
     """
 
     ids: list[str]
     stack: np.ndarray
     answers: np.ndarray
     clusters: dict[str, np.ndarray]
-    labels: str | Path
+    labels: Labels
+    reference: Reference
 
 
 def weights_folder(folder: str | Path, name: str) -> Path:
@@ -81,7 +84,7 @@ def load_oof(
             f"{preview(plain_only)}: predicted with TTA, but the out-of-fold rows without. Run `predict.py --oof` "
             "with the same flags."
         )
-    labels = Labels(labels_csv or _training_csv(next(iter(oof_files.values()))))
+    labels = Labels(labels_csv) if labels_csv else _training_labels(next(iter(oof_files.values())))
     parts = {}
     for name, files in models.items():
         folds = [_read_checked(file, oof_files[file], labels) for file in files]
@@ -97,7 +100,9 @@ def load_oof(
             )
     stack, ids = np.stack([values[ids.get_indexer(order)] for ids, values in parts.values()]), list(order)
     width = int(np.flatnonzero((stack > 0).any((0, 1)))[-1]) + 1  # letters up to the last that any row offers
-    return OOFPredictions(ids, stack[..., :width], labels.answers(ids), labels.clusters(ids), labels.path)
+    scores = [read_card(file).get("validation") or {} for files in models.values() for file in files]
+    reference = pooled_reference(scores, chance_accuracy(stack[0]))
+    return OOFPredictions(ids, stack[..., :width], labels.answers(ids), labels.clusters(ids), labels, reference)
 
 
 def check_agreement(names: Sequence[str], members: np.ndarray, oof: OOFPredictions) -> None:
@@ -147,11 +152,12 @@ def run_args(oof: Path) -> dict:
     return next((read_json(path) for path in paths if path.is_file()), {})
 
 
-def _training_csv(oof: Path) -> str:
-    csv = run_args(oof).get("train_csv")
+def _training_labels(oof: Path) -> Labels:
+    args = run_args(oof)
+    csv = args.get("train_csv")
     if not csv or not Path(csv).is_file():
         raise MissingOOFError(f"{oof}: the training CSV is {csv or 'unknown'}, which is no file. Give it as --labels.")
-    return csv
+    return Labels(csv, args.get("columns"), args.get("answer_form"))
 
 
 def _read_checked(file: str, oof: Path, labels: Labels) -> tuple[list[str], np.ndarray]:

@@ -14,7 +14,8 @@ from sklearn.metrics import confusion_matrix
 from vqa.core.errors import pluralize, preview
 from vqa.core.io import atomic_write
 from vqa.data.rows import LETTERS, Row, read_rows
-from vqa.evaluation.metrics import NOISE, accuracy, row_log_loss
+from vqa.evaluation.metrics import NOISE, row_log_loss
+from vqa.evaluation.reference import model_warning
 from vqa.evaluation.significance import compare, mean_loss
 from vqa.reports.charts import learning_curves, reliability_diagram
 from vqa.reports.diagnostics import find_label_issues, letter_bias, reliability
@@ -45,14 +46,16 @@ def read_result_rows(results: Results, image_root: str | None) -> list[Row]:
 
 
 def scores_section(results: Results, page: Page) -> list[dict]:
-    """Accuracy and log-loss of each model on all rows."""
+    """Accuracy and log-loss of each model on all rows, beside chance and the text alone; warnings come first."""
     section = []
     for name, model in results.models.items():
-        score = accuracy(results.correct(name), results.clusters())
+        score, reference = results.accuracy(name), results.reference(name)
+        if warning := model_warning(model.name, results.probs[name], results.answers, score, reference):
+            page.highlight("groups", warning)
         loss = mean_loss(row_log_loss(results.probs[name], results.answers), results.clusters())
-        section.append({"name": name, "model": model.name, "accuracy": score, "log_loss": loss})
+        section.append({"name": name, "model": model.name, "reference": reference})
         number = pluralize(len(results.ids), "out-of-fold row")
-        text = f"{model.name}: accuracy {score}, log-loss {loss.value:.4f}, {number}"
+        text = f"{model.name}: accuracy {score}, log-loss {loss.value:.4f}, {number} ({reference})"
         page.highlight("groups", results.prefix(name) + text)
     return section
 

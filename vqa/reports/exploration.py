@@ -23,16 +23,15 @@ from vqa.data.images import image_tokens, preview_bad_images, target_size
 from vqa.data.rows import LETTERS, Row, read_rows, rows_with_equal_choices
 from vqa.data.table import read_table
 from vqa.evaluation.metrics import NOISE, accuracy
+from vqa.evaluation.question_types import OTHER, question_type
+from vqa.evaluation.text_only_baseline import MIN_ROWS, TextOnlyBaseline
 from vqa.reports.charts import histogram, image_sizes
 from vqa.reports.diagnostics import uniformity_test
 from vqa.reports.page import Page, card, thumbnail
-from vqa.reports.question_types import OTHER, question_type
-from vqa.reports.text_only_baseline import FOLDS, TextOnlyBaseline
 
 IMAGE_SIZES = (384, 512, 768, 1024)
 MAX_PAIRS = 24  # shown on the page
 MAX_ODD_ROWS = 8
-MIN_IMAGES = 10 * FOLDS  # for the text-only baseline
 SECTIONS = {
     "warnings": "Warnings",
     "letters": "Letters",
@@ -69,7 +68,7 @@ def read_tables(files: Sequence[str], image_root: str | None, page: Page) -> pd.
         labelled = any(table[name].astype(bool).any() for name in (found.answer, *found.annotators) if name)
         rows = pd.DataFrame(read_rows(file, image_root, with_answer=labelled))
         rows["file"], rows["split"] = file, Path(file).stem if stems[Path(file).stem] == 1 else file
-        rows["type"] = rows["question"].map(question_type)
+        rows["type"] = list(map(question_type, rows["question"], rows["choices"]))
         rows["fold"] = read_fold_column(file, rows, page) if labelled else None
         tables.append(rows.astype({"answer": object}) if labelled else rows.assign(answer=None))
     return pd.concat(tables, ignore_index=True)
@@ -90,11 +89,11 @@ def read_fold_column(file: str, rows: pd.DataFrame, page: Page) -> np.ndarray | 
 def by_split(rows: pd.DataFrame):
     return rows.groupby("split", sort=False)
 
+
 def image_keys(rows: pd.DataFrame, pictures: dict[str, Picture]) -> pd.Series:
     """A key of each row that rows with the same images share. A row without an image has its own."""
     keys = [" ".join(sorted({pictures[path].sha or path for path in paths})) for paths in rows["images"]]
     return pd.Series([key or f"row {index}" for key, index in zip(keys, rows.index)], index=rows.index)
-
 
 
 def labelled_rows(rows: pd.DataFrame) -> pd.DataFrame:
@@ -138,10 +137,10 @@ def text_only_section(rows: pd.DataFrame, pictures: dict[str, Picture], page: Pa
     labelled = labelled_rows(rows)
     images = pd.factorize(image_keys(labelled, pictures))[0]
     num_images = images.max(initial=-1) + 1
-    if num_images < MIN_IMAGES:
-        return {"rows": 0, "sentence": f"Not measured: it needs labelled rows with {MIN_IMAGES} different images."}
+    if num_images < MIN_ROWS:
+        return {"rows": 0, "sentence": f"Not measured: it needs labelled rows with {MIN_ROWS} different images."}
     baseline = TextOnlyBaseline(labelled.to_dict("records"))
-    correct = baseline.predict(images) == labelled["answer"].to_numpy(dtype=int)
+    correct = baseline.cross_validate(images) == labelled["answer"].to_numpy(dtype=int)
     score = accuracy(correct, {"image": images} if num_images < len(images) else None)
     chance = float((1 / labelled["choices"].map(len)).mean())
     beats_chance = score.low > chance
@@ -164,7 +163,7 @@ def types_section(rows: pd.DataFrame, baseline: dict, page: Page) -> list[dict]:
     fractions = pd.crosstab(rows["type"], rows["split"], normalize="columns")[list(rows["split"].unique())]
     unknown = (rows["type"] == OTHER).mean()
     if unknown > 0.3:
-        page.highlight("types", f"{unknown:.0%} of the questions match no rule in vqa/reports/question_types.py.")
+        page.highlight("types", f"{unknown:.0%} of the questions match no rule in vqa/evaluation/question_types.py.")
     accuracies = baseline["correct"].groupby(rows["type"]).mean() if baseline["rows"] else {}
     examples = rows.groupby("type")["question"].first()
     return [
