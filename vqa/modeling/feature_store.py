@@ -34,7 +34,7 @@ from vqa.data.images import (
     target_size,
 )
 from vqa.data.rows import Row
-from vqa.modeling.families import family_of, vision_tower
+from vqa.modeling.families import vision_tower
 from vqa.modeling.feature_shards import FeatureShards
 from vqa.modeling.vision import image_features, is_vision_frozen, unwrap_base_model
 
