@@ -27,6 +27,7 @@ from vqa.core.cli import add_hidden_alias, make_parser, non_default_args
 from vqa.core.compat import string_to_bool
 from vqa.core.distributed import check_launcher, run_on_main_and_broadcast
 from vqa.core.errors import UserError, run_main
+from vqa.core.workers import check_workers
 from vqa.evaluation.oof import WEIGHTS
 from vqa.inference.checkpoints import (
     DTYPES,
@@ -136,6 +137,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
         raise UserError("no folds given. Name the folders that train_fold.py wrote, such as checkpoints/fold0.")
     if min(args.scales) <= 0 or min(args.num_permutations, args.num_paraphrases) < 1:
         raise UserError("--scales must be above 0; --num_permutations and --num_paraphrases must be at least 1.")
+    check_workers(args.workers, "--workers")
     if args.oof and args.base:
         raise UserError("--oof is for folds: the base model has no validation rows. Leave out --base.")
     return args, non_default_args(parser, args)

@@ -17,6 +17,7 @@ from vqa.config.recipe import RecipeArguments
 from vqa.core.compat import initial_global_step
 from vqa.core.distributed import run_on_main_and_broadcast
 from vqa.core.errors import run_main
+from vqa.core.workers import WorkerCollator
 from vqa.data.collator import Collator
 from vqa.data.images import all_images, check_images, oriented_sizes
 from vqa.evaluation.reference import Reference
@@ -90,10 +91,12 @@ def train(run: FoldRun, base: SharedBase) -> None:
         recipe, run_on_main_and_broadcast(lambda: choose_batch_config(recipe, run.model_args, lengths, encodes_images))
     )
     dataset = TrainDataset(train_rows, data.shuffle_choices, recipe.seed)
+    if recipe.dataloader_persistent_workers:
+        dataset.epoch.share_memory_()
     trainer = FoldTrainer(
         model,
         recipe,
-        data_collator=collate,
+        data_collator=WorkerCollator(collate),
         train_dataset=dataset,
         eval_dataset=valid_rows,
         # In this order: the limit may ask for a checkpoint, the averages write into it, the marker completes it.

@@ -118,6 +118,7 @@ def test_skipped_steps_are_those_at_which_the_schedule_stood_still(make_trainer)
 
 def test_choices_are_shuffled_anew_each_epoch_in_workers_that_outlive_it(rows):
     dataset = TrainDataset(rows[:6], True, 42)
+    dataset.epoch.share_memory_()  # as train_fold.py does where workers persist
     loader = DataLoader(dataset, None, num_workers=1, persistent_workers=True)
     orders = []
     for epoch in (0.0, 1.0, 0.0):

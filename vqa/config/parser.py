@@ -23,6 +23,7 @@ from vqa.core.distributed import check_launcher
 from vqa.core.dtypes import has_bf16
 from vqa.core.errors import UserError
 from vqa.core.io import swap_root
+from vqa.core.workers import check_workers
 
 DEMO = "args/demo/fold0.json"
 CLASSES = (ModelArguments, DataArguments, RecipeArguments)
@@ -51,6 +52,7 @@ def parse_arguments(
     if trains:
         check_launch()
         check_machine(vars(given))
+        check_workers(given.dataloader_num_workers, "dataloader_num_workers")
     check_recipe(vars(given))
     if given.model is None:
         raise UserError(

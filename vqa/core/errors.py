@@ -9,6 +9,12 @@ OUT_OF_MEMORY = (
 )
 
 
+WORKER_FAILED = (
+    "Such a process prepares batches; often the memory of the host ran out. Set dataloader_num_workers (predict.py: "
+    "--workers) to 0 and run the same command again. What is finished stays."
+)
+
+
 class UserError(Exception):
     """An error that the user can fix. The message names the value, the place and the remedy, on one line."""
 
@@ -21,15 +27,21 @@ def run_main(main: Callable[[], None]) -> None:
         print_error(error)
         sys.exit(2)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; scripts that need no torch should not import it
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; scripts that need no torch should not import it
+            print_error(UserError(OUT_OF_MEMORY))
+        elif str(error).startswith("DataLoader "):  # "... timed out", "... worker (pid 7) is killed by signal"
+            print_error(UserError(f"{error}. {WORKER_FAILED}"))
+        else:
             raise
-        print_error(UserError(OUT_OF_MEMORY))
         sys.exit(2)
 
 
 def print_error(error: UserError) -> None:
-    """Print the error on stderr, in one line."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    """Print the error on stderr, in one line. One that a worker process raised comes with its traceback: without."""
+    message = str(error)
+    if message.startswith("Caught UserError in DataLoader worker"):
+        message = message.rpartition("UserError: ")[2]
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def preview(items: Sequence, most: int = 3) -> str:

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vqa.core.dtypes import half_autocast
 from vqa.core.errors import UserError, preview
+from vqa.core.workers import make_loader
 from vqa.data.collator import Collator
 from vqa.data.prompt import LETTERS
 from vqa.data.rows import Row
@@ -118,8 +118,7 @@ def _letter_probs(
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]) + sum(map(len, rows[i]["choices"])))
-    dataset: Any = [rows[i] for i in by_length]  # DataLoader takes lists too, but its types do not say so
-    loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers)
+    loader = make_loader([rows[i] for i in by_length], batch_size, collate, workers)
     shown: list[list[np.ndarray]] = [[] for _ in rows]
     done, processes = 0, PartialState().num_processes
     scale = processes > 1 and processes  # every process has scored as many rows as this one
@@ -151,8 +150,8 @@ def _letter_probs(
 @torch.inference_mode()
 def generate_letters(model: torch.nn.Module, rows: Sequence[Row], collate: Collator, batch_size: int) -> list[str]:
     """What `generate` writes for each row: greedy search for two tokens, enough for a letter and the turn's end."""
-    device, dataset, texts = next(model.parameters()).device, cast(Any, list(rows)), []
-    for batch in DataLoader(dataset, batch_size, collate_fn=collate):
+    device, texts = next(model.parameters()).device, []
+    for batch in make_loader(rows, batch_size, collate):
         inputs = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
         with half_autocast(model):
             tokens = cast(Any, model).generate(

@@ -18,7 +18,7 @@ class TrainDataset(torch.utils.data.Dataset):
 
     def __init__(self, rows: list[Row], shuffle: bool, seed: int):
         self.rows, self.shuffle, self.seed = rows, shuffle, seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with workers that outlive an epoch
+        self.epoch = torch.zeros((), dtype=torch.int64)  # workers that outlive an epoch need it in shared memory
 
     def __len__(self) -> int:
         return len(self.rows)

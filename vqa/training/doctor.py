@@ -17,7 +17,15 @@ from vqa.config.recipe import RecipeArguments
 from vqa.core.errors import UserError, pluralize, preview
 from vqa.data.collator import Collator
 from vqa.data.folds import read_folds
-from vqa.data.images import all_images, check_images, find_bad_images, oriented_size, preview_bad_images, target_size
+from vqa.data.images import (
+    all_images,
+    bad_images_warning,
+    check_images,
+    find_bad_images,
+    oriented_size,
+    target_size,
+    without_bad_images,
+)
 from vqa.data.prompt import letter_ids, shown_answer
 from vqa.data.rows import LETTERS, Row, read_rows, rows_with_equal_choices
 from vqa.data.splits import images_across_folds, shared_images, split_problems, split_rows
@@ -82,7 +90,8 @@ class Contest:
 def read_contest(report: Report, data: DataArguments, seed: int) -> Contest:
     """Read and check the CSVs, the folds file and every image.
 
-    A broken training image raises UserError, as in training. A broken test image is a warning; its rows are left out.
+    A broken training image raises UserError, as in training. A broken test image is a warning; its rows are checked
+    without it, as `predict.py --skip_bad_images` answers them.
     """
     rows = read_rows(data.train_csv, data.image_root, with_answer=True, **reader_options(data))
     check_images(rows, data.train_csv)
@@ -90,12 +99,8 @@ def read_contest(report: Report, data: DataArguments, seed: int) -> Contest:
     if not test:
         report.warnings.append(f"{data.test_csv}: no such file, so the test rows were not checked")
     if broken := find_bad_images(test, data.test_csv):
-        number, paths = pluralize(len(broken), "image"), preview_bad_images(broken)
-        report.warnings.append(
-            f"{data.test_csv}: {number} cannot be used: {paths}. Replace the files, or answer their rows from the "
-            "text alone with `predict.py --skip_bad_images`."
-        )
-    test = [row for row in test if not broken.keys() & set(row["images"])]
+        report.warnings.append(bad_images_warning(broken, data.test_csv))
+    test = without_bad_images(test, broken)
     folds = None
     if data.fold is not None:
         folds = read_folds(folds_file(data), [row["id"] for row in rows], data.train_csv)
@@ -201,7 +206,8 @@ def check_cost(
         size, batches = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
         setup = replace(setup, checkpointing=bool(config["gradient_checkpointing"]))
         how = "with" if setup.checkpointing else "without"
-        print(f"auto_batch on {name}: a step of {batches * size} rows is {batches} x {size}, {how} gradient checkpointing")
+        split = f"{batches * size} rows is {batches} x {size}"
+        print(f"auto_batch on {name}: a step of {split}, {how} gradient checkpointing")
     peaks = {"training": training_peak(setup, train.batch(size))}
     if valid and recipe.eval_strategy != "no":
         peaks["validation"] = validation_peak(setup, valid.batch(recipe.per_device_eval_batch_size))

@@ -12,6 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from vqa.config.recipe import RecipeArguments
 from vqa.core.compat import first_repeated_row
 from vqa.core.io import write_json
+from vqa.core.workers import TIMEOUT
 from vqa.data.collator import Collator
 from vqa.data.rows import Row
 from vqa.inference.scoring import answer_logits
@@ -68,6 +69,12 @@ class FoldTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthSortedSampler(self.lengths, self.args.effective_batch_size, seed, self.train_dataset.epoch)
+
+    def get_train_dataloader(self):
+        """As the Trainer's, but a worker process that hangs ends the run."""
+        loader = super().get_train_dataloader()
+        loader.timeout = TIMEOUT if loader.num_workers else 0
+        return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimiser step on this process, and the number of rows in that step on all processes.
