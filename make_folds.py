@@ -16,10 +16,10 @@ import pandas as pd
 from vqa.config.args_file import build_dataclass, read_args_file
 from vqa.config.arguments import DataArguments, folds_file, reader_options
 from vqa.core.cli import add_hidden_alias, make_parser
-from vqa.core.errors import pluralize, run_main
+from vqa.core.errors import run_main
 from vqa.data.folds import assign_folds, read_folds, write_folds
-from vqa.data.images import check_images, find_bad_images, preview_bad_images
-from vqa.data.rows import LETTERS, Row, read_contest
+from vqa.data.images import bad_images_warning, check_images, find_bad_images
+from vqa.data.rows import LETTERS, read_contest
 from vqa.data.splits import image_groups
 
 
@@ -33,7 +33,8 @@ def main() -> None:
     if Path(data.test_csv).is_file():
         test = read_contest(data.test_csv, data.image_root, **reader_options(data))
         print(test.summary())
-        warn_of_images(test.rows, data.test_csv)
+        if broken := find_bad_images(test.rows, data.test_csv):
+            print(f"warning: {bad_images_warning(broken, data.test_csv)}")
     path, ids, answers = folds_file(data), [row["id"] for row in rows], [row["answer"] for row in rows]
     if kept := path.is_file() and not args.overwrite:
         folds = read_folds(path, ids, data.train_csv)
@@ -43,15 +44,6 @@ def main() -> None:
     letters = pd.Series([LETTERS[answer] for answer in answers], name="answer")
     print(pd.crosstab(pd.Series(folds, name="fold"), letters, margins=True).to_string())
     print(f"{path}: {len(folds)} rows in {len(set(folds))} folds" + (" (existing file kept)" if kept else ""))
-
-
-def warn_of_images(rows: Sequence[Row], csv: str) -> None:
-    """Print which test images cannot be used: they can be replaced while the folds are trained."""
-    if broken := find_bad_images(rows, csv):
-        print(
-            f"warning: {csv}: {pluralize(len(broken), 'image')} cannot be used: {preview_bad_images(broken)}. Replace "
-            "them, or answer their rows from the text alone with predict.py --skip_bad_images."
-        )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,42 +1,124 @@
 """From an image file to the pixels that the model sees: one way for training and prediction."""
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from vqa.core.errors import UserError, preview
+from vqa.core.errors import UserError, pluralize, preview
 from vqa.data.image_paths import suggest_image_root
 from vqa.data.rows import Row
 
 MAX_PIXELS = 100_000_000  # a photo has ten million; a decompression bomb has billions in a few kilobytes
 MAX_ASPECT = 200  # qwen_vl_utils refuses anything longer
 MIN_TOKENS = 4  # Qwen's lower bound
+NO_IMAGE = "image unreadable, answered from the text alone"
+LESS_IMAGES = "image unreadable, answered from the other images"
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF orientation -> what makes the image upright
 Image.MAX_IMAGE_PIXELS = None  # PIL would only warn; MAX_PIXELS is stricter, and its error names the file
+with suppress(ImportError):  # optional: HEIC, the format of iPhones
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 
 def open_image(path: str | Path, min_side: int | None = None) -> Image.Image:
     """Decode one image file as people see it: EXIF orientation applied, transparency on white.
 
-    Accepts every PIL mode. Returns mode RGB, or RGBA, which `qwen_vl_utils` composites on white. With `min_side`, a
-    JPEG may be decoded at a fraction of its size, with sides of at least that many pixels: many times faster.
-    Raises ValueError or OSError where the file is not a usable image.
+    Accepts every PIL mode, and broken metadata beside sound pixels. Returns mode RGB, or RGBA, which `qwen_vl_utils`
+    composites on white. With `min_side`, a JPEG may be decoded at a fraction of its size, with sides of at least that
+    many pixels: many times faster. Raises ValueError, OSError and other errors of PIL where the file is not a usable
+    image.
     """
-    with Image.open(path) as image:
-        _check_size(image)
+    with _open(path) as image:
+        orientation = _orientation(image)  # before the pixels are read, as in oriented_size
         if min_side:
             image.draft("RGB", (min_side, min_side))
-        image.load()
-        image = ImageOps.exif_transpose(image)  # type: ignore[assignment]  # an ImageFile is an Image
+        promised = image.size
+        try:
+            image.load()
+        except (SyntaxError, ValueError):
+            if image.format != "PNG":
+                raise
+            image = _open_png_pixels(path)
+            image.load()
+    if image.size != promised:
+        raise ValueError(f"the header promises {promised[0]} x {promised[1]}, the pixels are {image.size}")
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])  # type: ignore[assignment]  # an ImageFile is an Image
     if image.mode.startswith(("I", "F")):  # 16 and 32 bit greys: PIL's convert() would clip them at 255
-        grey = np.asarray(image, dtype=np.float64)
-        top = max(255.0, 65535.0 if image.mode.startswith("I;16") else float(grey.max(initial=0)))
-        return Image.fromarray((grey.clip(0) * (255.0 / top)).round().astype(np.uint8)).convert("RGB")
+        return _grey_image(image)
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _grey_image(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or 32 bits as RGB. Floats up to 1, as scientific tools write them, are fractions of white."""
+    grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+    top = max(255.0, float(grey.max(initial=0)))
+    if image.mode == "F" and grey.max(initial=0) <= 1:
+        top = 1.0
+    if image.mode.startswith("I;16"):
+        top = 65535.0
+    return Image.fromarray((grey.clip(0) * (255.0 / top)).round().astype(np.uint8)).convert("RGB")
+
+
+def _open(path: str | Path) -> ImageFile.ImageFile:
+    """The file with its header read. Raises ValueError or OSError, and SyntaxError, where that is not possible."""
+    try:
+        image = Image.open(path)
+    except (SyntaxError, ValueError, UnidentifiedImageError) as error:
+        with open(path, "rb") as file:
+            start = file.read(12)
+        if start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS:
+            raise ValueError("a HEIC image: install pillow-heif to read it") from None
+        if start.startswith(b"\x89PNG"):
+            image = _open_png_pixels(path)
+        elif isinstance(error, UnidentifiedImageError):
+            raise ValueError("not an image that Pillow can read") from None
+        else:
+            raise
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} is over {MAX_PIXELS:,} pixels")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} is longer than {MAX_ASPECT} to 1")
+    return image
+
+
+def _open_png_pixels(path: str | Path) -> ImageFile.ImageFile:
+    """A PNG without its metadata: PIL gives up at a chunk of text, time or colours that is broken."""
+    data = Path(path).read_bytes()
+    kept, start = bytearray(data[:8]), 8
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4])  # length, name, content, checksum
+        name = data[start + 4 : start + 8]
+        if name[:1].isupper() or name == b"tRNS":  # what the pixels need
+            kept += data[start:end]
+        start = end
+    return Image.open(io.BytesIO(kept))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, where there is none or it cannot be read, and for TIFF: PIL applies that."""
+    try:
+        orientation = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of many kinds; the pixels may be sound
+        orientation = 1
+    return orientation if orientation in UPRIGHT else 1
 
 
 def thumbnail_image(path: str | Path, side: int) -> Image.Image:
@@ -80,16 +162,29 @@ def target_size(width: int, height: int, image_size: int, scale: float = 1.0, pa
 
     `image_size` is a pixel budget: at most `image_size ** 2` pixels. A smaller image keeps its size. `scale`
     (test-time augmentation) is relative to the result, so 1.1 also enlarges images below the budget. The rule is
-    Qwen's `qwen_vl_utils.smart_resize`.
+    Qwen's `qwen_vl_utils.smart_resize`, except where that rounds the shorter side of a long image to 0, or down to
+    fewer tokens than the model takes: such an image gets the nearest legal grid within the budget.
     """
     from qwen_vl_utils.vision_process import smart_resize  # imports torch, which takes seconds
 
     factor = 2 * patch
     lowest = MIN_TOKENS * factor**2
-    height, width = smart_resize(height, width, factor, min_pixels=lowest, max_pixels=max(lowest, image_size**2))
+
+    def resize(width: int, height: int, least: int, most: int) -> tuple[int, int]:
+        rows, columns = smart_resize(height, width, factor, min_pixels=least, max_pixels=most)
+        if rows * columns >= lowest:
+            return columns, rows
+        if 0 in (rows, columns):
+            sides = most // factor**2 * factor, factor
+        else:
+            is_long = max(width, height) >= 2 * min(width, height)
+            sides = (4 * factor, factor) if is_long else (2 * factor, 2 * factor)
+        return sides if width >= height else sides[::-1]
+
+    width, height = resize(width, height, lowest, max(lowest, image_size**2))
     if scale != 1.0:
         budget = max(lowest, round(width * height * scale**2))
-        height, width = smart_resize(height, width, factor, min_pixels=budget, max_pixels=budget)
+        width, height = resize(width, height, budget, budget)
     return width, height
 
 
@@ -100,11 +195,8 @@ def image_tokens(width: int, height: int, patch: int = 14) -> int:
 
 def oriented_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of the image that `open_image` returns, read from the file's header alone."""
-    with Image.open(path) as image:
-        if image.format == "TIFF":  # Pillow has already swapped the sides
-            return image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (image.height, image.width) if turned else image.size
+    with _open(path) as image:
+        return image.size[::-1] if _orientation(image) >= 5 else image.size
 
 
 def oriented_sizes(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -134,7 +226,7 @@ def _suggest_root(label: str, image: str) -> str | None:
 
 
 def find_bad_images(rows: Sequence[Row], label: str) -> dict[str, str]:
-    """path -> problem, for every image that cannot be used.
+    """path -> problem, for every image that `open_image` cannot open.
 
     JPEGs are decoded at an eighth of their size: fast, and the file is still read to its end.
     """
@@ -146,21 +238,35 @@ def find_bad_images(rows: Sequence[Row], label: str) -> dict[str, str]:
         return {path: problem for path, problem in zip(paths, checks) if problem}
 
 
-def preview_bad_images(broken: Mapping[str, str]) -> str:
-    """The first few of `find_bad_images`, each with its problem."""
-    return preview([f"{path} ({problem})" for path, problem in broken.items()])
-
-
 def _problem(path: str) -> str | None:
     """Why the image at `path` cannot be used; None if it can."""
     try:
-        with Image.open(path) as image:
-            _check_size(image)
-            image.draft("RGB", (image.width // 8, image.height // 8))
-            image.load()
+        open_image(path, min_side=1)
     except Exception as error:  # PIL raises many kinds for damaged files
         return error_summary(error)
     return None
+
+
+def without_bad_images(rows: Sequence[Row], broken: Mapping[str, str]) -> list[Row]:
+    """The rows without their images in `broken`, and with a `note` that says so."""
+    readable = [[path for path in row["images"] if path not in broken] for row in rows]
+    return [
+        row | Row(images=left, note=LESS_IMAGES if left else NO_IMAGE) if len(left) < len(row["images"]) else row
+        for row, left in zip(rows, readable)
+    ]
+
+
+def bad_images_warning(broken: Mapping[str, str], csv: str) -> str:
+    """What to do about the unusable images of a test file, which can be replaced while the folds are trained."""
+    return (
+        f"{csv}: {pluralize(len(broken), 'image')} cannot be used: {preview_bad_images(broken)}. predict.py stops at "
+        "them: replace the files, or answer their rows from the text alone with `predict.py --skip_bad_images`."
+    )
+
+
+def preview_bad_images(broken: Mapping[str, str]) -> str:
+    """The first few of `find_bad_images`, each with its problem."""
+    return preview([f"{path} ({problem})" for path, problem in broken.items()])
 
 
 def error_summary(error: Exception) -> str:
@@ -168,11 +274,3 @@ def error_summary(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return " ".join(str(error).split())[:80] or type(error).__name__
-
-
-def _check_size(image: Image.Image) -> None:
-    """Raise ValueError for a header with more pixels, or a longer shape, than we decode."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} is over {MAX_PIXELS:,} pixels")
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} is longer than {MAX_ASPECT} to 1")

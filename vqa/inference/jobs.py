@@ -8,7 +8,7 @@ import numpy as np
 
 from vqa.core.errors import UserError, preview
 from vqa.core.io import write_json
-from vqa.data.images import check_images, find_bad_images
+from vqa.data.images import check_images, find_bad_images, without_bad_images
 from vqa.data.predictions import read_card, read_predictions, write_predictions
 from vqa.data.rows import Row, read_rows
 from vqa.data.splits import image_hashes
@@ -18,9 +18,6 @@ from vqa.evaluation.metrics import accuracy_and_log_loss, score_with_interval
 from vqa.inference.checkpoints import Checkpoint
 from vqa.inference.tta import View, ViewPredictions
 from vqa.inference.view_cache import ViewCache, view_fingerprint
-
-NO_IMAGE = "image unreadable, answered from the text alone"
-LESS_IMAGES = "image unreadable, answered from the other images"
 
 
 def read_test_rows(csv: str, image_root: str | None, skip_bad_images: bool, reader: Mapping) -> list[Row]:
@@ -54,12 +51,7 @@ def read_oof_rows(
 def _with_images(rows: list[Row], csv: str, skip_bad: bool) -> list[Row]:
     """`rows` with the `image_hash` of each. Bad images raise UserError, or are left out and noted in their rows."""
     if skip_bad:
-        bad = find_bad_images(rows, csv)
-        readable = [[path for path in row["images"] if path not in bad] for row in rows]
-        rows = [
-            row | Row(images=left, note=LESS_IMAGES if left else NO_IMAGE) if len(left) < len(row["images"]) else row
-            for row, left in zip(rows, readable)
-        ]
+        rows = without_bad_images(rows, find_bad_images(rows, csv))
     else:
         check_images(rows, csv, "Replace the files, or answer their rows from the text alone with --skip_bad_images.")
     return [row | Row(image_hash=" ".join(hashes) or None) for row, hashes in zip(rows, image_hashes(rows))]
