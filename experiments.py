@@ -68,8 +68,9 @@ def as_table(log: pd.DataFrame) -> pd.DataFrame:
         table[name] = runs[name].map(round_cell)
     bounds = zip(runs["low"].map(round_cell), runs["high"].map(round_cell))
     table["interval"] = [f"{low}-{high}" if low else "" for low, high in bounds]
-    for name in ("chance", "text_only", "log_loss"):
-        table[name] = runs[name].map(round_cell)
+    for name in ("chance", "text_only"):
+        table[name] = runs[name].map(round_cell).replace("", "-")
+    table["log_loss"] = runs["log_loss"].map(round_cell)
     table["public"] = [round_cell(public.get(name, "")) for name in runs["id"]]
     table[["seconds", "peak_gib", "parents"]] = runs[["seconds", "peak_gib", "parents"]]
     table["args"] = differing_args(runs)
@@ -130,7 +131,15 @@ def compare_runs(log: pd.DataFrame, first: str, second: str) -> None:
         raise UserError(f"{first} and {second} have no scored row in common. Compare runs of the same folds.")
     stack = [v[pd.Index(i).get_indexer(both)] for i, v in ((ids, values), (other, other_values))]
     print(f"\non the {len(both)} rows that both scored:")
-    print_comparison(first, second, list(both), np.stack(stack), Labels(runs[1]["labels"]))
+    print_comparison(first, second, list(both), np.stack(stack), Labels(runs[1]["labels"], **reader_of(log, runs[1])))
+
+
+def reader_of(log: pd.DataFrame, run: pd.Series) -> dict:
+    """How to read the labels of a run: the args `columns` and `answer_form` of the training that it comes from."""
+    while run["kind"] != "training" and run["parents"].split()[:1] and (log["id"] == run["parents"].split()[0]).any():
+        run = find_run(log, run["parents"].split()[0])
+    args = json.loads(run["args"])
+    return {name: args.get(name) for name in ("columns", "answer_form")}
 
 
 def record_public_score(log: pd.DataFrame, score: float, name: str | None) -> None:

@@ -172,6 +172,22 @@ def test_models_are_compared_on_the_rows_that_they_share(contest, analyze):
     assert (code, error.count("\n")) == (2, 1) and "no validation row in common" in error
 
 
+def test_a_model_that_is_not_above_the_text_is_reported_first_and_flags_no_label(contest, analyze):
+    folders = contest.model("A", trio(contest), best="ema")
+    for folder in folders:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        for scores in metrics["weights"].values():
+            scores["text_only"] = 0.97
+        change(folder / "metrics.json", weights=metrics["weights"])
+    code, said, error, html = analyze(*folders)
+    assert code == 0, error
+    assert said.splitlines()[0].startswith(f"- warning: {contest.folder}/checkpoints/A/fold*: its accuracy ")
+    assert "is not above that of a classifier that sees no image, 0.9700" in said
+    assert "(chance 0.2500, text-only 0.9700)" in said and "- No label is doubted" in said
+    assert len(pd.read_csv(contest.folder / "page" / "mislabelled.csv")) == 0
+    assert 'class="warning"' in html
+
+
 def test_one_fold_without_averages_or_history_is_enough(contest, analyze):
     folder = contest.model("A", {"raw": contest.probabilities(1.0)}, best="raw")[1]
     (folder / "history.json").unlink()

@@ -177,7 +177,11 @@ def test_the_leaderboards_word_is_kept_shown_and_drawn(ensembles, script, log):
     lines = [line.split() for line in said.splitlines()]
     public = lines[0].index("public") + 1  # the time is two words
     assert [(line[0], line[public]) for line in lines[1:]] == [(first, "0.9900"), (second, f"{accuracy:.4f}")]
-    assert "method=greedy" in said
+    assert "method=greedy" in said and "warning: " not in said
+    assert {"chance", "text_only"} < set(lines[0]) and lines[1][lines[0].index("chance") + 1] == "0.2500"
+    log_run("training", "blind", {}, scores={"accuracy": 0.4, "low": 0.38, "chance": 0.25, "text_only": 0.41})
+    blind = read_log(log)["id"].iloc[-1]
+    assert f"warning: {blind}: the accuracy is not above chance and text_only" in script("experiments")[1]
     code, said, error = script("experiments", "--plot")
     assert code == 0 and "2 runs with both scores" in said, error
     assert log.with_name("leaderboard.png").read_bytes().startswith(b"\x89PNG")

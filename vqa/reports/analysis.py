@@ -4,7 +4,7 @@ Each function measures one thing on the out-of-fold rows, puts its main result o
 values that its section shows. `rows` are in the order of the results.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix
 from vqa.core.errors import pluralize, preview
 from vqa.core.io import atomic_write
 from vqa.data.rows import LETTERS, Row, read_rows
-from vqa.evaluation.metrics import NOISE, row_log_loss
+from vqa.evaluation.metrics import NOISE, accuracy, row_log_loss
 from vqa.evaluation.reference import model_warning
 from vqa.evaluation.significance import compare, mean_loss
 from vqa.reports.charts import learning_curves, reliability_diagram
@@ -39,9 +39,9 @@ SECTIONS = {
 }
 
 
-def read_result_rows(results: Results, image_root: str | None) -> list[Row]:
-    """The rows of the results, in their order."""
-    by_id = {row["id"]: row for row in read_rows(results.labels.path, image_root, with_answer=True)}
+def read_result_rows(results: Results, image_root: str | None, reader: Mapping) -> list[Row]:
+    """The rows of the results, in their order. `reader`: the folds' `reader_options`."""
+    by_id = {row["id"]: row for row in read_rows(results.labels.path, image_root, with_answer=True, **reader)}
     return [by_id[row_id] for row_id in results.ids]
 
 
@@ -112,10 +112,16 @@ def models_section(results: Results, rows: list[Row], page: Page) -> dict:
 
 
 def label_issues_section(results: Results, rows: list[Row], page: Page) -> dict:
-    """Rows whose label looks wrong to all weights of all models. All of them are written to mislabelled.csv."""
-    stack = np.stack([probs for name in results.models for probs in results.by_weights(name).values()])
-    issues, suggestions = find_label_issues(stack, results.answers)
-    mean, folds = stack.mean(0), results.models["M1"].fold_of_row()
+    """Rows whose label is probably wrong, by the mean of all weights that deserve no warning; see mislabelled.csv."""
+    answers, members = results.answers, []
+    for name in results.models:
+        for probs in results.by_weights(name).values():
+            score = accuracy(probs.argmax(1) == answers, results.clusters())
+            if not model_warning(name, probs, answers, score, results.reference(name)):
+                members.append(probs)
+    mean = np.mean(members or [np.eye(len(LETTERS))[answers]], axis=0)  # without members no label is doubted
+    issues, suggestions = find_label_issues(mean, answers)
+    folds = results.models["M1"].fold_of_row()
     columns = ["id", "answer", "suggested", "p_answer", "p_suggested", "answer_text", "suggested_text"]
     lines = []
     for i, suggested in zip(issues, suggestions):
@@ -127,9 +133,9 @@ def label_issues_section(results: Results, rows: list[Row], page: Page) -> dict:
     with atomic_write(page.folder / "mislabelled.csv") as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.4f")
     names = f": {preview(list(table['id']))}" if len(issues) else ""
-    number = pluralize(len(issues), "row")
-    page.highlight("label-issues", f"{number} with a probably wrong label, listed in mislabelled.csv{names}")
-    return {"rows": len(issues), "members": len(stack), "cards": cards(results, rows, issues[:MAX_LABEL_ISSUES])}
+    text = f"{pluralize(len(issues), 'row')} with a probably wrong label, listed in mislabelled.csv{names}"
+    page.highlight("label-issues", text if members else "No label is doubted: no model is above the text alone")
+    return {"rows": len(issues), "members": len(members), "cards": cards(results, rows, issues[:MAX_LABEL_ISSUES])}
 
 
 def letters_section(results: Results, rows: list[Row], page: Page) -> list[dict]:

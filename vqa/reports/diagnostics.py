@@ -10,20 +10,31 @@ from vqa.evaluation.metrics import NOISE
 BINS = 10
 
 
-def find_label_issues(stack: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows whose label is probably wrong, the choice that is predicted there), both int (issues,), worst first.
+def find_label_issues(probs: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows whose label is probably wrong, the letter that is predicted there), both int (issues,), worst first.
 
-    `stack` (members, rows, letters) are out-of-fold probabilities of several sets of weights. All members must predict
-    the same other choice, each with at least the mean probability of the labels: the threshold of confident learning
-    (Northcutt et al. 2021), with one threshold for all letters, since letters are not classes.
+    `probs` (rows, letters) are out-of-fold probabilities, `answers` (rows,) the indices of the labels. The rule is
+    that of confident learning (Northcutt et al. 2021, arxiv.org/abs/1911.00068), in the form of cleanlab's
+    `find_label_issues(filter_by="low_self_confidence")`:
+
+    - The threshold of a letter is its mean probability in the rows that have it as label.
+    - The number of issues is that of the rows where another letter than the label is predicted, and the likeliest of
+      the letters that reach their threshold is not the label either.
+    - The issues are that many rows with the lowest probability of the label, less those where it is the prediction.
+
+    The worst has the largest difference between the probabilities of prediction and label.
     """
-    predictions = stack.argmax(2)
-    label_probs = stack[:, np.arange(len(answers)), answers]
-    disagrees = (predictions == predictions[0]).all(0) & (predictions[0] != answers)
-    rows = np.flatnonzero(disagrees & (stack.max(2).min(0) >= label_probs.mean()))
-    margin = (stack.max(2) - label_probs).mean(0)
-    rows = rows[np.argsort(-margin[rows], kind="stable")]
-    return rows, predictions[0][rows]
+    rows, predictions = np.arange(len(answers)), probs.argmax(1)
+    labelled = answers[:, None] == np.arange(probs.shape[1])
+    thresholds = (probs * labelled).sum(0) / np.maximum(labelled.sum(0), 1)
+    confident = (probs >= thresholds) & labelled.any(0)
+    likeliest = np.where(confident, probs, -1).argmax(1)
+    number = int((confident.any(1) & (likeliest != answers) & (predictions != answers)).sum())
+    label_probs = probs[rows, answers]
+    lowest = np.argsort(label_probs, kind="stable")[:number]
+    issues = lowest[predictions[lowest] != answers[lowest]]
+    issues = issues[np.argsort((label_probs - probs.max(1))[issues], kind="stable")]
+    return issues, predictions[issues]
 
 
 class UniformityTest(NamedTuple):

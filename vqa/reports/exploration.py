@@ -53,8 +53,8 @@ def read_tokenizer(folder: str) -> tuple[Tokenizer, int]:
     return Tokenizer.from_file(str(path)), read_json(Path(folder, "config.json"))["vision_config"]["patch_size"]
 
 
-def read_tables(files: Sequence[str], image_root: str | None, page: Page) -> pd.DataFrame:
-    """The rows of all files: the keys of a Row, and `file`, `split` (a short name), `type`, `fold` and `answer`.
+def read_tables(files: Sequence[str], image_root: str | None, columns: str | None, page: Page) -> pd.DataFrame:
+    """The rows of all files, whose columns may be named by a mapping: the keys of a Row, and `file`, `split` (a short name), `type`, `fold` and `answer`.
 
     `fold` and `answer` are None where they are unknown.
     """
@@ -64,9 +64,9 @@ def read_tables(files: Sequence[str], image_root: str | None, page: Page) -> pd.
     tables = []
     for file in files:
         table = read_table(file, ())
-        found = find_columns(file, list(table.columns))
+        found = find_columns(file, list(table.columns), columns)
         labelled = any(table[name].astype(bool).any() for name in (found.answer, *found.annotators) if name)
-        rows = pd.DataFrame(read_rows(file, image_root, with_answer=labelled))
+        rows = pd.DataFrame(read_rows(file, image_root, labelled, columns=columns))
         rows["file"], rows["split"] = file, Path(file).stem if stems[Path(file).stem] == 1 else file
         rows["type"] = list(map(question_type, rows["question"], rows["choices"]))
         rows["fold"] = read_fold_column(file, rows, page) if labelled else None

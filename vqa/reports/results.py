@@ -131,14 +131,14 @@ def find_finished_folds(folders: Sequence[str]) -> tuple[list[Path], list[Path]]
     return finished, [path for path in paths if path not in finished]
 
 
-def training_csv(folders: Sequence[Path]) -> tuple[str, str | None]:
-    """(train_csv, image_root) of the folds' args."""
+def training_csv(folders: Sequence[Path]) -> tuple[str, str | None, dict]:
+    """(train_csv, image_root, the `reader_options`) of the folds' args."""
     args = [read_json(folder / "args.json") for folder in folders]
     sources = {(values["train_csv"], values.get("image_root")) for values in args}
     if len(sources) > 1:
         names = preview(sorted(csv for csv, _ in sources))
         raise UserError(f"the folds were trained on different data ({names}). Analyse them in separate commands.")
-    return sources.pop()
+    return *sources.pop(), {name: args[0].get(name) for name in ("columns", "answer_form")}
 
 
 def read_models(folders: Sequence[Path], labels: Labels) -> list[Model]:
