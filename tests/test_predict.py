@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from vqa.data.predictions import read_predictions
 from vqa.data.rows import read_rows
 from vqa.inference import predictor
 from vqa.inference.checkpoints import fold_checkpoint
-from vqa.inference.scoring import generate_letters
+from vqa.inference.scoring import first_generated
 from vqa.modeling.loading import load_adapter, load_base
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "args/accelerate/cpu.yaml"]
@@ -230,23 +231,32 @@ def test_the_card_has_the_mass_on_the_letters_and_the_agreement_with_generate(
     assert f"{card['letter_mass']:.2%} of the probability" in output
 
 
-def test_generate_is_greedy_search_from_the_pixels(model, processor, rows, request):
-    """Two tokens: with a model that never ends its turn, so that the second is seen."""
+def test_generate_is_greedy_search_from_the_pixels_and_its_first_token_counts(model, processor, rows, request):
+    """The model never ends its turn, as one that writes the text of the choice after the letter."""
     collate, end = Collator(processor, 112), processor.tokenizer.eos_token_id
 
     def go_on(module, inputs, output):
         output.logits[..., end] = -1e9
 
     request.addfinalizer(model.register_forward_hook(go_on).remove)
-    for row, text in zip(rows[:3], generate_letters(model, rows[:3], collate, 2)):
+    for row, token in zip(rows[:3], first_generated(model, rows[:3], collate, 2)):
         batch = collate([row])
         image = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
-        tokens, kinds = batch["input_ids"], batch["mm_token_type_ids"]
-        for _ in range(2):
-            with torch.no_grad():
-                best = model(input_ids=tokens, mm_token_type_ids=kinds, **image).logits[:, -1:].argmax(-1)
-            tokens, kinds = torch.cat([tokens, best], 1), torch.cat([kinds, kinds[:, :1] * 0], 1)
-        assert text == processor.decode(tokens[0, -2:], skip_special_tokens=True).strip() and len(text) > 1
+        with torch.no_grad():
+            kinds = batch["mm_token_type_ids"]
+            best = model(input_ids=batch["input_ids"], mm_token_type_ids=kinds, **image).logits[0, -1].argmax()
+        assert token == best
+
+
+def test_a_model_that_writes_on_after_the_letter_agrees_with_it(model, processor, ids, rows, request):
+    def write_b(module, inputs, output):
+        output.logits[..., ids[1]] += 1e3
+
+    request.addfinalizer(model.register_forward_hook(write_b).remove)
+    own = SimpleNamespace(load=lambda _: model, collate_pixels=Collator(processor, 112), batch_size=2, letter_ids=ids)
+    job, predicted = SimpleNamespace(rows=rows[:4], checkpoint=None), np.eye(4)[[[1, 1, 1, 2]]]
+    found = predictor.Predictor.compare_with_generate(own, job, SimpleNamespace(probabilities=predicted), 4)
+    assert found == {"rows": 4, "agreeing": 3}
 
 
 def test_an_unreadable_image_is_refused_or_answered_from_the_text_and_marked(

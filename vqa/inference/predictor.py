@@ -9,12 +9,11 @@ from accelerate import PartialState
 
 from vqa.core.distributed import distributed_map, run_on_main_and_broadcast
 from vqa.data.collator import Collator
-from vqa.data.predictions import letters
 from vqa.data.prompt import LETTERS, letter_ids
 from vqa.data.rows import Row
 from vqa.inference.checkpoints import Checkpoint
 from vqa.inference.jobs import Job
-from vqa.inference.scoring import choice_probs, generate_letters, permutation_probs
+from vqa.inference.scoring import choice_probs, first_generated, permutation_probs
 from vqa.inference.tta import View, ViewPredictions, group_by_image, rows_with_permutations, stack_views
 from vqa.inference.view_cache import CachedView, ViewCache
 from vqa.modeling.feature_store import FeatureStore, open_feature_store
@@ -113,12 +112,16 @@ class Predictor:
         return [values[[position[i] for i in view.changed], v] for v, view in enumerate(views)]
 
     def compare_with_generate(self, job: Job, predictions: ViewPredictions, rows: int) -> dict[str, int] | None:
-        """How many of `rows` rows, drawn by seed, `generate` answers like the plain view; None if none are drawn."""
+        """How many of `rows` rows, drawn by seed, `generate` begins to answer with the plain view's letter.
+
+        What it would write after the letter, such as the text of the choice, does not matter. None if none are drawn.
+        """
         with_image = [i for i, row in enumerate(job.rows) if row["images"]]
         drawn = np.random.default_rng(0).permutation(with_image)[:rows].tolist()
         if not drawn:
             return None
         model = self.load(job.checkpoint)
-        texts = generate_letters(model, [job.rows[i] for i in drawn], self.collate_pixels, self.batch_size)
-        agreeing = sum(text == letter for text, letter in zip(texts, letters(predictions.probabilities[0][drawn])))
+        first = first_generated(model, [job.rows[i] for i in drawn], self.collate_pixels, self.batch_size)
+        best = predictions.probabilities[0][drawn].argmax(1)
+        agreeing = sum(token == self.letter_ids[letter] for token, letter in zip(first, best))
         return {"rows": len(drawn), "agreeing": agreeing}

@@ -148,20 +148,20 @@ def _letter_probs(
 
 
 @torch.inference_mode()
-def generate_letters(model: torch.nn.Module, rows: Sequence[Row], collate: Collator, batch_size: int) -> list[str]:
-    """What `generate` writes for each row: greedy search for two tokens, enough for a letter and the turn's end."""
-    device, texts = next(model.parameters()).device, []
+def first_generated(model: torch.nn.Module, rows: Sequence[Row], collate: Collator, batch_size: int) -> list[int]:
+    """Id of the first token that `generate` writes for each row, by greedy search."""
+    device, first = next(model.parameters()).device, []
     for batch in make_loader(rows, batch_size, collate):
         inputs = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
         with half_autocast(model):
             tokens = cast(Any, model).generate(
                 **send_to_device(inputs, device),
-                max_new_tokens=2,
+                max_new_tokens=1,
                 do_sample=False,
                 repetition_penalty=1.0,  # the model folder's own settings may sample and penalise
                 temperature=None,
                 top_p=None,
                 top_k=None,
             )
-        texts += collate.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+        first += tokens[:, -1].tolist()
+    return first
