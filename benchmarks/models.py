@@ -1,0 +1,97 @@
+"""Speed, memory and largest micro-batch of several models, each limited to the memory of a T4.
+
+    python benchmarks/models.py SHAPES/config_qwen3_vl_4B.json SHAPES/config_qwen3_5_4B.json --vocabulary QWEN_FOLDER
+    python benchmarks/models.py checkpoints/tiny --sizes 126 --steps 3              # a dry run; no GPU needed
+
+Each model has random weights in the shape of its config, 4 bits and fp16 on a GPU, rank 16, 16 rows a step. It trains
+20 steps and predicts, with stored vision features. One JSON line is written for each model and image size; `estimate`
+is the doctor's estimate of the peak, before any weight was loaded, divided by the peak.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
+from compare import write_rows  # noqa: E402
+from contestants import Ours  # noqa: E402
+from random_model import write_random_model  # noqa: E402
+
+from vqa.core.cli import make_parser  # noqa: E402
+from vqa.data.rows import read_rows  # noqa: E402
+from vqa.training.memory import GIB, Setup, meta_model, training_peak  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+EFFECTIVE = 16
+
+
+def main() -> None:
+    args = parse_args()
+    if len(args.models) > 1:  # each in its own process: a failure does not end the others
+        own = sys.argv[1:]
+        others = [word for word in own if word not in args.models]
+        codes = [subprocess.run([sys.executable, __file__, model, *others]).returncode for model in args.models]
+        sys.exit(max(codes))
+    with tempfile.TemporaryDirectory() as temporary:
+        measure(args.models[0], args, Path(temporary))
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    parser.add_argument("models", nargs="+", help="config files of the shapes, or model folders")
+    parser.add_argument("--vocabulary", type=Path, help="folder of Qwen2's vocabulary")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[384, 768], help="image_size (default: 384 768)")
+    parser.add_argument("--rows", type=int, default=32, help="rows, each with its own image (default: 32)")
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps (default: 20)")
+    parser.add_argument("--cap_gib", type=float, default=14.5, help="GPU memory (default: 14.5, as on a T4)")
+    parser.add_argument("--output", help="file to which the JSON lines are appended")
+    return parser.parse_args()
+
+
+def measure(name: str, args, temporary: Path) -> None:
+    folder, start = name, time.time()
+    if not Path(name).is_dir():
+        folder = str(temporary / "model")
+        write_random_model(Path(name), folder, args.vocabulary)
+        print(f"{name}: random weights written in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.cap_gib * GIB / total)
+    csv = write_rows(temporary / "rows", args.rows, enlarged=2)  # 720 px would not fill the larger budget
+    plan = {"model": folder, "stored": True, "cache": str(temporary / "cache"), "folder": str(temporary)}
+    plan |= {"steps": args.steps, "seconds": 0, "workers": 0, "predict_rows": 2 * args.rows, "predict_batches": [16]}
+    base = None
+    for size in args.sizes:
+        try:
+            own = Ours(plan, read_rows(csv, with_answer=True), size, base)
+            line = own.trained(EFFECTIVE)
+            if "peak_gib" in line and line["peak_gib"]:
+                line["estimate"] = round(estimated_peak(own, line) / GIB / line["peak_gib"], 3)
+            predictions = [p for p in own.answered() if "answers_per_second" in p]
+            line |= {"images_encoded_per_second": round(1 / own.seconds_an_image, 1)}
+            line |= {p["how"]: p["answers_per_second"] for p in predictions}
+            base = own.base
+        except torch.OutOfMemoryError:
+            line = {"failed": "out of memory"}
+        shape = {"model": Path(name).stem.removeprefix("config_"), "image_size": size}
+        line = shape | line | {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"}
+        print(json.dumps(line), flush=True)
+        if args.output:
+            with open(args.output, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def estimated_peak(own: Ours, line: dict) -> int:
+    setup = Setup(meta_model(own.model_args, own.dtype), ON_GPU, line["checkpointing"])
+    batch = own.lengths.batch(line["micro"])
+    return training_peak(setup, type(batch)(batch.rows, batch.tokens, 0))  # features are stored: no image is encoded
+
+
+if __name__ == "__main__":
+    main()
