@@ -26,9 +26,9 @@ from vqa.reports.results import find_finished_folds, load_results, training_csv
 def main() -> None:
     args = parse_args()
     folders, skipped = find_finished_folds(args.folds)
-    train_csv, image_root = training_csv(folders)
-    results = load_results(folders, Labels(args.train_csv or train_csv))
-    rows = analysis.read_result_rows(results, args.image_root or image_root)
+    train_csv, image_root, reader = training_csv(folders)
+    results = load_results(folders, Labels(args.train_csv or train_csv, **reader))
+    rows = analysis.read_result_rows(results, args.image_root or image_root, reader)
     groups = group_rows(rows)
     common_folder = os.path.commonpath([folder.parent for folder in folders])
     page = Page(args.output_dir or swap_root("outputs", common_folder, below="checkpoints") / "analyze")

@@ -42,7 +42,7 @@ def main() -> None:
     start, (args, cli_args) = time.time(), parse_args()
     if args.compare:
         ids, stack = join(args.compare)
-        return print_comparison(*args.compare, ids, stack, Labels(args.labels))
+        return print_comparison(*args.compare, ids, stack, Labels(args.labels, args.columns))
     files, oof_files = find_prediction_files(args.predictions, args.oof)
     output = Path(args.output or Path(files[0]).parent / "submission.csv")
     check_probabilities_path(args.probabilities, files)
@@ -104,6 +104,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
         help="out-of-fold files, one per prediction in the same order (default: found beside the adapters)",
     )
     add("--labels", metavar="CSV", help="CSV with the answers (default: the train.csv that the folds were trained on)")
+    add("--columns", metavar="JSON", help="which column of --labels is which, as the field `columns` of an args file")
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two files: is B better than A on --labels?")
     add("--sample", metavar="CSV", help="sample submission (default: sample_submission.csv beside the test CSV)")
     add("--answer_form", choices=FORMS, help="how the submission writes answers, where the sample does not show it")
@@ -152,7 +153,7 @@ def find_test_csv(file: str, sample: str | None) -> tuple[str | None, str | Path
 def find_oof(models: dict, oof_files: dict | None, args: argparse.Namespace) -> OOFPredictions | None:
     """The out-of-fold rows, with each model's score printed; None, and the reason, if they are not needed."""
     try:
-        oof = load_oof(models, oof_files, args.labels)
+        oof = load_oof(models, oof_files, args.labels, args.columns)
     except MissingOOFError as reason:
         if oof_files or args.temperature or args.method in ("greedy", "stack"):
             raise

@@ -136,9 +136,9 @@ def compare_runs(log: pd.DataFrame, first: str, second: str) -> None:
 
 def reader_of(log: pd.DataFrame, run: pd.Series) -> dict:
     """How to read the labels of a run: the args `columns` and `answer_form` of the training that it comes from."""
-    while run["kind"] != "training" and run["parents"].split()[:1] and (log["id"] == run["parents"].split()[0]).any():
-        run = find_run(log, run["parents"].split()[0])
-    args = json.loads(run["args"])
+    args, parents = json.loads(run["args"]), log[log["id"].isin(run["parents"].split())]
+    if run["kind"] != "training" and len(parents):
+        return reader_of(log, parents.iloc[0])
     return {name: args.get(name) for name in ("columns", "answer_form")}
 
 

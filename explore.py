@@ -26,7 +26,7 @@ def main() -> None:
     args = parse_args()
     tokenizer, patch = exploration.read_tokenizer(args.model)
     page = Page(args.output_dir or swap_root("outputs", Path(args.csv[0]).parent, below="data") / "explore")
-    rows = exploration.read_tables(args.csv, args.image_root, page)
+    rows = exploration.read_tables(args.csv, args.image_root, args.columns, page)
     pictures = read_pictures(list(rows["images"].explode().dropna()))
     baseline = exploration.text_only_section(rows, pictures, page)
     path = page.write(
@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("csv", nargs="+", help="the contest's files, labelled ones first: train.csv test.csv")
     parser.add_argument("--image_root", help="folder that `path` is relative to (default: the CSV's folder)")
+    parser.add_argument("--columns", metavar="JSON", help="which column is which, as in the args file")
     parser.add_argument(
         "--model", default=TINY, help="folder of the model whose tokens are counted (default: %(default)s)"
     )

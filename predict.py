@@ -28,6 +28,7 @@ from vqa.core.compat import string_to_bool
 from vqa.core.distributed import check_launcher, run_on_main_and_broadcast
 from vqa.core.errors import UserError, run_main
 from vqa.core.workers import check_workers
+from vqa.evaluation.labels import Labels
 from vqa.evaluation.oof import WEIGHTS
 from vqa.inference.checkpoints import (
     DTYPES,
@@ -73,7 +74,9 @@ def main() -> None:
                 generated = predictor.compare_with_generate(job, predictions, checked)
                 write_outputs(job, predictions, generated, cli_args)
     if args.oof and PartialState().is_main_process:
-        write_tta_report(jobs[0].path.parent, csv, [row["id"] for rows in folds for row in rows], results)
+        write_tta_report(
+            jobs[0].path.parent, Labels(csv, **reader), [row["id"] for rows in folds for row in rows], results
+        )
 
 
 def parse_args() -> tuple[argparse.Namespace, dict]:

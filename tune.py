@@ -95,7 +95,7 @@ def conclude(study: optuna.Study, folder: Path, tuned: Path, values: dict, data:
     if default is None:
         print(f"{folder}: another launch is still running the first trial. Run this command again when it is done.")
         return
-    print_gain(default, study.best_trial, folder, data.train_csv)
+    print_gain(default, study.best_trial, folder, data)
     write_args(tuned, non_default_fields(values) | study.best_trial.params, data)
     plot_importances(study, folder / "importances.png")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from vqa.config.arguments import DataArguments
 from vqa.data.collator import Collator
 from vqa.data.images import all_images, oriented_sizes
 from vqa.data.prompt import build_messages, render_chat
-from vqa.data.rows import read_contest
 from vqa.data.splits import image_groups, rows_fingerprint, shared_images
 from vqa.inference.scoring import answer_logits, choice_probs, permutation_probs
 from vqa.inference.tta import make_views
@@ -169,46 +169,52 @@ def test_rows_with_the_same_images_share_a_group_and_one_image_rows_have_the_old
 
 
 @pytest.mark.slow
-def test_every_script_takes_a_contest_of_all_three_kinds(script, contest, tmp_path, rows, ids):
-    """Folds, doctor, training, prediction with TTA, explore and analyze on rows with two images, one and none."""
+def test_every_script_takes_a_contest_of_all_three_kinds_in_columns_of_its_own(script, contest, tmp_path, rows):
+    """Two images, one and none; a mapping names the columns, since two of them could be the question or the answer."""
     cells = []
     for number, row in enumerate(rows):
-        names = [str(rows[(number + k) % 24]["images"][0]).rpartition("/")[2] for k in range(2)]
-        images = [["pictures/" + names[0], ""], ["", ""], ["pictures/" + name for name in names]][number % 3]
-        cells.append([row["id"], *images, row["question"], *row["choices"], "abcd"[row["answer"]]])
-    header = ["id", "image1", "image2", *HEADER[2:]]
-    train = write_csv(tmp_path / "train.csv", cells, header)
-    test = write_csv(tmp_path / "test.csv", [row[:-1] for row in cells], header[:-1])
+        names = [f"pictures/{(number + k) % 24}.jpg" for k in range(2)]
+        images = [[names[0], ""], ["", ""], names][number % 3]
+        cells.append([row["id"], *images, row["question"], "?", *row["choices"], str(row["answer"]), "a"])
+    header = ["id", "image1", "image2", "query", "question", *HEADER[3:7], "gold", "label"]
+    mapping = json.dumps({"question": "query", "answer": "gold"})
+    train, test = write_csv(tmp_path / "train.csv", cells, header), tmp_path / "test.csv"
+    write_csv(test, [row[:-2] + ["", ""] for row in cells], header)
+    write_csv(tmp_path / "sample_submission.csv", [[row["id"], "2"] for row in rows], ["id", "gold"])
     (tmp_path / "pictures").symlink_to(contest / "pictures")
-    summary = read_contest(train, with_answer=True).summary()
-    assert "8 rows with several images" in summary and "8 rows without an image" in summary
     args = {"model": TINY, "train_csv": str(train), "test_csv": str(test), "fold": 0, "image_size": 112}
-    args |= {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "ema_decay": 0.0}
+    args |= {"columns": mapping, "max_steps": 2, "effective_batch_size": 4, "ema_decay": 0.0}
     args |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "disable_tqdm": True}
     args |= {"vision_cache_dir": str(tmp_path / "cache"), "output_dir": str(tmp_path / "checkpoints" / "fold0")}
     (tmp_path / "fold0.json").write_text(json.dumps(args))
-    fold = tmp_path / "checkpoints" / "fold0"
+    fold, outputs = tmp_path / "checkpoints" / "fold0", ["--output_dir", tmp_path / "outputs"]
+    views = ["--num_permutations", "2", "--scales", "1.4", "--flip"]
+    said = {}
     for name, *words in (
         ("make_folds", tmp_path / "fold0.json", "--folds", "2"),
         ("doctor", tmp_path / "fold0.json", "--output_dir", tmp_path / "elsewhere"),
         ("train_fold", tmp_path / "fold0.json"),
-        (
-            "predict",
-            tmp_path / "checkpoints" / "fold0",
-            "--num_permutations",
-            "2",
-            "--scales",
-            "1.4",
-            "--flip",
-            "--output_dir",
-            tmp_path / "outputs",
-        ),
-        ("explore", train, test, "--output_dir", tmp_path / "explore"),
+        ("predict", fold, *views, *outputs),
+        ("predict", fold, *views, *outputs, "--oof"),
+        ("ensemble", tmp_path / "outputs" / "fold0.csv"),
+        ("explore", train, test, "--columns", mapping, "--output_dir", tmp_path / "explore"),
         ("analyze", fold, "--output_dir", tmp_path / "analyze"),
     ):
-        code, output, error = script(name, *words)
-        assert code == 0, (name, output[-500:], error)
-    probs = pd.read_csv(tmp_path / "outputs" / "fold0.csv")
-    assert list(probs["id"]) == [row["id"] for row in rows]
+        code, said[name], error = script(name, *words)
+        assert code == 0, (name, said[name][-500:], error)
+    assert "8 rows with several images" in said["make_folds"] and "8 rows without an image" in said["make_folds"]
+    assert "unused: question, label" in said["make_folds"]
+    submission = pd.read_csv(tmp_path / "outputs" / "submission.csv")
+    assert list(submission["id"]) == [row["id"] for row in rows] and set(submission["gold"]) <= {0, 1, 2, 3}
     page = (tmp_path / "explore" / "index.html").read_text()
     assert "cannot be read" not in page and "data:image/jpeg" in page
+    log = pd.read_csv(os.environ["EXPERIMENTS_LOG"], dtype=str)
+    training, prediction = (
+        log[log["output"].str.startswith(str(tmp_path)) & (log["kind"] == kind)]["id"].iloc[-1]
+        for kind in ("training", "prediction")
+    )
+    code, output, error = script("experiments", "--compare", training, prediction)
+    assert code == 0 and "on the 12 rows that both scored" in output, error
+    files = [tmp_path / "outputs" / "oof" / "fold0.csv", fold / "oof.csv"]
+    code, output, error = script("ensemble", "--compare", *files, "--labels", train, "--columns", mapping)
+    assert code == 0, error

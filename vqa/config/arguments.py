@@ -1,10 +1,9 @@
 """The arguments of model and data, without slow imports. The reason for a default is in its `help`."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vqa.core.errors import UserError
+from vqa.core.io import is_writable
 
 INSTRUCTION = "Answer with the letter only."
 
@@ -39,7 +38,9 @@ class DataArguments:
         None,
         "How the answers are written, where they can be read in two ways: letter, number_from_0, number_from_1, text.",
     )
-    folds_csv: str | None = arg(None, "The folds file; `folds.csv` beside train_csv if not given.")
+    folds_csv: str | None = arg(
+        None, "The folds file; if not given, folds.csv beside train_csv, or in outputs/folds/ if that is read-only."
+    )
     fold: int | None = arg(0, "The fold to validate on; null: train on all rows and validate on none.")
     max_train_rows: int | None = arg(None, "Train on only this many rows, drawn by seed: 200 for a quick try.")
     image_size: int = arg(
@@ -74,13 +75,8 @@ class DataArguments:
 
 
 def reader_options(data: DataArguments) -> dict:
-    """The keyword arguments of `vqa.data.rows.read_contest` that say how to read the contest's files."""
-    columns = data.columns
-    try:
-        columns = json.loads(columns) if isinstance(columns, str) else columns
-    except ValueError as error:
-        raise UserError(f"columns: not valid JSON ({error}).") from None
-    return {"columns": columns, "answer_form": data.answer_form}
+    """The keyword arguments of `vqa.data.rows.read_contest` and `Labels` that say how to read the contest's files."""
+    return {"columns": data.columns, "answer_form": data.answer_form}
 
 
 def folds_file(data: DataArguments) -> Path:
@@ -88,5 +84,10 @@ def folds_file(data: DataArguments) -> Path:
 
 
 def folds_path(folds_csv: str | None, train_csv: str | Path) -> Path:
-    """`folds_csv`, or folds.csv beside the training CSV if that is None."""
-    return Path(folds_csv) if folds_csv else Path(train_csv).with_name("folds.csv")
+    """`folds_csv`; if it is None, folds.csv beside the training CSV, or in outputs/folds/ if that folder is read-only."""
+    if folds_csv:
+        return Path(folds_csv)
+    beside = Path(train_csv).with_name("folds.csv")
+    if beside.exists() or is_writable(beside.parent):
+        return beside
+    return Path("outputs", "folds", f"{beside.absolute().parent.name}.csv")

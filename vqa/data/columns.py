@@ -4,6 +4,7 @@ The mapping is the field `columns` of an args file: `{"question": "문항", "cho
 columns could have the same role, nothing is guessed: the error asks for the mapping.
 """
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -58,14 +59,14 @@ def normalize(name: str) -> str:
 
 
 def find_columns(
-    path: object, header: Sequence[str], mapping: Mapping | None = None, labels_only: bool = False
+    path: object, header: Sequence[str], mapping: Mapping | str | None = None, labels_only: bool = False
 ) -> Columns:
     """The role of each column of `header`. `mapping` (role -> column, or a list of them) decides before any alias.
 
-    `labels_only`: the file may hold ids and answers alone. Raises UserError where a role has no column or several, and
-    where the mapping names a column that does not exist.
+    A mapping may be JSON text, as on a command line. `labels_only`: the file may hold ids and answers alone. Raises
+    UserError where a role has no column or several, and where the mapping names a column that does not exist.
     """
-    mapping = dict(mapping or {})
+    mapping = _parse_mapping(mapping) if isinstance(mapping, str) else dict(mapping or {})
     if unknown := [role for role in mapping if role not in (*ALIASES, "annotators", "paraphrases")]:
         raise UserError(f"columns: {preview(unknown)} is no role. The roles are {', '.join(ALIASES)}.")
     given = {role: [names] if isinstance(names, str) else list(names or ()) for role, names in mapping.items()}
@@ -111,6 +112,16 @@ def find_columns(
             (),
         ),
     )
+
+
+def _parse_mapping(text: str) -> dict:
+    try:
+        mapping = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"columns: not valid JSON ({error}).") from None
+    if not isinstance(mapping, dict):
+        raise UserError(f'columns: {text[:60]!r} is no mapping. Write {{"question": "...", "answer": "..."}}.')
+    return mapping
 
 
 def _with_unused(header: Sequence[str], found: Columns) -> Columns:

@@ -74,7 +74,7 @@ def read_rows(path: str | Path, image_root: str | Path | None = None, with_answe
     return read_contest(path, image_root, with_answer, **form).rows
 
 
-def read_choices(path: str | Path, columns: Mapping | None = None) -> dict[str, list[str]]:
+def read_choices(path: str | Path, columns: Mapping | str | None = None) -> dict[str, list[str]]:
     """id -> the choices that the row offers; images and answers are not looked at."""
     table = read_table(path, ())
     return {
@@ -86,7 +86,7 @@ def read_contest(
     path: str | Path,
     image_root: str | Path | None = None,
     with_answer: bool = False,
-    columns: Mapping | None = None,
+    columns: Mapping | str | None = None,
     answer_form: str | None = None,
 ) -> Contest:
     """Read and check a contest's file: CSV, TSV, JSON, JSON lines or Parquet.

@@ -23,7 +23,7 @@ class Labels:
     `columns` and `answer_form` as in `vqa.data.rows.read_contest`.
     """
 
-    def __init__(self, path: str | Path, columns: Mapping | None = None, answer_form: str | None = None):
+    def __init__(self, path: str | Path, columns: Mapping | str | None = None, answer_form: str | None = None):
         self.path = path
         self.table = read_table(path, ())
         self.columns = find_columns(path, list(self.table.columns), columns, labels_only=True)

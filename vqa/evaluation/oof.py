@@ -70,9 +70,14 @@ def group_models(files: Sequence[str]) -> dict[str, list[str]]:
 
 
 def load_oof(
-    models: Mapping[str, Sequence[str]], given: Mapping[str, str] | None = None, labels_csv: str | None = None
+    models: Mapping[str, Sequence[str]],
+    given: Mapping[str, str] | None = None,
+    labels_csv: str | None = None,
+    columns: Mapping | str | None = None,
 ) -> OOFPredictions:
     """The out-of-fold rows of `models`: from the files `given` (prediction -> out-of-fold file), or found by cards.
+
+    `labels_csv` has their answers, in `columns` where the names do not say; by default the run's training CSV.
 
     Raises MissingOOFError where there are none, UserError where they cannot be trusted.
     """
@@ -84,7 +89,7 @@ def load_oof(
             f"{preview(plain_only)}: predicted with TTA, but the out-of-fold rows without. Run `predict.py --oof` "
             "with the same flags."
         )
-    labels = Labels(labels_csv) if labels_csv else _training_labels(next(iter(oof_files.values())))
+    labels = _read_labels(next(iter(oof_files.values())), labels_csv, columns)
     parts = {}
     for name, files in models.items():
         folds = [_read_checked(file, oof_files[file], labels) for file in files]
@@ -152,12 +157,15 @@ def run_args(oof: Path) -> dict:
     return next((read_json(path) for path in paths if path.is_file()), {})
 
 
-def _training_labels(oof: Path) -> Labels:
+def _read_labels(oof: Path, csv: str | None, columns: Mapping | str | None) -> Labels:
+    """The answers in `csv`; by default those in the run's training CSV, read as training read it."""
     args = run_args(oof)
+    if csv and csv != args.get("train_csv"):
+        return Labels(csv, columns)
     csv = args.get("train_csv")
     if not csv or not Path(csv).is_file():
         raise MissingOOFError(f"{oof}: the training CSV is {csv or 'unknown'}, which is no file. Give it as --labels.")
-    return Labels(csv, args.get("columns"), args.get("answer_form"))
+    return Labels(csv, columns or args.get("columns"), args.get("answer_form"))
 
 
 def _read_checked(file: str, oof: Path, labels: Labels) -> tuple[list[str], np.ndarray]:

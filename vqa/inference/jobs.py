@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vqa.config.arguments import reader_options
 from vqa.core.errors import UserError, preview
 from vqa.core.io import write_json
 from vqa.data.images import check_images, find_bad_images, without_bad_images
@@ -168,8 +169,8 @@ def _log_prediction(job: Job, probabilities: np.ndarray, seconds: float, cli_arg
     item, ids = job.checkpoint, [row["id"] for row in job.rows]
     scores: dict = {}
     if job.oof:
-        answers = np.array([row["answer"] for row in job.rows])
-        oof_scores = score_with_interval(probabilities, answers, Labels(job.csv).clusters(ids))
+        answers, labels = np.array([row["answer"] for row in job.rows]), Labels(job.csv, **reader_options(item.data))
+        oof_scores = score_with_interval(probabilities, answers, labels.clusters(ids))
         oof_scores |= {"text_only": (item.validation or {}).get("text_only")}
         scores = {"scores": oof_scores, "labels": job.csv, "out_of_fold": (ids, probabilities)}
     elif len(job.views) == 1 and item.validation:  # training has scored the plain view

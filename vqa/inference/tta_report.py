@@ -118,15 +118,14 @@ class TTAReport:
         return [{"letter": LETTERS[i]} | {name: float(rate[i]) for name, rate in rates.items()} for i in range(width)]
 
 
-def write_tta_report(folder: Path, csv: str, ids: Sequence[str], folds: Sequence[ViewPredictions]) -> None:
+def write_tta_report(folder: Path, labels: Labels, ids: Sequence[str], folds: Sequence[ViewPredictions]) -> None:
     """Print the report on the predictions of all `folds` and write it to tta.json and tta.csv.
 
-    `ids` are those of their rows, fold after fold; `csv` holds the answers.
+    `ids` are those of their rows, fold after fold; `labels` has their answers.
     """
-    labels = Labels(csv)
     report = TTAReport(concat_folds(folds), labels.answers(ids), labels.clusters(ids))
     views, bias, recommendation = report.table(), report.position_bias(), report.recommendation()
-    print(f"\neach view added to those above it, on {len(ids)} out-of-fold rows of {csv}:")
+    print(f"\neach view added to those above it, on {len(ids)} out-of-fold rows of {labels.path}:")
     print(pd.DataFrame(views).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
     print("\nhow often each letter is right, and is chosen:")
     print(pd.DataFrame(bias).to_string(index=False, float_format="{:.3f}".format))

@@ -54,8 +54,9 @@ def read_tokenizer(folder: str) -> tuple[Tokenizer, int]:
 
 
 def read_tables(files: Sequence[str], image_root: str | None, columns: str | None, page: Page) -> pd.DataFrame:
-    """The rows of all files, whose columns may be named by a mapping: the keys of a Row, and `file`, `split` (a short name), `type`, `fold` and `answer`.
+    """The rows of all files: the keys of a Row, and `file`, `split` (a short name), `type`, `fold` and `answer`.
 
+    `columns` is the mapping of an args file, for files whose columns it has to name.
     `fold` and `answer` are None where they are unknown.
     """
     if repeated := [file for file in files if files.count(file) > 1]:

@@ -17,7 +17,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from vqa.config.arguments import DataArguments, folds_file
+from vqa.config.arguments import DataArguments, folds_file, reader_options
 from vqa.core.errors import UserError, preview
 from vqa.core.figures import new_figure, save_figure
 from vqa.core.io import read_json, write_json
@@ -213,7 +213,7 @@ def describe_trial(trial: FrozenTrial) -> str:
     return f"trial {trial.number}: {outcome.get(trial.state, 'failed')}, {seconds:.0f} s: {params}"
 
 
-def print_gain(default: FrozenTrial, best: FrozenTrial, folder: Path, train_csv: str) -> None:
+def print_gain(default: FrozenTrial, best: FrozenTrial, folder: Path, data: DataArguments) -> None:
     """Print the best trial's changes, and its difference in log-loss to the unchanged args with an interval."""
     if best.number == default.number or best.value is None or default.value is None:
         print(f"no trial has a lower log-loss than the unchanged args: {default.value:.4f}")
@@ -227,7 +227,7 @@ def print_gain(default: FrozenTrial, best: FrozenTrial, folder: Path, train_csv:
     ids, stack = join(
         [weights_folder(place, read_json(place / "metrics.json")["best"]) / "oof.csv" for place in folders]
     )
-    labels = Labels(train_csv)
+    labels = Labels(data.train_csv, **reader_options(data))
     first, second = (row_log_loss(probs, labels.answers(ids)) for probs in stack)
     difference = paired_difference(first, second, labels.clusters(ids))
     print(
