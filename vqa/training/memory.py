@@ -32,6 +32,8 @@ BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Optimiser state per trained parameter, where it is not the two float32 moments of AdamW.
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
 
+LINEAR_CHUNK = 64  # tokens that transformers' linear attention processes together
+
 WORKSPACE_BYTES = 32 * 2**20  # of cuBLAS
 
 # Bytes that live at once within a vision block, for each of its widest layer's outputs: queries and keys are rotated
@@ -74,8 +76,11 @@ def training_peak(setup: Setup, batch: Batch) -> int:
     That is while the vision tower runs, or at the end of the language model's forward pass: then the checkpoints of
     all layers are kept, plus the logits or the backward pass of one layer.
     """
-    kept = checkpoint_bytes(setup, batch) if setup.checkpointing else layers(setup) * layer_bytes(setup, batch)
-    one_layer = layer_bytes(setup, batch) if setup.checkpointing else 0
+    linear = linear_attention_layers(setup)
+    of_layers = layers(setup) * layer_bytes(setup, batch) + linear * linear_attention_bytes(setup, batch)
+    kept = checkpoint_bytes(setup, batch) if setup.checkpointing else of_layers
+    one_layer = layer_bytes(setup, batch) + (linear > 0) * linear_attention_bytes(setup, batch)
+    one_layer *= setup.checkpointing
     in_layer = one_layer + backward_bytes(setup, batch)
     return resident_bytes(setup) + max(vision_bytes(setup, batch), kept + max(logit_bytes(setup, batch), in_layer))
 
@@ -83,7 +88,9 @@ def training_peak(setup: Setup, batch: Batch) -> int:
 def validation_peak(setup: Setup, batch: Batch) -> int:
     """Bytes at the worst moment of a validation: no gradients, no kept activations."""
     text, count = text_config(setup), batch.rows * batch.tokens
-    in_layer = count * (3 * text.hidden_size + 4 * text.intermediate_size) * element(setup) + weight_bytes(setup)
+    mlp = count * (3 * text.hidden_size + 4 * text.intermediate_size) * element(setup) + weight_bytes(setup)
+    linear = linear_attention_bytes(setup, batch, training=False) if linear_attention_layers(setup) else 0
+    in_layer = max(mlp, linear)
     resident = resident_bytes(setup) - gradient_bytes(setup)
     return resident + max(vision_bytes(setup, batch), in_layer, logit_bytes(setup, batch, positions=1))
 
@@ -139,6 +146,20 @@ def layer_bytes(setup: Setup, batch: Batch) -> int:
     return batch.rows * batch.tokens * (norms + attention + mlp + adapter)
 
 
+def linear_attention_bytes(setup: Setup, batch: Batch, training: bool = True) -> int:
+    """What a layer of linear attention (Gated DeltaNet) holds beside `layer_bytes`, by transformers' PyTorch code.
+
+    It pads each row to chunks of 64 tokens and works in float32. Counted on a CPU with a profiler: tensors as wide as
+    the values, squares of a chunk for each head, and two of the convolution. flash-linear-attention needs far less.
+    """
+    text = text_config(setup)
+    values = text.linear_num_value_heads * text.linear_value_head_dim
+    convolution = 2 * text.linear_num_key_heads * text.linear_key_head_dim + values
+    squares = (14 if training else 8) * LINEAR_CHUNK * text.linear_num_value_heads
+    tokens = -(-batch.tokens // LINEAR_CHUNK) * LINEAR_CHUNK
+    return batch.rows * tokens * ((76 if training else 42) * values + squares + 4 * convolution)
+
+
 def backward_bytes(setup: Setup, batch: Batch) -> int:
     """Besides `layer_bytes`, in a layer's backward pass: three gradients as wide as the MLP, one weight in 16 bits."""
     return 3 * batch.rows * batch.tokens * text_config(setup).intermediate_size * element(setup) + weight_bytes(setup)
@@ -190,6 +211,10 @@ def text_config(setup: Setup):
 
 def layers(setup: Setup) -> int:
     return text_config(setup).num_hidden_layers
+
+
+def linear_attention_layers(setup: Setup) -> int:
+    return (getattr(text_config(setup), "layer_types", None) or []).count("linear_attention")
 
 
 def head_size(setup: Setup) -> int:
