@@ -17,6 +17,7 @@ from vqa.config.recipe import RecipeArguments
 from vqa.core.compat import initial_global_step
 from vqa.core.distributed import run_on_main_and_broadcast
 from vqa.core.errors import run_main
+from vqa.core.io import check_writable
 from vqa.core.workers import WorkerCollator
 from vqa.data.collator import Collator
 from vqa.data.images import all_images, check_images, oriented_sizes
@@ -54,6 +55,7 @@ def read_and_check(run: FoldRun) -> bool:
     if run_on_main_and_broadcast(run.is_finished):
         print_on_main(f"{run.folder} is finished; nothing to train")
         return True
+    run_on_main_and_broadcast(lambda: check_writable(run.folder, "--output_dir"))
     recipe.resume_from_checkpoint = run_on_main_and_broadcast(
         lambda: checkpoint_to_resume(checkpoint, run.folder, recipe.effective_batch_size)
     )

@@ -84,7 +84,7 @@ def folds_file(data: DataArguments) -> Path:
 
 
 def folds_path(folds_csv: str | None, train_csv: str | Path) -> Path:
-    """`folds_csv`; if it is None, folds.csv beside the training CSV, or in outputs/folds/ if that folder is read-only."""
+    """`folds_csv`; if None, folds.csv beside the training CSV, or a file in outputs/folds/ if that is read-only."""
     if folds_csv:
         return Path(folds_csv)
     beside = Path(train_csv).with_name("folds.csv")

@@ -14,26 +14,51 @@ WORKER_FAILED = (
     "--workers) to 0 and run the same command again. What is finished stays."
 )
 
+# What to do -> what the system, safetensors, SQLite and torch.save (its file writer) say.
+DISK_PROBLEMS = {
+    "The disk is full: delete old checkpoints or the vision cache, or set --output_dir or --vision_cache_dir to "
+    "another disk. Then run the same command again: what is finished is complete.": (
+        *("No space left on device", "Disk quota exceeded", "disk is full"),
+        *("unexpected pos", "PytorchStreamWriter failed"),
+    ),
+    "Set --output_dir, --vision_cache_dir or folds_csv to a place that you can write to.": (
+        *("Read-only file system", "Permission denied", "unable to open database file", "readonly database"),
+    ),
+}
+
 
 class UserError(Exception):
     """An error that the user can fix. The message names the value, the place and the remedy, on one line."""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main(). A UserError or out-of-memory error becomes one line on stderr and exit code 2."""
+    """Run a script's main(). A UserError, or one that `explain` knows, becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
         print_error(error)
         sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; scripts that need no torch should not import it
-            print_error(UserError(OUT_OF_MEMORY))
-        elif str(error).startswith("DataLoader "):  # "... timed out", "... worker (pid 7) is killed by signal"
-            print_error(UserError(f"{error}. {WORKER_FAILED}"))
-        else:
+    except Exception as error:
+        if (message := explain(error)) is None:
             raise
+        print_error(UserError(message))
         sys.exit(2)
+
+
+def explain(error: Exception) -> str | None:
+    """The line for an error of the machine and not of the code: memory, worker processes, disks. None for others.
+
+    Goes by names and messages, since each library has its own exceptions for a failed write.
+    """
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; scripts that need no torch should not import it
+        return OUT_OF_MEMORY
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader "):  # "... timed out", "... worker (pid 7) ..."
+        return f"{text}. {WORKER_FAILED}"
+    for remedy, marks in DISK_PROBLEMS.items():
+        if any(mark in text for mark in marks):
+            return f"cannot write a file: {text}. {remedy}"
+    return None
 
 
 def print_error(error: UserError) -> None:

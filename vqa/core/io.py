@@ -32,6 +32,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
+def is_writable(folder: str | Path) -> bool:
+    """Whether files can be made in `folder`, or in the nearest folder above it that exists."""
+    existing = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Raise UserError where no file can be made in `folder`. `flag`: what sets another one."""
+    if not is_writable(folder):
+        raise UserError(f"{folder}: read-only, or no folder. Set {flag} to a folder that you can write to.")
+
+
 def write_json(path: str | Path, value: object) -> None:
     """Write `value` as readable JSON, atomically."""
     with atomic_write(path) as temporary:

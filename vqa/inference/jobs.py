@@ -8,7 +8,7 @@ import numpy as np
 
 from vqa.config.arguments import reader_options
 from vqa.core.errors import UserError, preview
-from vqa.core.io import write_json
+from vqa.core.io import check_writable, write_json
 from vqa.data.images import check_images, find_bad_images, without_bad_images
 from vqa.data.predictions import read_card, read_predictions, write_predictions
 from vqa.data.rows import Row, read_rows
@@ -102,7 +102,7 @@ def make_jobs(
 
 
 def unfinished_jobs(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs whose files have yet to be written. Raises UserError where two would write the same file."""
+    """The jobs whose files have yet to be written. Raises UserError where two would write the same, or none can."""
     paths = [str(job.path) for job in jobs]
     if duplicates := sorted({path for path in paths if paths.count(path) > 1}):
         raise UserError(f"Two folders would both write {preview(duplicates)}. Give each its own --output_dir.")
@@ -110,7 +110,10 @@ def unfinished_jobs(jobs: Sequence[Job]) -> list[Job]:
     finished = [job.path for job in written if read_card(job.path).get("key") == job.key]
     for path in finished:
         print(f"{path} is finished; nothing to predict")
-    return [job for job in jobs if job.path not in finished]
+    unfinished = [job for job in jobs if job.path not in finished]
+    for job in unfinished:
+        check_writable(job.path.parent, "--output_dir")
+    return unfinished
 
 
 def write_outputs(job: Job, predictions: ViewPredictions, generated: dict | None, cli_args: Mapping) -> None:

@@ -127,4 +127,6 @@ class LetterScore(evaluate.Metric):
 
 def letter_metrics(probabilities: np.ndarray, answers: Sequence[int]) -> dict[str, float]:
     """{"accuracy", "log_loss"} of probabilities (rows, letters) against the answers' indices (rows,)."""
-    return LetterScore(keep_in_memory=True).compute(predictions=probabilities, references=answers)
+    with tempfile.TemporaryDirectory() as folder:  # a metric makes one, by default in HF_HOME, which may be read-only
+        metric = LetterScore(keep_in_memory=True, cache_dir=folder)
+        return metric.compute(predictions=probabilities, references=answers)
