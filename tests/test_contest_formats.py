@@ -244,9 +244,10 @@ def test_a_submission_has_the_columns_and_the_form_of_its_sample(name, tmp_path)
     assert list(got.iloc[:, 1]) == [wanted(picked[row], offered(row)) for row in reversed(range(ROWS))]
 
 
-def test_a_submission_of_texts_writes_the_text_of_each_rows_choice(tmp_path):
+@pytest.mark.parametrize("placeholder", [lambda row: offered(row)[0], lambda row: "red"])
+def test_a_submission_of_texts_writes_the_text_of_each_rows_choice(placeholder, tmp_path):
     ids, choices = [f"r{row}" for row in range(ROWS)], {f"r{row}": offered(row) for row in range(ROWS)}
-    pd.DataFrame({"id": ids, "answer": [offered(row)[0] for row in range(ROWS)]}).to_csv(
+    pd.DataFrame({"id": ids, "answer": [placeholder(row) for row in range(ROWS)]}).to_csv(
         tmp_path / "sample.csv", index=False
     )
     form = read_submission_form(tmp_path / "sample.csv", ids, choices)

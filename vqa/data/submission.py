@@ -103,7 +103,10 @@ def _answer_form(
     train_form: AnswerForm | None,
     kind: str | None,
 ) -> AnswerForm:
-    """How the sample writes answers: the one form that reads and rewrites every cell of it."""
+    """How the sample writes answers: the one form that reads and rewrites every cell of it.
+
+    A text may be the placeholder of rows that do not offer it.
+    """
     cells = list(table[column])
     if not any(clean(cell) for cell in cells):  # a sample without placeholders
         return train_form or AnswerForm(kind or "letter")
@@ -112,6 +115,9 @@ def _answer_form(
         for form, indices in possible_forms(cells, offered).items()
         if all(clean(form.write(i, texts)) == clean(cell) for i, texts, cell in zip(indices, offered, cells))
     ]
+    texts = {clean(text) for choices in offered for text in choices}
+    if not forms and all(clean(cell) in texts for cell in cells):
+        forms = [AnswerForm("text")]
     if kind:
         return next((form for form in forms if form.kind == kind), AnswerForm(kind))
     if len(forms) > 1 and train_form and train_form.kind in {form.kind for form in forms}:
