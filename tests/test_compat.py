@@ -27,7 +27,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 
 from vqa.core import compat
 from vqa.data.collator import Collator
-from vqa.modeling.vision import image_features
+from vqa.modeling.vision import image_features, stack_features
 
 
 @pytest.mark.parametrize("name", compat.TRAINER_METHODS)
@@ -178,7 +178,7 @@ def test_sdpa_mask_is_true_where_attention_is_allowed_and_our_attention_uses_it(
 def test_forward_takes_encoder_outputs_in_place_of_pixels(model, processor, rows):
     assert compat.accepts_encoder_outputs(model) and not compat.accepts_encoder_outputs(nn.Linear(2, 2))
     batch = Collator(processor, 112)(rows[:2])
-    features = image_features(model, batch["pixel_values"], batch["image_grid_thw"], batch["ids"])
+    features = stack_features(image_features(model, batch, batch["ids"]))
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
     inputs = {name: batch[name] for name in names}
     with torch.no_grad():

@@ -19,7 +19,7 @@ from vqa.data.collator import Collator
 from vqa.data.prompt import LETTERS
 from vqa.data.rows import read_rows
 from vqa.inference.scoring import score_rows
-from vqa.modeling.families.base import Family
+from vqa.modeling.families import lora_pattern
 from vqa.modeling.loading import load_base
 
 
@@ -69,7 +69,7 @@ def test_every_fold_starts_from_the_same_untouched_base(trained):
     assert noted[0]["rows"] != noted[1]["rows"]
     base = load_base(TINY, False, torch.float32)
     names = {f"base_model.model.{name}": p for name, p in base.named_parameters()}
-    targets = [name for name, m in base.named_modules() if re.fullmatch(Family.lora_targets, name)]
+    targets = [name for name, m in base.named_modules() if re.fullmatch(lora_pattern(base), name)]
     for name in targets:
         for part in ("weight", "bias"):
             if (key := f"base_model.model.{name}.{part}") in names:

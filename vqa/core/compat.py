@@ -94,8 +94,19 @@ def as_encoder_outputs(features: torch.Tensor) -> dict:
 
 
 def rope_positions(base, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Positions int64 (3, rows, tokens) of a batch's tokens in time, height and width; text has three equal ones."""
+    """Positions of a batch's tokens, int64: (rows, tokens), or (3, rows, tokens) in time, height and width.
+
+    Text has three equal ones.
+    """
+    if not hasattr(base.model, "get_rope_index"):
+        return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return base.model.get_rope_index(**inputs)[0]
+
+
+def count_image_tokens(processor, sizes: list[tuple[int, int]], options: dict) -> list[int]:
+    """The tokens that a processor makes of images of these (width, height), with these options of its call."""
+    image_sizes = [(height, width) for width, height in sizes]
+    return list(processor._get_num_multimodal_tokens(image_sizes=image_sizes, **options)["num_image_tokens"])
 
 
 def select_cache_rows(cache: DynamicCache, row_index: torch.Tensor) -> None:

@@ -7,13 +7,15 @@ batch = collate(rows)                                              # rows of `vq
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from qwen_vl_utils import process_vision_info
 
 from vqa.config.arguments import INSTRUCTION
-from vqa.data.images import image_item, shown_images
-from vqa.data.prompt import added_tokens, build_messages, render_chat, shown_answer, shown_target
+from vqa.data.image_inputs import ImageInputs
+from vqa.data.images import shown_images
+from vqa.data.prompt import added_tokens, answer_ids, build_messages, render_chat, shown_answer, shown_target
 from vqa.data.rows import LETTERS, Row
 
 IGNORE = -100  # the label that torch's cross-entropy ignores
@@ -38,7 +40,8 @@ class Collator:
 
     Output keys:
         what the processor returns: input_ids, attention_mask, mm_token_type_ids and, of all images one after another,
-        pixel_values and image_grid_thw (no such keys where no row has an image);
+        pixel_values and image_grid_thw (no such keys where no row has an image). A processor that resizes by its own
+        rule has other keys, and `pixel_rows`: the number of entries of pixel_values that belong to each row, ints;
         ids: the rows' ids, for error messages;
         num_images: the number of images of each row, ints;
         offered: bool (rows, letters), the letters that the row offers;
@@ -63,23 +66,21 @@ class Collator:
         self.with_answer = with_answer
         self.features = features
         self.special = added_tokens(processor)
+        self.images = ImageInputs(processor, image_size)
 
     def __call__(self, rows: Sequence[Row]) -> dict:
         """The batch; the rows are not changed."""
         use_features = self.features is not None and self.features.holds(rows) and any(row["images"] for row in rows)
         conversations = [self.conversation(row, decode=not use_features) for row in rows]
-        prompts = [render_chat(self.processor, conversation) for conversation in conversations]
-        texts = prompts
-        if self.with_answer:
-            letters = [LETTERS[shown_answer(row)] for row in rows]
-            texts = [render_chat(self.processor, c, letter) for c, letter in zip(conversations, letters)]
+        letters = [LETTERS[shown_answer(row)] if self.with_answer else None for row in rows]
+        texts = [render_chat(self.processor, c, letter) for c, letter in zip(conversations, letters)]
 
         batch = self.with_features(texts, rows) if use_features else self.with_pixels(texts, conversations)
         batch["ids"] = [row["id"] for row in rows]
         batch["num_images"] = [len(row["images"]) for row in rows]
         batch["offered"] = torch.tensor([[i < len(row["choices"]) for i in range(len(LETTERS))] for row in rows])
         if self.with_answer:
-            batch["labels"] = self.labels(batch["input_ids"], prompts, texts)
+            batch["labels"] = self.labels(batch["input_ids"], rows)
             batch["answer_start"] = int((batch["labels"][0] != IGNORE).nonzero()[0])
             batch["answer"] = torch.tensor([shown_answer(row) for row in rows])
             if any("target" in row for row in rows):
@@ -87,16 +88,30 @@ class Collator:
         return batch
 
     def conversation(self, row: Row, decode: bool = True) -> list[dict]:
-        """The row's chat messages without the answer; with `decode`, they hold the images and their target sizes."""
-        patch = self.processor.image_processor.patch_size
-        items = [image_item(shown, self.image_size, patch) for shown in shown_images(row)] if decode else None
+        """The row's chat messages without the answer; with `decode`, they hold the images."""
+        items = [self.images.item(shown) for shown in shown_images(row)] if decode else None
         return build_messages(row, items, self.instruction, self.special)
 
     def with_pixels(self, texts: list[str], conversations: list[list[dict]]) -> dict:
         """The processor's output for texts and decoded images."""
-        images, _ = process_vision_info(conversations, image_patch_size=self.processor.image_processor.patch_size)
-        # The images already have their final size: a second resize would blur them and could change the grid.
-        return dict(self.processor(text=texts, images=images, do_resize=False, **PADDING))
+        if self.images.resized_here:
+            images, _ = process_vision_info(conversations, image_patch_size=self.images.patch)
+            # The images already have their final size: a second resize would blur them and could change the grid.
+            return dict(self.processor(text=texts, images=images, do_resize=False, **PADDING))
+        of_rows = [[item["image"] for item in c[0]["content"] if item["type"] == "image"] for c in conversations]
+        images = of_rows if any(of_rows) else None
+        batch = dict(self.processor(text=texts, images=images, **self.images.options, **PADDING))
+        if images:
+            batch["pixel_rows"] = self.pixel_rows(batch, list(map(len, of_rows)))
+        return batch
+
+    def pixel_rows(self, batch: dict, num_images: list[int]) -> list[int]:
+        """How many entries of `pixel_values` each row has: one for each image, or one for each of its tiles."""
+        entries = len(batch["pixel_values"])
+        if entries == sum(num_images):
+            return num_images
+        tokens = (batch["input_ids"] == self.processor.image_token_id).sum(1)
+        return (tokens * entries // tokens.sum()).tolist()
 
     def with_features(self, texts: list[str], rows: Sequence[Row]) -> dict:
         """The same batch from stored features. Each image token is repeated here, once per token of the image's grid.
@@ -111,17 +126,21 @@ class Collator:
         kinds = (batch["input_ids"] == self.processor.image_token_id).long()
         return dict(batch) | {"mm_token_type_ids": kinds, "image_grid_thw": grids, "image_features": features}
 
-    def labels(self, input_ids: torch.Tensor, prompts: list[str], texts: list[str]) -> torch.Tensor:
-        """Labels by construction: the prompt is followed by the letter, the end of the turn and white space.
+    def labels(self, input_ids: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        """Labels by construction: a row ends with the letter, the end of the turn and what the template adds to it.
 
         Nothing is searched for, so a question that contains the answer or the word "assistant" changes nothing.
         """
         labels = torch.full_like(input_ids, IGNORE)
-        for i, (prompt, text) in enumerate(zip(prompts, texts)):
-            answer = text[len(prompt) :]
-            answer_ids = self.processor.tokenizer(answer).input_ids
-            start = input_ids.shape[1] - len(answer_ids)
-            if input_ids[i, start:].tolist() != answer_ids:
-                raise ValueError(f"the answer {answer!r} has other tokens alone than at the end of the chat")
-            labels[i, start : start + 2] = input_ids[i, start : start + 2]
+        for row, ids, row_labels in zip(rows, input_ids, labels):
+            answer = self.answers[shown_answer(row)]
+            if ids[-len(answer) :].tolist() != answer:
+                raise ValueError(
+                    f"{row['id']}: the chat does not end with {self.processor.tokenizer.decode(answer)!r}"
+                )
+            row_labels[-len(answer) :][:2] = ids[-len(answer) :][:2]
         return labels
+
+    @cached_property
+    def answers(self) -> list[list[int]]:
+        return answer_ids(self.processor)

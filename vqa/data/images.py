@@ -125,9 +125,14 @@ def thumbnail_image(path: str | Path, side: int) -> Image.Image:
     """A small picture for people: mode RGB, no side longer than `side` pixels."""
     image = open_image(path, min_side=side)
     image.thumbnail((side, side))
+    return on_white(image)
+
+
+def on_white(image: Image.Image, flip: bool = False) -> Image.Image:
+    """An image of `open_image` in mode RGB, transparency on white; with `flip`, mirrored."""
     paper = Image.new("RGB", image.size, "white")
     paper.paste(image, mask=image if image.mode == "RGBA" else None)
-    return paper
+    return ImageOps.mirror(paper) if flip else paper
 
 
 class ShownImage(NamedTuple):

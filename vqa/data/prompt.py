@@ -69,44 +69,52 @@ def render_chat(processor, conversation: list[dict], answer: str | None = None) 
     """
     several = sum(item["type"] == "image" for item in conversation[0]["content"]) > 1
     options = {"add_vision_id": True} if several else {}
-    if answer is None:
-        return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **options)
-    turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    return processor.apply_chat_template(conversation + [turn], tokenize=False, add_generation_prompt=False, **options)
+    turn = [] if answer is None else [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    text = processor.apply_chat_template(
+        conversation + turn, tokenize=False, add_generation_prompt=answer is None, **options
+    )
+    start = processor.tokenizer.bos_token
+    if start and text.startswith(start) and processor.tokenizer("").input_ids:  # the tokenizer adds it, too
+        text = text.removeprefix(start)
+    return text
 
 
 def letter_ids(processor) -> list[int]:
-    """Token id of each letter of LETTERS after `assistant\\n`.
+    """Token id of each letter of LETTERS where the model writes it. Raises UserError as `answer_ids` does."""
+    return [ids[0] for ids in answer_ids(processor)]
 
-    Raises UserError where a letter is not one token of its own, and where the prediction prompt is not a prefix, token
-    for token, of the training text.
+
+def answer_ids(processor) -> list[list[int]]:
+    """For each letter of LETTERS the token ids of the rest of the chat: the letter, the end of the turn, white space.
+
+    A tokenizer that marks the start of a word, as SentencePiece does, may give a letter's token a blank in front.
+    Raises UserError where a letter or the end of the turn is not one token of its own, and where the prediction prompt
+    is not a prefix, token for token, of the training text.
     """
     tokenizer = processor.tokenizer
     conversation = build_messages({"question": "?", "choices": list(LETTERS)}, [{"type": "image"}])
     prompt = render_chat(processor, conversation)
     prompt_ids = tokenizer(prompt).input_ids
-    found = []
+    ends, found = {*added_tokens(processor), *tokenizer.all_special_tokens}, []
     for letter in LETTERS:
         text = render_chat(processor, conversation, letter)
         ids = tokenizer(text).input_ids
-        if not text.startswith(prompt + letter) or ids[: len(prompt_ids)] != prompt_ids:
+        prefixed = text.startswith(prompt) and text[len(prompt) :].lstrip().startswith(letter)
+        if not prefixed or ids[: len(prompt_ids)] != prompt_ids:
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} does not render the prediction prompt as a prefix of "
                 f"the training text (letter {letter!r}). Use the template that came with the model."
             )
         tail = ids[len(prompt_ids) :]
-        if (
-            len(tail) < 2
-            or tokenizer.decode(tail[:1]) != letter
-            or tokenizer.decode(tail[1:2]) not in added_tokens(processor)
-        ):
+        if len(tail) < 2 or tokenizer.decode(tail[:1]).strip() != letter or tokenizer.decode(tail[1:2]) not in ends:
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path} does not write {letter!r} and the end of the turn as one "
                 f"token each (it gives {tail}). Use the tokenizer that came with the model."
             )
-        found.append(tail[0])
-    if len(set(found)) != len(LETTERS):
+        found.append(tail)
+    if len({ids[0] for ids in found}) != len(LETTERS) or len({tuple(ids[1:]) for ids in found}) > 1:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} gives two letters the same token: {found}. Use another model."
+            f"the tokenizer of {tokenizer.name_or_path} gives two letters the same token, or ends their turns "
+            f"differently: {found}. Use another model."
         )
     return found

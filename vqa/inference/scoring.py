@@ -19,7 +19,7 @@ from vqa.modeling.shared_prefix import PermutationCollator, permutation_logits
 from vqa.modeling.vision import encode_images
 
 # Keys of a batch that are not the model's, which would ignore them silently.
-NON_MODEL_KEYS = ("labels", "answer_start", "answer", "offered", "ids", "num_images", "weight", "target")
+NON_MODEL_KEYS = ("labels", "answer_start", "answer", "offered", "ids", "num_images", "pixel_rows", "weight", "target")
 
 
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: int = 1) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import PartialState
 
 from vqa.data.collator import Collator
-from vqa.data.images import all_images, image_tokens, oriented_sizes, target_size
+from vqa.data.images import all_images, oriented_sizes
 from vqa.data.rows import Row
 from vqa.inference.scoring import normalize
 from vqa.inference.view_cache import CachedView
@@ -171,18 +171,17 @@ def _flipped(rows: list[Row]) -> View:
 
 def _scaled(rows: list[Row], scales: Iterable[float], collate: Collator) -> list[View]:
     """A view for each scale other than 1, of the rows to which it gives a new grid of tokens."""
-    patch = collate.processor.image_processor.patch_size
     sizes = oriented_sizes(all_images(rows))
     if not sizes:
         return []
-    views, seen = [], {path: {target_size(*size, collate.image_size, 1.0, patch)} for path, size in sizes.items()}
-    plain = median(image_tokens(*grid, patch) for grids in seen.values() for grid in grids)
+    views, seen = [], {path: {collate.images.size(*size)} for path, size in sizes.items()}
+    plain = median(collate.images.tokens(grid for grids in seen.values() for grid in grids))
     for scale in dict.fromkeys(scale for scale in scales if scale != 1.0):
-        grids = {path: target_size(*size, collate.image_size, scale, patch) for path, size in sizes.items()}
+        grids = {path: collate.images.size(*size, scale) for path, size in sizes.items()}
         changed = [i for i, row in enumerate(rows) if any(grids[path] not in seen[path] for path in row["images"])]
         for path, grid in grids.items():
             seen[path].add(grid)
-        tokens = median(image_tokens(*grid, patch) for grid in grids.values())
+        tokens = median(collate.images.tokens(grids.values()))
         PartialState().print(
             f"scale {scale}: {len(changed)} of {len(rows)} rows get another grid, {plain:.0f} -> {tokens:.0f} tokens"
         )

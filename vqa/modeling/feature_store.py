@@ -24,6 +24,7 @@ from vqa.config.arguments import DataArguments
 from vqa.core.errors import UserError
 from vqa.core.hashing import fingerprint
 from vqa.core.io import hash_files
+from vqa.data.image_inputs import ImageInputs
 from vqa.data.images import (
     ShownImage,
     all_images,
@@ -36,7 +37,7 @@ from vqa.data.images import (
 from vqa.data.rows import Row
 from vqa.modeling.families import vision_tower
 from vqa.modeling.feature_shards import FeatureShards
-from vqa.modeling.vision import image_features, is_vision_frozen, unwrap_base_model
+from vqa.modeling.vision import image_features, is_vision_frozen, stack_features, unwrap_base_model
 
 FORMAT = "1"  # part of every store's name: raise it when images are prepared or features are laid out differently
 
@@ -52,10 +53,11 @@ def open_feature_store(
     """The store with the features of `needed`, lists of rows in order of importance; what is missing is computed.
 
     Lists beyond the limit are left out: the collator decodes their images in every epoch, as without a store.
-    `show`: a progress bar. None where nothing can be stored: `vision_cache` is false, or the vision tower is trained
-    or adapted.
+    `show`: a progress bar. None where nothing can be stored: `vision_cache` is false, the vision tower is trained or
+    adapted, or the processor resizes images by its own rule.
     """
-    if not data.vision_cache or not is_vision_frozen(model):
+    resized_here = ImageInputs(processor, data.image_size).resized_here
+    if not data.vision_cache or not resized_here or not is_vision_frozen(model):
         return None
     store = FeatureStore(model, processor, data.image_size, data.vision_cache_dir, data.vision_cache_gb)
     for rows in needed:
@@ -170,9 +172,8 @@ class FeatureStore:
                     "--vision_cache false."
                 )
         device = next(vision_tower(unwrap_base_model(model)).parameters()).device
-        inputs = inputs.to(device)
-        paths = [image.path for image in shown]
-        features = image_features(model, inputs["pixel_values"], inputs["image_grid_thw"], paths)
+        output = image_features(model, inputs.to(device), [image.path for image in shown])
+        features = stack_features(output)
         tokens = [image_tokens(*self.size(image), self.patch) for image in shown]
         parts = features.to("cpu", self.dtype).split(tokens, dim=1)
         return {key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(keys, parts)}

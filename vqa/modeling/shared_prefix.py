@@ -18,7 +18,12 @@ from vqa.data.prompt import render_chat
 from vqa.data.rows import Row
 from vqa.modeling.vision import encode_images, unwrap_base_model
 
-PREFIX_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids")  # of the Collator's batch, cut off
+PREFIX_KEYS = (
+    "input_ids",
+    "attention_mask",
+    "mm_token_type_ids",
+    "token_type_ids",
+)  # of the Collator's batch, cut off
 
 
 class PermutationCollator:
@@ -45,7 +50,7 @@ class PermutationCollator:
             shared = common_length(tokens)
             suffixes += [torch.tensor(ids[shared:]) for ids in tokens]
             prefix_lengths.append(int(mask.sum()) - len(tokens[0]) + shared)
-        for name in PREFIX_KEYS:
+        for name in (name for name in PREFIX_KEYS if name in batch):
             prefixes = [values[mask][:length] for values, mask, length in zip(batch[name], masks, prefix_lengths)]
             batch[name] = pad(prefixes, tokenizer.pad_token_id if name == "input_ids" else 0, "left")
         return batch | {
@@ -74,7 +79,7 @@ def permutation_logits(model: nn.Module, batch: dict) -> torch.Tensor:
     base, row_index = unwrap_base_model(model), batch["row_index"]
     inputs = {name: batch[name] for name in (*PREFIX_KEYS, "image_grid_thw") if name in batch}
     positions = rope_positions(base, inputs)
-    if "image_grid_thw" in batch:  # rows without an image have none
+    if "pixel_values" in batch or "image_features" in batch:  # rows without an image have none
         inputs["mm_encoder_outputs"] = encode_images(model, batch)["mm_encoder_outputs"]
     cache = DynamicCache(config=base.config.get_text_config())
     model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -87,7 +92,7 @@ def permutation_logits(model: nn.Module, batch: dict) -> torch.Tensor:
             input_ids=batch["suffix_ids"],
             attention_mask=torch.cat([batch["attention_mask"][row_index], suffix_mask], dim=1),
             # The prefix ends in text, so its last three coordinates are equal and the suffix continues from them.
-            position_ids=positions[:, row_index, -1:] + suffix_mask.cumsum(1),
+            position_ids=positions[..., row_index, -1:] + suffix_mask.cumsum(1),
             past_key_values=cache,
             use_cache=True,
         ).logits

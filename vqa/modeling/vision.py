@@ -1,5 +1,6 @@
 """The frozen vision tower: run outside of autograd, kept from overflow in fp16, and its features checked."""
 
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -19,39 +20,48 @@ from vqa.core.dtypes import half_autocast
 from vqa.core.errors import UserError, preview
 from vqa.modeling.families import fp32_vision_layers, vision_tower
 
+# What `get_image_features` of some family reads. The others of a batch's tensors are the language model's.
+VISION_KEYS = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
+
 
 def encode_images(model: nn.Module, batch: dict) -> dict:
     """The batch with `mm_encoder_outputs` in place of its `pixel_values`, or of stored `image_features`.
 
     Raises UserError where features are not finite.
     """
-    features = batch.get("image_features")
-    if features is None:
-        names = [row_id for row_id, number in zip(batch["ids"], batch["num_images"]) for _ in range(number)]
-        features = image_features(model, batch["pixel_values"], batch["image_grid_thw"], names)
+    if (features := batch.get("image_features")) is not None:
+        outputs = as_encoder_outputs(features)
+    else:
+        counts = batch.get("pixel_rows", batch["num_images"])
+        names = [row_id for row_id, number in zip(batch["ids"], counts) for _ in range(number)]
+        outputs = {"mm_encoder_outputs": {"image": image_features(model, batch, names)}}
     kept = {key: value for key, value in batch.items() if key not in ("pixel_values", "image_features")}
-    return kept | as_encoder_outputs(features)
+    return kept | outputs
 
 
-def image_features(
-    model: nn.Module, pixel_values: torch.Tensor, grids: torch.Tensor, names: list[str]
-) -> torch.Tensor:
-    """Features (1 + deepstack layers, image tokens of all images, hidden); `names` has one name per image.
+def image_features(model: nn.Module, batch: Mapping[str, torch.Tensor], names: list[str]):
+    """What the model's `get_image_features` returns for the VISION_KEYS of a batch; `names` has one for each image.
 
     The tower is frozen, so it runs under `no_grad` and outside gradient checkpointing: no activations are kept, and
     nothing is recomputed. Raises UserError where the features are not finite.
     """
     base = unwrap_base_model(model)
     vision_tower(base).eval()  # keeps transformers from checkpointing its layers
+    inputs = {key: batch[key] for key in VISION_KEYS if key in batch}
     with torch.no_grad(), half_autocast(base):
-        output = base.get_image_features(pixel_values, grids, return_dict=True)
+        output = base.get_image_features(**inputs, return_dict=True)
     finite = torch.stack([features.isfinite().all() for features in output.pooler_output]).tolist()
     if not all(finite):
         bad = [name for name, is_finite in zip(names, finite) if not is_finite]
         raise UserError(
-            f"the image features of {preview(bad)} are not finite: the vision tower overflows in fp16 for these "
-            "images; use a GPU with bf16, or drop the rows"
+            f"the image features of {preview(list(dict.fromkeys(bad)))} are not finite: the vision tower overflows in "
+            "fp16 for these images. Use a GPU with bf16, or drop the rows."
         )
+    return output
+
+
+def stack_features(output) -> torch.Tensor:
+    """(1 + deepstack layers, image tokens of all images, hidden) of what `image_features` returns."""
     return torch.stack([torch.cat(layer) for layer in (output.pooler_output, *output.get("deepstack_features", ()))])
 
 

@@ -20,7 +20,6 @@ from vqa.config.recipe import RecipeArguments
 from vqa.core.dtypes import model_dtype
 from vqa.core.io import read_json, write_json
 from vqa.data.collator import Collator
-from vqa.data.images import image_tokens, target_size
 from vqa.data.prompt import LETTERS, build_messages, render_chat
 from vqa.data.rows import Row
 from vqa.modeling.base_checks import BNB_4BIT, saved_quantization
@@ -39,13 +38,16 @@ def split_batch(batch: dict, most: int) -> list[dict]:
     parts: list[dict] = [{} for _ in sizes]
     images = [sum(num_images[start : start + most]) for start in range(0, rows, most)]
     for key, value in batch.items():
-        of_images = key in ("pixel_values", "image_features", "image_grid_thw")
-        if key in ("pixel_values", "image_features"):
+        of_images = key in ("pixel_values", "image_features", "image_grid_thw", "image_sizes")
+        if key == "pixel_values" and "pixel_rows" in batch:
+            entries = batch["pixel_rows"]
+            pieces = value.split([sum(entries[start : start + most]) for start in range(0, rows, most)])
+        elif key in ("pixel_values", "image_features"):
             along = 1 if key == "image_features" else 0
             patches = batch["image_grid_thw"].prod(1)
             lengths = patches * value.shape[along] // patches.sum()
             pieces = value.split([int(chunk.sum()) for chunk in lengths.split(images)], dim=along)
-        elif key == "image_grid_thw":
+        elif key in ("image_grid_thw", "image_sizes"):
             pieces = value.split(images)
         elif isinstance(value, torch.Tensor):
             pieces = value.split(sizes)
@@ -152,14 +154,12 @@ def count_tokens(
     text_tokens = np.array([len(ids) for chunk in chunks for ids in tokenizer(chunk).input_ids])
     num_images = np.array([len(row["images"]) for row in rows])  # each is one <|image_pad|> in the text
     of_images = np.array([sum(image_tokens[path] for path in row["images"]) for row in rows])
-    return Lengths(text_tokens - num_images + of_images, of_images, collate.processor.image_processor.merge_size**2)
+    return Lengths(text_tokens - num_images + of_images, of_images, collate.images.patches_per_token)
 
 
 def count_image_tokens(sizes: Mapping[str, tuple[int, int]], collate: Collator) -> dict[str, int]:
     """Image -> its number of tokens at the collator's image size."""
-    patch = collate.processor.image_processor.patch_size
-    grids = {path: target_size(*size, collate.image_size, patch=patch) for path, size in sizes.items()}
-    return {path: image_tokens(*grid, patch) for path, grid in grids.items()}
+    return dict(zip(sizes, collate.images.tokens(collate.images.size(*size) for size in sizes.values())))
 
 
 def choose_batch_config(

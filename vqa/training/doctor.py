@@ -23,7 +23,6 @@ from vqa.data.images import (
     check_images,
     find_bad_images,
     oriented_size,
-    target_size,
     without_bad_images,
 )
 from vqa.data.prompt import letter_ids, shown_answer
@@ -143,14 +142,13 @@ def check_model(report: Report, args: ModelArguments, model: PeftModel) -> None:
 def check_tokens(report: Report, collate: Collator, contest: Contest) -> tuple[Lengths, Lengths | None]:
     """Print the images' sizes and tokens. Returns the lengths of the training rows and of the validation rows."""
     report.section("Images and tokens")
-    patch = collate.processor.image_processor.patch_size
     paths = sorted(all_images(contest.rows))
     sizes = {path: oriented_size(path) for path in tqdm(paths, desc="reading image sizes", leave=False, disable=None)}
     tokens = count_image_tokens(sizes, collate)
     by_tokens = sorted(paths, key=tokens.__getitem__)
     examples = [by_tokens[i] for i in (0, len(paths) // 2, -1)] if paths else []
     for name, path in zip(("smallest", "median", "largest"), examples):
-        width, height = target_size(*sizes[path], collate.image_size, patch=patch)
+        width, height = collate.images.size(*sizes[path])
         given = "{} x {}".format(*sizes[path])
         print(f"{name:8} image {given}, resized to {width} x {height}: {tokens[path]} tokens")
     larger = sum(width * height > collate.image_size**2 for width, height in sizes.values())

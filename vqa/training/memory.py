@@ -76,11 +76,10 @@ def training_peak(setup: Setup, batch: Batch) -> int:
     That is while the vision tower runs, or at the end of the language model's forward pass: then the checkpoints of
     all layers are kept, plus the logits or the backward pass of one layer.
     """
-    linear = linear_attention_layers(setup)
-    of_layers = layers(setup) * layer_bytes(setup, batch) + linear * linear_attention_bytes(setup, batch)
+    of_layers = layers(setup) * layer_bytes(setup, batch)
+    of_layers += linear_attention_layers(setup) * linear_attention_bytes(setup, batch)
     kept = checkpoint_bytes(setup, batch) if setup.checkpointing else of_layers
-    one_layer = layer_bytes(setup, batch) + (linear > 0) * linear_attention_bytes(setup, batch)
-    one_layer *= setup.checkpointing
+    one_layer = layer_bytes(setup, batch) + linear_attention_bytes(setup, batch) if setup.checkpointing else 0
     in_layer = one_layer + backward_bytes(setup, batch)
     return resident_bytes(setup) + max(vision_bytes(setup, batch), kept + max(logit_bytes(setup, batch), in_layer))
 
@@ -89,8 +88,7 @@ def validation_peak(setup: Setup, batch: Batch) -> int:
     """Bytes at the worst moment of a validation: no gradients, no kept activations."""
     text, count = text_config(setup), batch.rows * batch.tokens
     mlp = count * (3 * text.hidden_size + 4 * text.intermediate_size) * element(setup) + weight_bytes(setup)
-    linear = linear_attention_bytes(setup, batch, training=False) if linear_attention_layers(setup) else 0
-    in_layer = max(mlp, linear)
+    in_layer = max(mlp, linear_attention_bytes(setup, batch, training=False))
     resident = resident_bytes(setup) - gradient_bytes(setup)
     return resident + max(vision_bytes(setup, batch), in_layer, logit_bytes(setup, batch, positions=1))
 
@@ -151,7 +149,10 @@ def linear_attention_bytes(setup: Setup, batch: Batch, training: bool = True) ->
 
     It pads each row to chunks of 64 tokens and works in float32. Counted on a CPU with a profiler: tensors as wide as
     the values, squares of a chunk for each head, and two of the convolution. flash-linear-attention needs far less.
+    0 where the model has no such layer.
     """
+    if not linear_attention_layers(setup):
+        return 0
     text = text_config(setup)
     values = text.linear_num_value_heads * text.linear_value_head_dim
     convolution = 2 * text.linear_num_key_heads * text.linear_key_head_dim + values
@@ -183,7 +184,7 @@ def logit_bytes(setup: Setup, batch: Batch, positions: int = 4) -> int:
 def vision_bytes(setup: Setup, batch: Batch) -> int:
     """The vision tower's forward pass without gradients: the input patches and the activations of one block."""
     base = unwrap_base_model(setup.model)
-    pixels = patch_embedding(base).weight[0].numel()
+    pixels = cast(torch.Tensor, patch_embedding(base).weight)[0].numel()
     widest = max(m.out_features for m in vision_blocks(base).modules() if isinstance(m, nn.Linear))
     return batch.rows * batch.patches * (pixels * (4 + element(setup)) + widest * VISION_BYTES * element(setup) // 2)
 

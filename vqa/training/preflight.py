@@ -37,8 +37,8 @@ def label_problems(collate: Collator, rows: list[Row]) -> list[str]:
     for row, text in zip(rows, supervised_texts(collate, rows)):
         conversation, letter = build_messages(row), LETTERS[shown_answer(row)]
         prompt = render_chat(collate.processor, conversation)
-        wanted = render_chat(collate.processor, conversation, letter)[len(prompt) :].rstrip()
-        if text != wanted:
+        wanted = render_chat(collate.processor, conversation, letter)[len(prompt) :].strip()
+        if text.strip() != wanted:
             problems.append(
                 f"the labels of {row['id']} cover {text!r} and not {wanted!r}. Use the chat template and the "
                 "tokenizer that came with the model."
