@@ -23,7 +23,7 @@ from vqa.data.collator import Collator
 from vqa.data.images import all_images, check_images, oriented_sizes
 from vqa.evaluation.reference import Reference
 from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens
-from vqa.training.callbacks import EMACallback, FrozenWeightsCheck, SWACallback, WeightAverage
+from vqa.training.callbacks import EarlyStoppingCallback, EMACallback, FrozenWeightsCheck, SWACallback, WeightAverage
 from vqa.training.checkpointing import CheckpointMarkerCallback, TimeLimitCallback, checkpoint_to_resume
 from vqa.training.dataset import SetEpochCallback, TrainDataset
 from vqa.training.fold_run import FoldRun, parse_runs
@@ -80,6 +80,7 @@ def train(run: FoldRun, base: SharedBase) -> None:
         torch.cuda.reset_peak_memory_stats()  # an earlier run of this process had its own peak
     weight_averages = make_weight_averages(recipe)
     time_limit = make_time_limit(recipe, len(valid_rows) * (1 + len(weight_averages)))
+    early_stopping = [EarlyStoppingCallback(patience)] if (patience := recipe.early_stopping_patience) else []
     show = PartialState().is_main_process and not recipe.disable_tqdm
 
     collate = Collator(base.processor, data.image_size, data.instruction, with_answer=True)
@@ -103,7 +104,7 @@ def train(run: FoldRun, base: SharedBase) -> None:
         eval_dataset=valid_rows,
         # In this order: the limit may ask for a checkpoint, the averages write into it, the marker completes it.
         callbacks=[
-            *(SetEpochCallback(dataset), FrozenWeightsCheck(), time_limit),
+            *(SetEpochCallback(dataset), FrozenWeightsCheck(), *early_stopping, time_limit),
             *(*weight_averages, CheckpointMarkerCallback()),
         ],
         weight_averages=weight_averages,

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from transformers import TrainerControl
 
-from vqa.training.callbacks import EMACallback, SWACallback, trainable_parameters
+from vqa.training.callbacks import EarlyStoppingCallback, EMACallback, SWACallback, trainable_parameters
 
 STEPS = 200
 
@@ -148,3 +149,28 @@ def test_an_average_survives_a_checkpoint(tmp_path):
     fresh.on_train_begin(args, state, None, model=model)
     assert (fresh.updates, fresh.steps) == (callback.updates, callback.steps)
     assert all(torch.equal(fresh.average[name], tensor) for name, tensor in callback.average.items())
+
+
+def validations(*scores: dict) -> list[dict]:
+    return [{"loss": 1.0}, *({f"eval_{name}": value for name, value in values.items()} for values in scores)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "stops"),
+    [
+        ([], False),
+        ([{"log_loss": 0.9}], False),
+        ([{"log_loss": 0.9}, {"log_loss": 0.95}], False),
+        ([{"log_loss": 0.9}, {"log_loss": 0.95}, {"log_loss": 0.9}], True),
+        ([{"log_loss": 0.9}, {"log_loss": 0.95}, {"log_loss": 0.89}], False),
+        ([{"log_loss": 0.9}, {"log_loss": 1.0, "ema_log_loss": 0.8}, {"log_loss": 1.1, "ema_log_loss": 0.7}], False),
+        ([{"log_loss": 0.9, "annotator_log_loss": 0.9}] + 2 * [{"log_loss": 1.0, "annotator_log_loss": 0.1}], True),
+    ],
+)
+@pytest.mark.parametrize("event", ["on_evaluate", "on_train_begin"])
+def test_a_run_stops_early_after_two_validations_without_a_better_score(scores, stops, event):
+    """Also where it resumes: then it takes no further step."""
+    args = SimpleNamespace(metric_for_best_model="log_loss", greater_is_better=False)
+    control, state = TrainerControl(), SimpleNamespace(log_history=validations(*scores))
+    getattr(EarlyStoppingCallback(2), event)(args, state, control)
+    assert control.should_training_stop == stops

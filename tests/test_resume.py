@@ -176,6 +176,37 @@ def test_a_resumed_run_forgets_best_adapters_of_later_steps(tmp_path):
     assert Validator(args, [], None, [], []).best == {"ema": best["ema"]}
 
 
+def test_a_run_that_diverges_stops_early_and_keeps_its_best_adapter(trained, script, tmp_path):
+    flags = ["--max_steps", 12, "--eval_steps", 1, "--early_stopping_patience", 2, "--learning_rate", 1]
+    flags += ["--ema_decay", 0, "--swa_start", "null", "--max_valid_rows", 5]
+    code, _, error = script("train_fold", trained / "args" / "fold0.json", "--output_dir", tmp_path / "fold0", *flags)
+    assert code == 0, error
+    metrics = json.loads((tmp_path / "fold0" / "metrics.json").read_text())
+    losses = [logs["eval_log_loss"] for logs in json.loads((tmp_path / "fold0" / "history.json").read_text())]
+    assert metrics["steps"] == len(losses) < 12 and min(losses) == losses[-3] < min(losses[-2:])
+    assert metrics["weights"]["raw"]["step"] == metrics["steps"] - 2 and metrics["valid_rows"] == 5
+
+
+def test_a_finished_fold_trains_for_longer_from_its_last_checkpoint(trained, script, tmp_path):
+    part = tmp_path / "fold0"
+    shutil.copytree(trained / "checkpoints" / "fold0", part)
+    flags = [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
+    code, output, error = script("train_fold", *flags, "--max_steps", 6)
+    assert code == 0, error
+    assert "continues from checkpoint-4, with max_steps 6 instead of 4. The learning rate follows the longer" in output
+    logs = json.loads((part / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in logs if "eval_log_loss" in log] == [2, 4, 6]
+    metrics = json.loads((part / "metrics.json").read_text())
+    assert metrics["steps"] == 6 and {scores["step"] for scores in metrics["weights"].values()} <= {2, 4, 6}
+    assert "is finished" in script("train_fold", *flags, "--max_steps", 6)[1]
+    code, _, error = script("train_fold", *flags)
+    assert code == 2 and "a different max_steps" in error, "a shorter run is another one"
+    for checkpoint in part.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    code, _, error = script("train_fold", *flags, "--max_steps", 8)
+    assert code == 2 and "no checkpoint to continue from" in error and (part / "metrics.json").is_file()
+
+
 @pytest.mark.slow
 def test_an_older_releases_fingerprint_of_image_paths_is_not_compared(trained, script, tmp_path):
     part = tmp_path / "fold0"

@@ -43,6 +43,10 @@ class DataArguments:
     )
     fold: int | None = arg(0, "The fold to validate on; null: train on all rows and validate on none.")
     max_train_rows: int | None = arg(None, "Train on only this many rows, drawn by seed: 200 for a quick try.")
+    max_valid_rows: int | None = arg(
+        None,
+        "Validate on only this many rows of the fold, drawn by seed. Its out-of-fold file is then incomplete.",
+    )
     image_size: int = arg(
         384, "Pixel budget: images are resized to at most image_size squared pixels, aspect kept; 784 pixels a token."
     )

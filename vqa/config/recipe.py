@@ -40,6 +40,11 @@ class RecipeArguments(TrainingArguments):
     )
     swa_every: int = arg(1, "Optimiser steps between two updates of the SWA average.")
     swa_lr: float | None = arg(None, "Constant learning rate after swa_start; null: keep the schedule.")
+    early_stopping_patience: int | None = arg(
+        None,
+        "Stop after this many validations in a row without a better metric_for_best_model of any weights; null: train to "
+        "the end. The best adapters are kept in either case.",
+    )
     max_hours: float | None = arg(
         None,
         "Stop with a checkpoint before this many hours have passed. 11 leaves an hour for prediction in a notebook "
@@ -175,6 +180,8 @@ LOWEST = {
     "seed": 0,
     "vision_cache_gb": 0,
     "max_train_rows": 1,
+    "max_valid_rows": 1,
+    "early_stopping_patience": 1,
     "pseudo_min_confidence": 0,
 }
 BELOW_ONE = {"ema_decay": "such as 0.99, or to 0 for no EMA", "lora_dropout": "such as 0.05, or to 0 for no dropout"}

@@ -31,14 +31,21 @@ def split_rows(
         if folds is None:
             folds = read_folds(path, [row["id"] for row in rows], data.train_csv)
         train, valid = split_fold(folds, data.fold, path)
-    if data.max_train_rows is not None:
-        if data.max_train_rows < 1:
-            raise UserError(f"max_train_rows is {data.max_train_rows}. Set it to 1 or more, or leave it out.")
-        train = np.sort(np.random.default_rng(seed).permutation(train)[: data.max_train_rows])
+    train = draw_rows(train, data.max_train_rows, seed, "max_train_rows")
+    valid = draw_rows(valid, data.max_valid_rows, seed, "max_valid_rows")
     train_rows, valid_rows = [rows[i] for i in train], [rows[i] for i in valid]
     if data.soft_labels:
         train_rows = with_soft_labels(train_rows, data.train_csv)
     return train_rows + pseudo_rows(data, valid_rows), valid_rows
+
+
+def draw_rows(indices: np.ndarray, most: int | None, seed: int, field: str) -> np.ndarray:
+    """At most `most` of the indices, drawn by seed and in their order; None: all."""
+    if most is None:
+        return indices
+    if most < 1:
+        raise UserError(f"{field} is {most}. Set it to 1 or more, or leave it out.")
+    return np.sort(np.random.default_rng(seed).permutation(indices)[:most])
 
 
 def with_soft_labels(rows: list[Row], csv: str) -> list[Row]:

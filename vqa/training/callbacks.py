@@ -169,6 +169,30 @@ def byte_sums(model: torch.nn.Module) -> dict[str, int]:
     return dict(zip(frozen, torch.stack(sums).tolist())) if sums else {}
 
 
+class EarlyStoppingCallback(TrainerCallback):
+    """Stops the run after `patience` validations in a row in which no weights beat the best score so far.
+
+    Unlike transformers' callback of this name, it counts the scores of EMA and SWA too, and it counts from the log,
+    which a checkpoint keeps: a resumed run stops where an uninterrupted one does.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        control.should_training_stop |= self.validations_since_best(args, state) >= self.patience
+
+    on_evaluate = on_train_begin
+
+    def validations_since_best(self, args, state) -> int:
+        """Validations after that with the best score of any weights; 0 where the last one has it."""
+        names = [f"eval_{weights}{args.metric_for_best_model}" for weights in ("", "ema_", "swa_")]
+        sign = 1 if args.greater_is_better else -1
+        scores = [[sign * logs[name] for name in names if name in logs] for logs in state.log_history]
+        merits = [max(values) for values in scores if values]
+        return len(merits) - 1 - merits.index(max(merits)) if merits else 0
+
+
 class LogCallback(TrainerCallback):
     """Prints each log of the Trainer as one line.
 

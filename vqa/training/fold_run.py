@@ -17,6 +17,7 @@ from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import accuracy, score_with_interval
 from vqa.evaluation.oof import weights_folder
 from vqa.evaluation.reference import Reference, model_warning
+from vqa.training.checkpointing import checkpoint_to_resume
 
 # Fields that may differ when a run is resumed: they change where and how fast it runs, not its result.
 RESUME_SAFE_FIELDS = {
@@ -75,7 +76,11 @@ class FoldRun:
         """Whether the folder has this very run, complete. Raises UserError where it has another one."""
         if not (self.folder / "args.json").is_file():
             return False
-        changed = changed_fields(read_json(self.folder / "args.json"), self.config)
+        before = read_json(self.folder / "args.json")
+        changed = changed_fields(before, self.config)
+        length = "max_steps" if self.recipe.max_steps > 0 else "num_train_epochs"
+        if longer := changed == [length] and 0 < before.get(length, 0) < self.config[length]:
+            changed = []
         if not changed and (self.folder / "rows.json").is_file():
             rows = read_json(self.folder / "rows.json")  # an older release's has no version: it hashed image paths
             same_rows = "version" not in rows or rows["fingerprint"] == self.rows_fingerprint()
@@ -90,10 +95,25 @@ class FoldRun:
                 f"{self.folder} already contains this run. Add --resume_from_checkpoint auto to continue it, choose "
                 "another --output_dir, or delete the folder."
             )
-        return (self.folder / "metrics.json").is_file()
+        if longer:
+            self._check_continues_longer(length, before[length])
+        return not longer and (self.folder / "metrics.json").is_file()
+
+    def _check_continues_longer(self, length: str, before: float) -> None:
+        """Print what it means that the field `length` was `before`. Raises UserError without a checkpoint."""
+        rows = self.recipe.effective_batch_size
+        checkpoint = checkpoint_to_resume(self.recipe.resume_from_checkpoint, self.folder, rows)
+        if checkpoint is None:
+            raise UserError(f"{self.folder} has no checkpoint to continue from. Delete the folder to train again.")
+        print(
+            f"{self.folder}: continues from {Path(checkpoint).name}, with {length} {self.config[length]:g} instead of "
+            f"{before:g}. The learning rate follows the longer schedule from here on, so it may rise again, and the "
+            "result is not that of one long run. For that, delete the folder first."
+        )
 
     def write_config(self) -> None:
-        """Write what `is_finished` compares with."""
+        """Write what `is_finished` compares with. A fold that is trained for longer is unfinished again."""
+        (self.folder / "metrics.json").unlink(missing_ok=True)
         write_json(self.folder / "args.json", self.config)
         write_json(self.folder / "rows.json", {"version": 2, "fingerprint": self.rows_fingerprint()})
 

@@ -158,8 +158,8 @@ class FoldTrainer(Trainer):
         return arguments
 
     def _run_epoch(self, *args, **kwargs):
-        """As the Trainer's, but a run that resumes from its last step takes no further step."""
-        if self.state.global_step >= self.state.max_steps:
+        """As the Trainer's, but a run that resumes from its last step, or that stopped early, takes no further step."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
