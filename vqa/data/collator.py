@@ -106,10 +106,12 @@ class Collator:
         return batch
 
     def pixel_rows(self, batch: dict, num_images: list[int]) -> list[int]:
-        """How many entries of `pixel_values` each row has: one for each image, or one for each of its tiles."""
+        """How many entries of `pixel_values` each row has: one, or one for each image, or one for each tile."""
         entries = len(batch["pixel_values"])
         if entries == sum(num_images):
             return num_images
+        if batch["pixel_values"].ndim == 5:  # (rows, tiles, channels, height, width)
+            return [1] * entries
         tokens = (batch["input_ids"] == self.processor.image_token_id).sum(1)
         return (tokens * entries // tokens.sum()).tolist()
 

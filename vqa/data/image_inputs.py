@@ -28,11 +28,14 @@ class ImageInputs:
         if self.resized_here:
             self.patch, self.patches_per_token = images.patch_size, images.merge_size**2
             return
-        size = dict(images.size or {})
-        tile = size.get("height") or size.get("shortest_edge") or size.get("longest_edge") or VIT_PATCH
-        self.patches_per_token = max(1, (tile // VIT_PATCH) ** 2 // getattr(processor, "image_seq_length", tile**2))
-        if hasattr(images, "crop_to_patches"):  # tiles, as many as the budget pays for
+        side = getattr(images, "max_image_size", None) or images.size
+        tile = side.get("height") or side.get("longest_edge") or side.get("shortest_edge")
+        tokens = getattr(processor, "image_seq_length", None) or getattr(processor, "image_seq_len", None) or tile**2
+        self.patches_per_token = max(1, (tile // VIT_PATCH) ** 2 // tokens)
+        if hasattr(images, "crop_to_patches"):  # as many tiles as the budget pays for
             self.options = {"crop_to_patches": True, "max_patches": max(1, image_size**2 // tile**2)}
+        elif hasattr(images, "max_image_size"):  # tiles along the longer side
+            self.options = {"size": {"longest_edge": max(1, image_size // tile) * tile}}
 
     def size(self, width: int, height: int, scale: float = 1.0) -> tuple[int, int]:
         """(width, height) in pixels at which an upright image is given to the processor."""

@@ -21,7 +21,7 @@ from vqa.core.errors import UserError, preview
 from vqa.modeling.families import fp32_vision_layers, vision_tower
 
 # What `get_image_features` of some family reads. The others of a batch's tensors are the language model's.
-VISION_KEYS = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
+VISION_KEYS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "batch_num_images")
 
 
 def encode_images(model: nn.Module, batch: dict) -> dict:
@@ -35,7 +35,8 @@ def encode_images(model: nn.Module, batch: dict) -> dict:
         counts = batch.get("pixel_rows", batch["num_images"])
         names = [row_id for row_id, number in zip(batch["ids"], counts) for _ in range(number)]
         outputs = {"mm_encoder_outputs": {"image": image_features(model, batch, names)}}
-    kept = {key: value for key, value in batch.items() if key not in ("pixel_values", "image_features")}
+    encoded = ("pixel_values", "pixel_attention_mask", "image_features")
+    kept = {key: value for key, value in batch.items() if key not in encoded}
     return kept | outputs
 
 
@@ -52,7 +53,9 @@ def image_features(model: nn.Module, batch: Mapping[str, torch.Tensor], names: l
         output = base.get_image_features(**inputs, return_dict=True)
     finite = torch.stack([features.isfinite().all() for features in output.pooler_output]).tolist()
     if not all(finite):
-        bad = [name for name, is_finite in zip(names, finite) if not is_finite]
+        # A tower that leaves out the padding among an image's tiles does not tell whose features these are.
+        known = len(names) == len(finite)
+        bad = [name for name, is_finite in zip(names, finite) if not is_finite] if known else names
         raise UserError(
             f"the image features of {preview(list(dict.fromkeys(bad)))} are not finite: the vision tower overflows in "
             "fp16 for these images. Use a GPU with bf16, or drop the rows."

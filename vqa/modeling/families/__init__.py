@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from vqa.core.errors import UserError
-from vqa.modeling.families import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
+from vqa.modeling.families import gemma3, idefics3, internvl, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from vqa.modeling.families.base import Family
 
-FAMILIES = {kind: m.FAMILY for m in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5) for kind in m.FAMILY.model_types}
+MODULES = (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, gemma3, internvl, idefics3)
+FAMILIES = {kind: module.FAMILY for module in MODULES for kind in module.FAMILY.model_types}
 GENERIC = Family(model_types=())
 
 

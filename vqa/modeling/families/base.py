@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 
+VISION_IN_16_BITS = ("lm_head", "visual", "model.visual", "model.vision_tower", "model.multi_modal_projector")
+
+
 @dataclass(frozen=True)
 class Family:
     """Where things are in the models of one family. The defaults are those that most families share.
@@ -28,18 +31,16 @@ class Family:
     bf16_only: why the language model cannot compute in float16; "" where it can.
     template_options: variables of the chat template, such as {"enable_thinking": False}.
     vision_blocks, patch_embedding: the list of the vision tower's blocks, and its first layer, within the tower.
-    features_per_image: whether the model takes a list with the features of each image; otherwise one tensor.
     prepare: called once with the loaded base model, to replace slow parts of it. The outputs must not change.
     """
 
     model_types: tuple[str, ...]
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    not_in_4bit: tuple[str, ...] = ("lm_head", "visual", "model.visual")
+    not_in_4bit: tuple[str, ...] = VISION_IN_16_BITS
     fp32_layers: tuple[str, ...] = ()
     fp32_norms: tuple[str, ...] = ()
     bf16_only: str = ""
     template_options: dict[str, bool] = field(default_factory=dict)
     vision_blocks: str = "blocks"
     patch_embedding: str = "patch_embed.proj"
-    features_per_image: bool = True
     prepare: Callable[[nn.Module], nn.Module] | None = None
