@@ -6,7 +6,7 @@ import imagehash
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance
 
 from vqa.data import duplicates as duplicates
 from vqa.data.duplicates import near_pairs, read_picture, read_pictures, same_pictures
@@ -51,10 +51,36 @@ def test_near_pictures_are_found_and_others_are_not(folder):
     assert found == {(f"{number:03d}", f"near_{number}") for number in range(len(CHANGES))}
 
 
+def page(seed: int) -> Image.Image:
+    """Lines of random words below a heading that all pages share."""
+    random, image = np.random.default_rng(seed), Image.new("RGB", (400, 300), "white")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 0, 400, 50), fill="#223344")
+    for line in range(8):
+        draw.text((20, 70 + line * 26), "".join(random.choice(list("abcdefghij  "), 50)), fill="black")
+    return image
+
+
+def test_pages_that_share_a_canvas_are_different_and_a_copy_of_one_is_found(tmp_path, monkeypatch):
+    """Their hashes and colours are alike: only the details tell them apart."""
+    for number in range(12):
+        page(number).save(tmp_path / f"{number:02d}.png")
+    changes = ("compressed", "smaller", "darker", "harder")
+    for number, change in enumerate(changes):
+        CHANGES[change](page(number), tmp_path / f"near_{number}.jpg")
+    paths = sorted(map(str, tmp_path.iterdir()))
+    pictures = read_pictures(paths)
+    found = {(paths[i][-6:-4], paths[j][-10:-4]) for i, j in near_pairs([pictures[path] for path in paths])}
+    assert found == {(f"{number:02d}", f"near_{number}") for number in range(len(changes))}
+    monkeypatch.setattr(duplicates, "same_details", lambda first, second: np.full(len(first), True))
+    assert len(near_pairs([pictures[path] for path in paths])) > 50
+
+
 def test_hashes_are_compared_as_imagehash_compares_them(folder, monkeypatch):
     """All pairs, in blocks that do not divide evenly, by the hash alone."""
     monkeypatch.setattr(duplicates, "BLOCK", 7)
     monkeypatch.setattr(duplicates, "CORRELATION", -2)
+    monkeypatch.setattr(duplicates, "LEAST_TILE", -2)
     monkeypatch.setattr(duplicates, "HASH_BITS", 26)
     paths = sorted(str(path) for path in folder.glob("0*.jpg"))
     hashes = [imagehash.phash(duplicates.thumbnail_image(path, 8 * duplicates.GRID)) for path in paths]
