@@ -5,8 +5,9 @@
     python explore.py data/demo/train.csv data/demo/test.csv         # outputs/demo/explore/index.html
 
 Give all files of the contest at once: images that occur in two files are found only then. The warnings are also
-printed here. The figures are written beside the page as PNG files, and all pairs of identical or near-duplicate images
-to duplicates.csv. The page is one file and needs no network.
+printed here. Beside the page are the figures as PNG files, all pairs of identical or near-duplicate images
+(duplicates.csv) and the answers of test rows that labelled rows give away (known_answers.csv). The page is one file
+and needs no network.
 """
 
 import argparse

@@ -17,8 +17,8 @@ from test_duplicates import picture
 
 import explore
 from vqa.data.collator import Collator
-from vqa.data.duplicates import read_pictures
-from vqa.reports.exploration import count_tokens, images_section, read_tokenizer
+from vqa.data.duplicates import Picture, read_pictures
+from vqa.reports.exploration import choices_section, count_tokens, images_section, read_tokenizer
 from vqa.reports.page import Page
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
@@ -81,6 +81,8 @@ def explored(planted):
 PLANTED = [
     "학습: the answer is a in ",
     "1 of 132 images cannot be used: ",
+    "학습 repeats 1 identical image",
+    "학습 repeats 1 near-duplicate image",
     "test shares 1 identical image with 학습",
     "test shares 1 near-duplicate image with 학습",
     "학습: 1 row with two equal choices: train_10",
@@ -152,6 +154,50 @@ def test_annotators_are_labels_too(planted, script, tmp_path):
     assert code == 0 and "- votes: the answer is a in " in said and "- Text-only accuracy is " in said, error
     page = Parsed((tmp_path / "page" / "index.html").read_text(encoding="utf-8")).text
     assert "accuracy by chance" in page and "No file has an answer column" not in page
+
+
+def table(*rows) -> tuple[pd.DataFrame, dict]:
+    """Rows (split, id, image, question, choices, answer or None) as explore.py holds them, and their pictures."""
+    names = ["split", "id", "image", "question", "choices", "answer"]
+    table = pd.DataFrame(rows, columns=names).assign(type="other")
+    table["choices"], table["images"] = table["choices"].map(list), [[image] for image in table["image"]]
+    return table.astype({"answer": object}), {image: Picture(problem="not read") for image in table["image"]}
+
+
+def test_two_answers_contradict_only_if_a_row_offers_the_others_answer(tmp_path):
+    for choices, found in (("xqrs", 1), ("pqrs", 0)):  # does the second row offer x, the answer of the first?
+        page = Page(tmp_path)
+        choices_section(*table(("t", "1", "i", "왜?", "xyzw", 0), ("t", "2", "i", " 왜? ", choices, 1)), page)
+        assert len(page.highlights) == found
+    page = Page(tmp_path)
+    choices_section(*table(("t", "1", "i", "왜?", "xyzw", 0), ("t", "2", "other", "왜?", "xqrs", 1)), page)
+    assert page.highlights == []
+
+
+def test_rows_whose_right_answer_is_there_twice_are_named(tmp_path):
+    page = Page(tmp_path)
+    choices_section(*table(("t", "1", "i", "왜?", "xyxw", 2), ("t", "2", "j", "왜?", "xyyw", 0)), page)
+    (highlight,) = page.highlights
+    assert "2 rows with two equal choices: 1, 2. The right answer is there twice" in highlight.text
+    assert highlight.text.endswith("in 1")
+
+
+def test_answers_that_labelled_rows_give_away_are_written(tmp_path):
+    train = [("train", "a", "i", "왜?", "xyzw", 1), ("train", "b", "i", "왜?", "xyzw", 2)]
+    test = [
+        ("test", "offers y", "i", "왜?", "pqry", None),
+        ("test", "offers y and z", "i", "왜?", "zpqy", None),
+        ("test", "offers y twice", "i", "왜?", "ypqy", None),
+        ("test", "offers neither", "i", "왜?", "pqrs", None),
+        ("test", "another image", "j", "왜?", "pqry", None),
+        ("test", "another question", "i", "누구?", "pqry", None),
+    ]
+    page = Page(tmp_path)
+    choices_section(*table(*train, *test), page)
+    assert pd.read_csv(tmp_path / "known_answers.csv").to_numpy().tolist() == [["offers y", "d", "y", "a", "test"]]
+    assert page.highlights[-1].text.startswith("4 unlabelled rows with the question and the image of a labelled row: ")
+    choices_section(*table(*train), page)
+    assert not (tmp_path / "known_answers.csv").exists(), "of an earlier call"
 
 
 def test_tokens_are_those_of_the_models_own_tokenizer(processor, rows):

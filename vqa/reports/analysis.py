@@ -12,8 +12,8 @@ from scipy.stats import chi2_contingency
 from sklearn.metrics import confusion_matrix
 
 from vqa.core.errors import pluralize, preview
-from vqa.core.io import atomic_write
 from vqa.data.rows import LETTERS, Row, read_rows
+from vqa.data.table import write_table
 from vqa.evaluation.metrics import NOISE, accuracy, row_log_loss
 from vqa.evaluation.reference import model_warning
 from vqa.evaluation.significance import compare, mean_loss
@@ -130,8 +130,7 @@ def label_issues_section(results: Results, rows: list[Row], page: Page) -> dict:
         probs = [mean[i, answer], mean[i, suggested]]
         lines.append([row["id"], *letters, *probs, *texts, row["question"], ";".join(row["images"]), folds[row["id"]]])
     table = pd.DataFrame(lines, columns=[*columns, "question", "image", "fold"])
-    with atomic_write(page.folder / "mislabelled.csv") as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.4f")
+    write_table(page.folder / "mislabelled.csv", table, float_format="%.4f")
     names = f": {preview(list(table['id']))}" if len(issues) else ""
     text = f"{pluralize(len(issues), 'row')} with a probably wrong label, listed in mislabelled.csv{names}"
     page.highlight("label-issues", text if members else "No label is doubted: no model is above the text alone")

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 from vqa.config.arguments import folds_path
 from vqa.core.errors import UserError, pluralize, preview
 from vqa.core.io import atomic_write, read_json
+from vqa.data.answers import clean
 from vqa.data.columns import find_columns
 from vqa.data.duplicates import Picture, same_pictures
 from vqa.data.folds import read_folds
 from vqa.data.images import image_tokens, preview_bad_images, target_size
-from vqa.data.rows import LETTERS, Row, read_rows, rows_with_equal_choices
+from vqa.data.rows import LETTERS, Row, read_rows
 from vqa.data.table import read_table
 from vqa.evaluation.metrics import NOISE, accuracy
 from vqa.evaluation.question_types import OTHER, question_type
@@ -237,8 +238,9 @@ def duplicates_section(rows: pd.DataFrame, pictures: dict[str, Picture], page: P
             name = f"within {first}" if within else f"{second}, also in {first}"
             counts.append({"name": name, "identical": identical, "near": near})
             for number, kind in ((identical, "identical"), (near, "near-duplicate")):
-                if number and not within:
-                    text = f"{second} shares {pluralize(number, f'{kind} image')} with {first}"
+                if number:
+                    found = pluralize(number, f"{kind} image")
+                    text = f"{second} repeats {found}" if within else f"{second} shares {found} with {first}"
                     page.highlight("duplicates", text)
     split_pairs = pairs[
         (pairs["first_split"] == pairs["second_split"])
@@ -263,36 +265,71 @@ def pair_card(pair: dict) -> dict:
 
 
 def choices_section(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page) -> dict:
-    """Rows with equal choices, and rows that ask the same question about the same image."""
+    """Rows with equal choices, rows that contradict each other, unlabelled rows whose answer a labelled row has."""
+    texts = [[clean(choice) for choice in choices] for choices in rows["choices"]]
+    rows = rows.assign(
+        texts=texts,
+        text=[None if pd.isna(answer) else own[int(answer)] for answer, own in zip(rows["answer"], texts)],
+        image_key=image_keys(rows, pictures),
+        question_key=rows["question"].map(clean),
+    )
     lines, odd_rows = [], []
     for name, split in by_split(rows):
         counts = split["choices"].map(len).value_counts().sort_index()
         lines.append(f"{name}: " + ", ".join(f"{pluralize(n, 'row')} with {k} choices" for k, n in counts.items()))
-        if equal := rows_with_equal_choices(split.to_dict("records")):
-            number = pluralize(len(equal), "row")
-            page.highlight("choices", f"{name}: {number} with two equal choices: {preview(equal)}")
-            odd_rows += split[split["id"].isin(equal)].to_dict("records")
+        equal = split[[len(set(own)) < len(own) for own in split["texts"]]]
+        if len(equal):
+            text = f"{name}: {pluralize(len(equal), 'row')} with two equal choices: {preview(list(equal['id']))}"
+            if ambiguous := [row.id for row in equal.itertuples() if row.texts.count(row.text) > 1]:
+                text += f". The right answer is there twice, so the letter is a guess, in {preview(ambiguous)}"
+            page.highlight("choices", text)
+            odd_rows += equal.to_dict("records")
     keys = ["image_key", "question_key"]
-    keyed = rows.assign(
-        image_key=image_keys(rows, pictures),
-        question_key=rows["question"].str.split().str.join(" "),
-        text=[None if a is None else c[a].strip() for a, c in zip(rows["answer"], rows["choices"])],
-    )
-    labelled, unlabelled = keyed[keyed["text"].notna()], keyed[keyed["text"].isna()]
-    num_answers = labelled.groupby(keys)["text"].nunique()
-    if len(contradicting := num_answers[num_answers > 1]):
-        same = labelled.set_index(keys).loc[contradicting.index]
+    asked = [group for _, group in rows[rows.duplicated(keys, keep=False)].groupby(keys, sort=False)]
+    if contradicting := [group for group in asked if contradicts(group)]:
+        same = pd.concat(contradicting).dropna(subset="text")
         number, ids = pluralize(len(contradicting), "question"), preview(list(same["id"]))
         page.highlight("choices", f"{number} with different answers for the same image: {ids}")
         odd_rows += same.to_dict("records")
-    if len(unlabelled):
-        solved = unlabelled.merge(labelled.drop_duplicates(keys), on=keys, suffixes=("", "_labelled"))
-        sentence = f"{pluralize(len(solved), 'unlabelled row')} with the question and the image of a labelled row"
-        lines.append(sentence)
-        if len(solved):
-            ids = preview([f"{a} (see {b})" for a, b in zip(solved["id"], solved["id_labelled"])])
-            page.highlight("choices", f"{sentence}: {ids}")
+    if rows["text"].isna().any():
+        lines.append(known_answers(asked, page))
     return {"lines": lines, "cards": [row_card(row) for row in odd_rows[:MAX_ODD_ROWS]]}
+
+
+def contradicts(group: pd.DataFrame) -> bool:
+    """Whether a row has another answer than a second one although it offers the second one's answer."""
+    labelled = group[group["text"].notna()]
+    answers = set(labelled["text"])
+    return any((answers - {row.text}) & set(row.texts) for row in labelled.itertuples())
+
+
+def known_answers(asked: list[pd.DataFrame], page: Page) -> str:
+    """Write known_answers.csv: the unlabelled rows that a labelled row answers. Returns a sentence about them.
+
+    `asked` are the rows of one image and question. An answer is known where the unlabelled row offers exactly one of
+    the labelled rows' answers, and once.
+    """
+    seen, known = [], []
+    for group in asked:
+        labelled = group[group["text"].notna()]
+        for row in group[group["text"].isna()].itertuples() if len(labelled) else ():
+            seen.append(f"{row.id} (see {labelled['id'].iloc[0]})")
+            places = [i for i, text in enumerate(row.texts) if text in set(labelled["text"])]
+            if len(places) == 1:
+                source = labelled.loc[labelled["text"] == row.texts[places[0]], "id"].iloc[0]
+                known.append([row.id, LETTERS[places[0]], row.texts[places[0]], source, row.split])
+    path = page.folder / "known_answers.csv"
+    path.unlink(missing_ok=True)  # from an earlier call
+    sentence = f"{pluralize(len(seen), 'unlabelled row')} with the question and the image of a labelled row"
+    if seen:
+        text = f"{sentence}: {preview(seen)}"
+        if known:
+            with atomic_write(path) as temporary:
+                table = pd.DataFrame(known, columns=["id", "answer", "answer_text", "labelled_id", "split"])
+                table.to_csv(temporary, index=False, lineterminator="\n")
+            text += f". {len(known)} of their answers are in known_answers.csv, for ensemble.py --known_answers"
+        page.highlight("choices", text)
+    return sentence
 
 
 def sample_cards(rows: pd.DataFrame, number: int) -> list[dict]:
