@@ -86,7 +86,9 @@ def train(run: FoldRun, base: SharedBase) -> None:
     collate = Collator(base.processor, data.image_size, data.instruction, with_answer=True)
     prompts = Collator(base.processor, data.image_size, data.instruction)
     model = base.add_adapter(run.model_args, recipe)
-    run_on_main_and_broadcast(lambda: check_before_training(model, collate, train_rows, valid_rows))
+    run_on_main_and_broadcast(
+        lambda: check_before_training(model, collate, train_rows, valid_rows, run.model_args.lora_vision)
+    )
     collate.features = prompts.features = base.features(data, train_rows + valid_rows, show)
     lengths = count_tokens(train_rows, collate, oriented_sizes(all_images(train_rows)), show)
     encodes_images = collate.features is None

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 from random_model import write_random_model  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from vqa.config.arguments import ModelArguments  # noqa: E402
+from vqa.config.arguments import ModelArguments, adapter_options  # noqa: E402
 from vqa.config.recipe import RecipeArguments  # noqa: E402
 from vqa.core.dtypes import model_dtype  # noqa: E402
 from vqa.core.errors import UserError, run_main  # noqa: E402
@@ -107,7 +107,7 @@ def measure_model(name: str, folder: str, args: argparse.Namespace, picture: Pat
     shape = meta_model(model_args, dtype)
     for size in args.sizes:
         for batch_size in args.batches:
-            model = add_adapter(base, model_args.lora_rank, model_args.lora_alpha, model_args.lora_dropout)
+            model = add_adapter(base, **adapter_options(model_args))
             recipe = make_recipe(temporary / "run", args.steps, batch_size, on_gpu)
             setup = Setup(shape, on_gpu, checkpointing=True, optimizer=recipe.optim.value)
             line = {"model": name, "image_size": size, "batch": batch_size}

@@ -92,6 +92,8 @@ def test_ready_features_give_the_logits_of_pixels(loaded, rows):
         wanted = model(**on_pixels(batch)).logits
         encoded = encode_images(model, batch)
         got = model(**on_pixels(encoded)).logits
+        negative = model(**on_pixels(batch | {"pixel_values": -batch["pixel_values"]})).logits
+    assert (negative - wanted)[:, -1].abs().max() > 1e-4, "the image matters"
     assert "pixel_values" not in encoded and torch.equal(got, wanted)
 
 
@@ -161,22 +163,45 @@ def test_the_adapter_is_in_the_language_model_alone_is_pefts_and_learns(folder, 
     assert losses[-1] < 0.95 * losses[0]
 
 
-def test_train_and_predict_by_the_scripts(folder, trained, script, tmp_path):
-    if folder == TINY:
-        pytest.skip("the other tests of the scripts do this")
-    fold, outputs = tmp_path / "fold0", tmp_path / "outputs"
-    args = [trained / "args" / "fold0.json", "--model", folder, "--output_dir", fold, "--learning_rate", "1e-2"]
-    code, _, error = script("train_fold", *args)
+def test_with_lora_vision_the_loss_reaches_the_vision_tower_and_nothing_is_stored(folder, rows, tmp_path):
+    processor, base = load_processor(folder), load_base(folder, load_in_4bit=False, dtype=torch.float32)
+    model = add_adapter(base, 4, 8, 0.0, vision=True).train()
+    data = DataArguments(image_size=140, vision_cache_dir=str(tmp_path))
+    assert open_feature_store(model, processor, data, [rows[:2]], show=False) is None
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.05)
+    answer_logits(model, Collator(processor, 140, with_answer=True)(rows[:2]), keep=3).square().sum().backward()
+    of_tower = [parameter for parameter in vision_tower(base).parameters() if parameter.requires_grad]
+    moved = sum(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in of_tower)
+    assert 0.6 * len(of_tower) < moved, "a pooling head that the model does not use may stay"
+
+
+def test_members_of_three_families_train_predict_and_make_one_submission(trained, script, processor, tmp_path):
+    """Prediction gives each the probabilities of its validation; the trained fold is one of Qwen2.5-VL."""
+    test, columns = pd.read_csv(trained / "data" / "test.csv"), ["p_a", "p_b", "p_c", "p_d"]
+    folds = [trained / "checkpoints" / "fold0"]
+    for kind in ("qwen3_5", "internvl"):
+        folder, fold = make_family(kind, processor, tmp_path / kind), tmp_path / f"{kind}_run" / "fold0"
+        args = [trained / "args" / "fold0.json", "--model", folder, "--output_dir", fold, "--learning_rate", "1e-2"]
+        code, _, error = script("train_fold", *args)
+        assert code == 0, error
+        folds.append(fold)
+    files = []
+    for fold in folds:
+        best = json.loads((fold / "metrics.json").read_text())["best"]
+        oof = pd.read_csv(fold / ("" if best == "raw" else best) / "oof.csv")
+        outputs = tmp_path / "outputs" / fold.parent.name
+        code, _, error = script("predict", fold, "--output_dir", outputs, "--num_permutations", "2")
+        assert code == 0, error
+        plain = pd.read_csv(outputs / "plain" / "fold0.csv").set_index("id").loc[oof["id"]]
+        assert np.abs(plain[columns].to_numpy() - oof[columns].to_numpy()).max() < 1e-6
+        files.append(outputs / "fold0.csv")
+    code, out, error = script("ensemble", *files, "--method", "mean", "--output", tmp_path / "submission.csv")
     assert code == 0, error
-    best = json.loads((fold / "metrics.json").read_text())["best"]
-    oof = pd.read_csv(fold / ("" if best == "raw" else best) / "oof.csv")
-    code, _, error = script(
-        "predict", fold, "--csv", trained / "data" / "train.csv", "--output_dir", outputs, "--scales", "1.0", "1.4"
-    )
-    assert code == 0, error
-    plain = pd.read_csv(outputs / "plain" / "fold0.csv").set_index("id").loc[oof["id"]]
-    columns = ["p_a", "p_b", "p_c", "p_d"]
-    assert np.abs(plain[columns].to_numpy() - oof[columns].to_numpy()).max() < 1e-6
+    submission = pd.read_csv(tmp_path / "submission.csv").set_index("id").loc[test["id"]]["answer"]
+    mean = np.mean([pd.read_csv(file).set_index("id").loc[test["id"]][columns] for file in files], axis=0)
+    assert submission.tolist() == [LETTERS[i] for i in mean.argmax(1)] and len(set(submission)) > 1
 
 
 def overflowing(folder: str, batch: dict) -> torch.nn.Module:

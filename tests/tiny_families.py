@@ -106,6 +106,9 @@ def make_unlike_family(kind: str, processor, folder: Path) -> str:
     )
     model = AutoModelForImageTextToText.from_config(config)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+    for parameter in model.parameters():
+        if not parameter.any():  # such as Gemma's projection, without which an image changes nothing
+            torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)

@@ -1,8 +1,10 @@
 """The arguments of model and data, without slow imports. The reason for a default is in its `help`."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vqa.core.errors import UserError
 from vqa.core.io import is_writable
 
 INSTRUCTION = "Answer with the letter only."
@@ -21,6 +23,17 @@ class ModelArguments:
     lora_rank: int = arg(16, "Rank of the LoRA adapter: 16 is enough for a few thousand rows.")
     lora_alpha: int = arg(32, "Scale of the adapter: usually twice the rank.")
     lora_dropout: float = arg(0.05, "Dropout before the adapter: a few thousand rows are soon memorised.")
+    lora_first_layer: int = arg(
+        0, "First decoder layer with an adapter. Layers below it need no backward pass: faster."
+    )
+    lora_vision: bool = arg(
+        False,
+        "Adapt the vision tower and its projector, too. Its features then change in training: they are not stored, "
+        "and every step is slower.",
+    )
+    lora_options: dict | str | None = arg(
+        None, 'Further options of PEFT\'s LoraConfig, such as {"use_rslora": true}. On the command line, as JSON.'
+    )
     trust_remote_code: bool = arg(False, "Run code from the model's folder. No Qwen model needs it.")
 
 
@@ -29,7 +42,7 @@ class DataArguments:
     train_csv: str = arg("data/train.csv", "Training rows: id,path,question,a,b,...,answer.")
     test_csv: str = arg("data/test.csv", "Rows to predict: id,path,question,a,b,...")
     image_root: str | None = arg(None, "Folder that `path` is relative to; the CSV's own folder if not given.")
-    columns: str | None = arg(
+    columns: dict | str | None = arg(
         None,
         'Which column is which, where the names do not say: {"id": "...", "path": "...", "question": "...", '
         '"choices": ["...", "..."], "answer": "..."}. On the command line, as JSON.',
@@ -76,6 +89,20 @@ class DataArguments:
     vision_cache_gb: float = arg(
         10.0, "Size limit of that folder in GB; a 3B needs 0.8 MB an image at 384 px. Above it, nothing is stored."
     )
+
+
+def adapter_options(args: ModelArguments) -> dict:
+    """The keyword arguments of `vqa.modeling.loading.add_adapter`."""
+    options = args.lora_options or {}
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except ValueError as error:
+            raise UserError(f"lora_options: not valid JSON ({error}).") from None
+    if not isinstance(options, dict):
+        raise UserError('lora_options: write an object of names and values, such as {"use_rslora": true}.')
+    chosen = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
+    return chosen | {"first_layer": args.lora_first_layer, "vision": args.lora_vision, "options": options}
 
 
 def reader_options(data: DataArguments) -> dict:

@@ -42,8 +42,8 @@ class RecipeArguments(TrainingArguments):
     swa_lr: float | None = arg(None, "Constant learning rate after swa_start; null: keep the schedule.")
     early_stopping_patience: int | None = arg(
         None,
-        "Stop after this many validations in a row without a better metric_for_best_model of any weights; null: train to "
-        "the end. The best adapters are kept in either case.",
+        "Stop after this many validations in a row without a better metric_for_best_model of any weights; null: train "
+        "to the end. The best adapters are kept in either case.",
     )
     max_hours: float | None = arg(
         None,
@@ -53,6 +53,9 @@ class RecipeArguments(TrainingArguments):
     output_dir: str = arg(None, "The fold's folder; by default checkpoints/demo/fold0 for args/demo/fold0.json.")
     num_train_epochs: float = arg(3.0, "Passes over the training rows.")
     learning_rate: float = arg(2e-4, "Peak learning rate: usual for QLoRA, ten times that of full fine-tuning.")
+    vision_learning_rate: float | None = arg(
+        None, "Peak learning rate of the adapter on the vision tower (lora_vision); null: learning_rate."
+    )
     lr_scheduler_type: str = arg("cosine", "Schedule; cosine falls to zero at the end, so that the last steps settle.")
     warmup_steps: float = arg(0.05, "Warm-up steps; below 1, a fraction of the run.")
     effective_batch_size: int = arg(
@@ -164,7 +167,12 @@ LOWEST = {
     "ema_decay": 0,
     "max_hours": 0,
     "lora_rank": 1,
+    "lora_alpha": 1,
+    "ddp_timeout": 1,
+    "ddp_bucket_cap_mb": 1,
     "lora_dropout": 0,
+    "lora_first_layer": 0,
+    "vision_learning_rate": 0,
     "image_size": 28,
     "num_train_epochs": 0,
     "learning_rate": 0,
@@ -214,12 +222,21 @@ def check_recipe(values: dict) -> None:
     for name, low in LOWEST.items():
         if values.get(name) is not None and not values[name] >= low:  # also where it is not a number
             raise UserError(f"{name} is {values[name]}. Set it to {low} or more.")
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if values[name] is not None and not 0 < values[name] < float("inf"):
+            raise UserError(f"{name} is {values[name]}. Set it to 1 or more steps, or to a fraction of the run.")
+    if values["max_steps"] == 0:
+        raise UserError("max_steps is 0. Set it to 1 or more, or leave it out to train num_train_epochs.")
+    if values["greater_is_better"] not in (None, values["metric_for_best_model"] == "accuracy"):
+        raise UserError("greater_is_better contradicts metric_for_best_model, from which it follows. Leave it out.")
     for name, example in BELOW_ONE.items():
         if values[name] >= 1:
             raise UserError(f"{name} is {values[name]}. Set it below 1, {example}.")
     for name, why in REFUSED.items():
         if values[name]:
             raise UserError(f"{name} does not work with this recipe: {why}. Leave it out.")
+    if values["vision_learning_rate"] is not None and not values["lora_vision"]:
+        raise UserError("vision_learning_rate is set but lora_vision is false. Set lora_vision, or leave it out.")
     check_reports(values["report_to"])
     if values["effective_batch_size"] and values["gradient_accumulation_steps"]:
         raise UserError(
@@ -278,6 +295,17 @@ def check_optimizer(recipe: RecipeArguments) -> None:
         reason = str(error).strip().rstrip(".")
         raise UserError(
             f"lr_scheduler_type {schedule} cannot be used: {reason}. Correct lr_scheduler_kwargs, or use cosine."
+        ) from None
+
+
+def check_compile(recipe: RecipeArguments) -> None:
+    """Raise UserError where torch.compile has no such backend or mode. Nothing is compiled for it."""
+    try:
+        torch.compile(torch.nn.Identity(), backend=recipe.torch_compile_backend, mode=recipe.torch_compile_mode)
+    except Exception as error:  # torch raises its own for a backend, and RuntimeError for a mode
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"torch_compile cannot be used: {reason}. Leave torch_compile_backend and torch_compile_mode out."
         ) from None
 
 

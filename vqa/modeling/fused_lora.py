@@ -38,13 +38,13 @@ def fuse_adapters(model: PeftModel) -> PeftModel:
     """Give every LoRA layer over a plain or 4-bit linear layer the fused forward pass. Returns the model.
 
     Other layers, such as those of GPTQ, keep PEFT's. So does a layer whose adapter is not a plain one (see
-    `plain_adapter`).
+    `plain_adapter`), and one that is guarded against overflow.
     """
     for layer in model.modules():
         if not isinstance(layer, compat.LoraLayer):
             continue
         base = layer.get_base_layer()
-        if type(base) is nn.Linear or compat.is_4bit(base):
+        if (type(base) is nn.Linear or compat.is_4bit(base)) and "forward" not in vars(base):
             layer.forward = MethodType(_fused_lora_forward, layer)
     return model
 

@@ -34,6 +34,8 @@ from vqa.modeling.families import family_of, family_of_type, lora_pattern
 from vqa.modeling.fused_lora import fuse_adapters, fuse_norms
 from vqa.modeling.vision import check_accepts_features, guard_fp16
 
+PREFIX = "base_model.model."  # of the names in an adapter's file
+
 DOES_NOT_FIT = "does not fit this base model; give --model the one that it was trained on"
 
 
@@ -98,15 +100,53 @@ def check_dtype(model: str, config: PretrainedConfig, dtype: torch.dtype) -> Non
         raise UserError(f"{model} cannot compute in fp16: {reason}. Use a GPU with bf16 (Ampere or later), or a Qwen.")
 
 
-def add_adapter(base: nn.Module, rank: int, alpha: int, dropout: float) -> PeftModel:
-    """A new LoRA adapter on the language model; its parameters are float32, as fp16 training needs them."""
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=lora_pattern(base),
-        task_type="CAUSAL_LM",
-    )
+# Options of LoraConfig that this project cannot honour, and why.
+REFUSED_OPTIONS = {
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), "the fields lora_rank, lora_alpha and lora_dropout set it"),
+    **dict.fromkeys(
+        ("target_modules", "layers_to_transform", "layers_pattern", "task_type", "target_parameters"),
+        "the model's family, lora_first_layer and lora_vision choose the layers",
+    ),
+    **dict.fromkeys(
+        ("bias", "modules_to_save", "trainable_token_indices", "trainable_bias"), "the base model stays frozen"
+    ),
+}
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # the others change the base model, or need data
+
+
+def add_adapter(
+    base: nn.Module,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    first_layer: int = 0,
+    vision: bool = False,
+    options: dict | None = None,
+) -> PeftModel:
+    """A new LoRA adapter; its parameters are float32, as fp16 training needs them.
+
+    It is on the language model from layer `first_layer` on, and with `vision` on the vision tower and its projector.
+    `options` are further ones of PEFT's LoraConfig. Raises UserError for those that cannot be used.
+    """
+    options = options or {}
+    if refused := [name for name in options if name in REFUSED_OPTIONS]:
+        raise UserError(f"lora_options: {refused[0]} cannot be set: {REFUSED_OPTIONS[refused[0]]}. Leave it out.")
+    if options.get("init_lora_weights", True) not in INITIALIZATIONS:
+        raise UserError(
+            f"lora_options: init_lora_weights {options['init_lora_weights']!r} changes the base model, or needs data. "
+            f"Use {', '.join(map(str, INITIALIZATIONS))}."
+        )
+    try:
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=lora_pattern(base, first_layer, vision),
+            task_type="CAUSAL_LM",
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lora_options: {error}. See LoraConfig in the documentation of PEFT.") from None
     return fuse_adapters(get_peft_model(base, config))
 
 
@@ -127,7 +167,11 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     except (RuntimeError, ValueError) as error:  # other shapes, or layers that the model does not have
         raise UserError(f"{folder}: the adapter {DOES_NOT_FIT} ({str(error)[:200]})") from None
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        unmatched = sorted(set(get_peft_model_state_dict(model, adapter_name=name)) ^ set(file.keys()))
+        stored = [
+            key.removeprefix(PREFIX) for key in file.keys()
+        ]  # of any release of transformers, as PEFT loads them
+    stored = [PREFIX + key for key in compat.module_names_in_model(model.config, stored)]
+    unmatched = sorted(set(get_peft_model_state_dict(model, adapter_name=name)).symmetric_difference(stored))
     if unmatched:  # PEFT only warns, and predicts with an adapter of zeros
         raise UserError(
             f"{folder}: the adapter {DOES_NOT_FIT} ({len(unmatched)} weights without a counterpart: "

@@ -43,13 +43,15 @@ def encode_images(model: nn.Module, batch: dict) -> dict:
 def image_features(model: nn.Module, batch: Mapping[str, torch.Tensor], names: list[str]):
     """What the model's `get_image_features` returns for the VISION_KEYS of a batch; `names` has one for each image.
 
-    The tower is frozen, so it runs under `no_grad` and outside gradient checkpointing: no activations are kept, and
-    nothing is recomputed. Raises UserError where the features are not finite.
+    A frozen tower runs under `no_grad` and outside gradient checkpointing: no activations are kept, and nothing is
+    recomputed. Raises UserError where the features are not finite.
     """
     base = unwrap_base_model(model)
-    vision_tower(base).eval()  # keeps transformers from checkpointing its layers
+    frozen = is_vision_frozen(base)
+    if frozen:
+        vision_tower(base).eval()  # keeps transformers from checkpointing its layers
     inputs = {key: batch[key] for key in VISION_KEYS if key in batch}
-    with torch.no_grad(), half_autocast(base):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen), half_autocast(base):
         output = base.get_image_features(**inputs, return_dict=True)
     finite = torch.stack([features.isfinite().all() for features in output.pooler_output]).tolist()
     if not all(finite):

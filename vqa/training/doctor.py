@@ -129,8 +129,9 @@ def check_model(report: Report, args: ModelArguments, model: PeftModel) -> None:
     trained, total = model.get_nb_trainable_parameters()
     print(f"{args.model}: {total:,} parameters, {trained:,} of them trained ({trained / total:.2%})")
     print("adapter on " + ", ".join(f"{number} {name}" for name, number in adapter_targets(model).items()))
-    problems = adapter_problems(model)
-    print("none of it in the vision tower" if not problems else problems[0])
+    problems = adapter_problems(model, args.lora_vision)
+    where = "part of it in the vision tower (lora_vision)" if args.lora_vision else "none of it in the vision tower"
+    print(problems[0] if problems else where)
     report.blockers += problems
     try:
         config = check_base(args.model, args.load_in_4bit, args.trust_remote_code)

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from vqa.config.arguments import ModelArguments
+from vqa.config.arguments import ModelArguments, adapter_options
 from vqa.core.compat import adapted_module_names
 from vqa.modeling.base_checks import check_model_path
 from vqa.modeling.families import patch_embedding, vision_blocks, vision_tower
@@ -67,7 +67,7 @@ def meta_model(args: ModelArguments, dtype: torch.dtype) -> PeftModel:
     config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     with torch.device("meta"):
         base = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=args.trust_remote_code)
-    return add_adapter(base, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    return add_adapter(base, **adapter_options(args))
 
 
 def training_peak(setup: Setup, batch: Batch) -> int:
@@ -182,11 +182,19 @@ def logit_bytes(setup: Setup, batch: Batch, positions: int = 4) -> int:
 
 
 def vision_bytes(setup: Setup, batch: Batch) -> int:
-    """The vision tower's forward pass without gradients: the input patches and the activations of one block."""
+    """The vision tower: the input patches and the activations of one block; of all blocks where it is adapted.
+
+    With gradient checkpointing those are the hidden states between the blocks.
+    """
     base = unwrap_base_model(setup.model)
-    pixels = cast(torch.Tensor, patch_embedding(base).weight)[0].numel()
-    widest = max(m.out_features for m in vision_blocks(base).modules() if isinstance(m, nn.Linear))
-    return batch.rows * batch.patches * (pixels * (4 + element(setup)) + widest * VISION_BYTES * element(setup) // 2)
+    blocks, first = vision_blocks(base), cast(torch.Tensor, patch_embedding(base).weight)
+    widest = max(m.out_features for m in blocks.modules() if isinstance(m, nn.Linear))
+    per_patch = first[0].numel() * (4 + element(setup))
+    block = widest * VISION_BYTES * element(setup) // 2
+    if any(p.requires_grad for p in blocks.parameters()):
+        kept = len(first) * element(setup) if setup.checkpointing else block
+        block += len(blocks) * kept
+    return batch.rows * batch.patches * (per_patch + block)
 
 
 def linear_parameters(setup: Setup) -> int:

@@ -14,13 +14,15 @@ from vqa.modeling.families import vision_tower
 from vqa.modeling.vision import unwrap_base_model
 
 
-def check_before_training(model: PeftModel, collate: Collator, train_rows: list[Row], valid_rows: list[Row]) -> None:
+def check_before_training(
+    model: PeftModel, collate: Collator, train_rows: list[Row], valid_rows: list[Row], lora_vision: bool = False
+) -> None:
     """Stop with a UserError that lists what is wrong with the prompt, the labels, the adapter or the split.
 
     `collate` is the collator of training rows (`with_answer=True`).
     """
     letter_ids(collate.processor)
-    problems = label_problems(collate, train_rows[:1]) + adapter_problems(model)
+    problems = label_problems(collate, train_rows[:1]) + adapter_problems(model, lora_vision)
     if problems := problems + split_problems(train_rows, valid_rows):
         raise UserError("; ".join(problems))
 
@@ -51,12 +53,12 @@ def adapter_targets(model: PeftModel) -> dict[str, int]:
     return dict(Counter(name.rpartition(".")[2] for name in adapted_module_names(model)))
 
 
-def adapter_problems(model: PeftModel) -> list[str]:
-    """One line if nothing is trained, or if a trained parameter is in the vision tower."""
+def adapter_problems(model: PeftModel, lora_vision: bool = False) -> list[str]:
+    """One line if nothing is trained, or if a trained parameter is in the vision tower without `lora_vision`."""
     if not any(p.requires_grad for p in model.parameters()):
         return ["nothing of the model is trained: no layer's name matches `lora_targets` (vqa/modeling/families)"]
     trained = [name for name, p in vision_tower(unwrap_base_model(model)).named_parameters() if p.requires_grad]
-    if not trained:
+    if lora_vision or not trained:
         return []
     remedy = "let `lora_targets` of its family (vqa/modeling/families) match the language model's layers only"
     return [f"{len(trained)} parameters of the vision tower are trained ({preview(trained)}); {remedy}"]

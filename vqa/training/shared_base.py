@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import enable_full_determinism, set_seed
 
-from vqa.config.arguments import DataArguments, ModelArguments
+from vqa.config.arguments import DataArguments, ModelArguments, adapter_options
 from vqa.config.recipe import RecipeArguments
 from vqa.core.dtypes import model_dtype
 from vqa.core.hashing import checkpoint_fingerprint, frozen_fingerprint, trainable_fingerprint
@@ -16,6 +16,7 @@ from vqa.data.prompt import letter_ids
 from vqa.data.rows import Row
 from vqa.modeling.feature_store import FeatureStore, open_feature_store
 from vqa.modeling.loading import add_adapter, load_base, load_processor
+from vqa.modeling.vision import is_vision_frozen
 
 
 class SharedBase:
@@ -48,7 +49,7 @@ class SharedBase:
         if self.base is None:
             self.base = load_base(args.model, args.load_in_4bit, self.dtype, args.trust_remote_code)
             set_seed(recipe.seed)  # whatever loading has drawn
-        self.adapted = add_adapter(self.base, args.lora_rank, args.lora_alpha, args.lora_dropout)
+        self.adapted = add_adapter(self.base, **adapter_options(args))
         return self.adapted
 
     def remove_adapter(self) -> None:
@@ -63,6 +64,8 @@ class SharedBase:
 
     def features(self, data: DataArguments, rows: list[Row], show: bool) -> FeatureStore | None:
         """The store with the image features of `rows`, opened once for the folds that have the same settings."""
+        if not is_vision_frozen(self.adapted):
+            return None
         key = (data.vision_cache, data.vision_cache_dir, data.vision_cache_gb, data.image_size)
         if key not in self.stores:
             self.stores[key] = open_feature_store(self.adapted, self.processor, data, [rows], show)

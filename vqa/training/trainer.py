@@ -1,7 +1,7 @@
 """The Trainer of a fold: loss at the answer's tokens only, and validation by the score that prediction uses."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from vqa.core.workers import TIMEOUT
 from vqa.data.collator import Collator
 from vqa.data.rows import Row
 from vqa.inference.scoring import answer_logits
+from vqa.modeling.families import language_model
+from vqa.modeling.vision import unwrap_base_model
 from vqa.training.batching import MicroBatches
 from vqa.training.callbacks import LogCallback, ProgressBar, WeightAverage, swa_start_step, trainable_parameters
 from vqa.training.checkpointing import COMPLETE
@@ -116,14 +118,27 @@ class FoldTrainer(Trainer):
         self.loss_check.add(loss, inputs["ids"])
         return (loss, {"logits": logits}) if return_outputs else loss
 
+    def create_optimizer(self, model=None):
+        """The Trainer's; parameters outside the language model get the rate `vision_learning_rate`, if it is set."""
+        optimizer = super().create_optimizer(model)
+        if (rate := self.args.vision_learning_rate) is not None:
+            model = cast(torch.nn.Module, self.model)
+            decoder = set(language_model(unwrap_base_model(model)).parameters())
+            for group in list(optimizer.param_groups):
+                vision = [parameter for parameter in group["params"] if parameter not in decoder]
+                group["params"] = [parameter for parameter in group["params"] if parameter in decoder]
+                optimizer.add_param_group({**group, "params": vision, "lr": rate})
+        return optimizer
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         """The recipe's schedule; with `swa_lr`, that constant learning rate from the first averaged step on."""
         scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
         if self.args.swa_lr is not None and self.args.swa_start is not None:
             start, swa_lr = swa_start_step(self.args.swa_start, num_training_steps), self.args.swa_lr
+            share = swa_lr / self.args.learning_rate
             scheduler.lr_lambdas = [  # the k-th step that is taken, counted from 1, has the rate of schedule(k - 1)
-                lambda step, schedule=schedule, peak=peak: swa_lr / peak if step + 1 >= start else schedule(step)
-                for schedule, peak in zip(scheduler.lr_lambdas, scheduler.base_lrs)
+                lambda step, schedule=schedule: share if step + 1 >= start else schedule(step)
+                for schedule in scheduler.lr_lambdas
             ]
         return scheduler
 
@@ -158,7 +173,7 @@ class FoldTrainer(Trainer):
         return arguments
 
     def _run_epoch(self, *args, **kwargs):
-        """As the Trainer's, but a run that resumes from its last step, or that stopped early, takes no further step."""
+        """As the Trainer's, but a run that resumes from its last step, or stopped early, takes no further step."""
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:

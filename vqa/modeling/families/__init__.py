@@ -3,6 +3,7 @@
 A model of an unlisted type is treated as GENERIC: the usual names, and no guard against overflow in fp16.
 """
 
+import re
 from fnmatch import fnmatch
 from typing import Any
 
@@ -61,14 +62,26 @@ def fp32_vision_layers(model) -> tuple[list[nn.Module], list[nn.Module]]:
     return matching(family.fp32_layers), matching(family.fp32_norms)
 
 
-def lora_pattern(model) -> str:
-    """Regular expression for the full names of the language model's layers that get an adapter.
+def lora_pattern(model, first_layer: int = 0, vision: bool = False) -> str:
+    """Regular expression for the full names of the layers that get an adapter.
 
-    Bare names such as `gate_proj` would also match the MLPs of a vision tower.
+    Those are the language model's, from decoder layer `first_layer` on; bare names such as `gate_proj` would also
+    match the MLPs of a vision tower. With `vision`, also the linear layers of the vision tower and its projector.
     """
-    decoder = language_model(model)
+    decoder, head = language_model(model), model.get_output_embeddings()
     path = next(name for name, module in model.named_modules() if module is decoder)
-    return rf".*{path.rpartition('.')[2]}.*\.({'|'.join(family_of(model).lora_targets)})"
+    layers = ".*"
+    if first_layer:
+        total = model.config.get_text_config().num_hidden_layers
+        if first_layer >= total:
+            raise UserError(f"lora_first_layer is {first_layer}. The model has layers 0 to {total - 1}.")
+        layers = rf"\.layers\.({'|'.join(map(str, range(first_layer, total)))})\..*"
+    pattern = rf".*{path.rpartition('.')[2]}{layers}\.({'|'.join(family_of(model).lora_targets)})"
+    if not vision:
+        return pattern
+    others = {*decoder.modules(), head}
+    names = (n for n, module in model.named_modules() if isinstance(module, nn.Linear) and module not in others)
+    return "|".join([pattern, *sorted({re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)) for name in names})])
 
 
 def _found(model, module, part: str) -> nn.Module:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-
 VISION_IN_16_BITS = ("lm_head", "visual", "model.visual", "model.vision_tower", "model.multi_modal_projector")
 
 

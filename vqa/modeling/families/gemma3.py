@@ -1,4 +1,4 @@
-"""Gemma 3. Its processor brings every image to one size (896 x 896 pixels, 256 tokens), so `image_size` changes little.
+"""Gemma 3. Its processor brings every image to 896 x 896 pixels, 256 tokens. So `image_size` changes little.
 
 Its residual stream exceeds the range of float16 (huggingface/transformers#39972), so it needs a GPU with bf16.
 """
