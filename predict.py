@@ -85,6 +85,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add = parser.add_argument
     add("folds", nargs="*", help="folders that train_fold.py wrote")
     add("--base", metavar="ARGS.json", help="predict with the untrained base model of an args file")
+    add("--args", metavar="ARGS.json", help="settings of adapters that were trained elsewhere: model, image_size, ...")
     add("--csv", help="rows to predict (default: the test_csv that the folds were trained with)")
     add("--image_root", help="folder that `path` is relative to (default: as in training)")
     add("--weights", choices=("best", *WEIGHTS), default="best", help="weights of each fold (default: best)")
@@ -157,7 +158,7 @@ def start_processes() -> None:
 def load_checkpoints(args: argparse.Namespace) -> tuple[list[Checkpoint], str]:
     """(the checkpoints to predict with, the fingerprint of their common base model)."""
     checkpoints = [base_checkpoint(args.base, args.model, args.dtype)] if args.base else []
-    checkpoints += [fold_checkpoint(folder, args.weights, args.model, args.dtype) for folder in args.folds]
+    checkpoints += [fold_checkpoint(folder, args.weights, args.model, args.dtype, args.args) for folder in args.folds]
     check_same_settings(checkpoints, ("train_csv" if args.oof else "test_csv", "image_root"))
     for name in ("vision_cache", "vision_cache_dir", "vision_cache_gb"):
         if getattr(args, name) is not None:

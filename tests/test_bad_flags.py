@@ -1,8 +1,12 @@
 """Flags that cannot work are one line when they are parsed, before a model is loaded."""
 
-import pytest
+import os
 
-from vqa.config.parser import parse_arguments
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vqa.config.parser import field_names, parse_arguments
 from vqa.core.errors import UserError
 
 PARSED = [
@@ -45,6 +49,18 @@ PARSED = [
     ("--ema_decay nan", "ema_decay is nan"),
     ("--seed -1", "seed is -1"),
     ("--output_dir=", "no --output_dir"),
+    ("--save_steps 0", "save_steps is 0.0. Set it to 1 or more steps, or to a fraction of the run."),
+    ("--eval_steps nan", "eval_steps is nan"),
+    ("--eval_steps inf", "eval_steps is inf"),
+    ("--logging_steps -1", "logging_steps is -1"),
+    ("--max_steps 0", "max_steps is 0. Set it to 1 or more, or leave it out"),
+    ("--lora_alpha 0", "Set it to 1 or more"),
+    ("--torch_compile_backend nonsense", "torch_compile cannot be used: .*nonsense"),
+    ("--torch_compile_mode nonsense", "torch_compile cannot be used: .*nonsense"),
+    ("--greater_is_better true", "greater_is_better contradicts metric_for_best_model"),
+    ('--accelerator_config {"split_batches":true}', "split_batches would change the rows of a step"),
+    ("--max_valid_rows 0", "Set it to 1 or more"),
+    ("--effective_batch_size 0", "Set it to 1 or more"),
 ]
 
 
@@ -69,3 +85,19 @@ def test_a_flag_that_cannot_work_is_one_line_when_parsed(tmp_path, flags, expect
 )
 def test_flags_that_work_are_accepted(tmp_path, flags):
     parse_arguments(["args/demo/fold0.json", "--output_dir", str(tmp_path), *flags.split()], "")
+
+
+ODD = ["", "0", "-1", "1.5", "nan", "1e400", "null", "true", "x", "[]", "{}", '{"a":1}', "9" * 20, "\0", "가", "x y"]
+FLAG = st.tuples(st.sampled_from(sorted(field_names())), st.sampled_from(ODD) | st.text(max_size=3))
+
+
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)), deadline=None, derandomize=True)
+@given(st.lists(FLAG, min_size=1, max_size=3))
+def test_any_flags_are_accepted_or_one_line(flags):
+    words = [f"--{name}={value}" for name, value in flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", os.environ.copy())  # TrainingArguments sets variables for torch.compile
+        try:
+            parse_arguments(["args/demo/fold0.json", "--output_dir", "x", *words], "")
+        except UserError as error:
+            assert str(error).strip()

@@ -493,3 +493,24 @@ def test_two_processes_give_the_file_of_one(launched, predict_rows, folds, bad_c
     ):
         assert printed.count(line) == output.count(line) > 0, "each line is printed once"
     assert not list(outputs.rglob(".*"))
+
+
+def test_an_adapter_of_another_program_predicts_with_an_args_file(trained, predict_rows, small_csv, tmp_path):
+    """It has no metrics.json, and the names of its weights are those of transformers before 4.52."""
+    own, other = trained / "checkpoints" / "fold0", tmp_path / "elsewhere"
+    other.mkdir()
+    weights = load_file(own / "adapter_model.safetensors")
+    renamed = {name.replace("model.language_model.layers", "model.layers"): values for name, values in weights.items()}
+    assert len(set(renamed) - set(weights)) == len(weights) > 0
+    save_file(renamed, other / "adapter_model.safetensors")
+    config = json.loads((own / "adapter_config.json").read_text())
+    targets = r"^(?!.*visual).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
+    (other / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
+    code, _, error = predict_rows("--csv", small_csv, of=[other], outputs=tmp_path / "outputs")
+    assert code == 2 and "trained elsewhere. Give --args ARGS.json" in error
+    args = ["--args", trained / "args" / "fold0.json", "--csv", small_csv]
+    code, _, error = predict_rows(*args, of=[other], outputs=tmp_path / "outputs")
+    assert code == 0, error
+    assert predict_rows("--weights", "raw", "--csv", small_csv, of=[own], outputs=tmp_path / "own")[0] == 0
+    got, wanted = table(tmp_path / "outputs" / "elsewhere.csv"), table(tmp_path / "own" / "fold0.csv")
+    assert np.abs(got - wanted).max() < 1e-6

@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 from collections.abc import Collection
 from pathlib import Path
-from typing import NoReturn
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from vqa.core.errors import UserError
 from vqa.core.io import read_json
@@ -30,6 +31,8 @@ def read_args_file(path: str | Path, known: Collection[str] | None = None, exten
             raise_unknown_field(key, path, known)
     if base is None:
         return values
+    if not isinstance(base, str) or "\0" in base:
+        raise UserError(f'{path}: extends is {base!r}. Write the name of an args file beside it, such as "base.json".')
     chain = (*extended_by, Path(path).resolve())
     if (Path(path).parent / base).resolve() in chain:
         raise UserError(f"{path}: extends itself through {base}. Name the file with the values that all folds share.")
@@ -42,6 +45,38 @@ def raise_unknown_field(key: str, place: str | Path, known: Collection[str]) -> 
     raise UserError(f"{place}: unknown field {key!r}. {hint}")
 
 
-def build_dataclass(kind: type, values: dict):
-    """A dataclass from an args file's values. Values of other dataclasses are ignored."""
+def build_dataclass(kind: type, values: dict, path: str | Path | None = None):
+    """A dataclass from an args file's values. Values of other dataclasses are ignored.
+
+    With the file's `path`, types are checked; values that argparse has made need no check.
+    """
+    if path:
+        check_types(kind, values, path)
     return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values})
+
+
+def check_types(kind: type, values: dict, place: str | Path) -> None:
+    """Raise UserError where a value is not of its field's type.
+
+    A field may have its default, and null where it is inherited from transformers: parsed args hold such nulls.
+    """
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        value = values.get(field.name, field.default)
+        is_usual = value is field.default or value is None and field.name not in kind.__annotations__
+        if not is_usual and not _is_of(value, hints[field.name]):
+            wanted = getattr(hints[field.name], "__name__", hints[field.name])
+            raise UserError(f"{place}: {field.name} is {value!r}, but its type is {wanted}. Correct it.")
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    """Whether a value of JSON is of the type that an annotation names. Whole numbers are numbers, true is none."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(item, parts[0]) for item in value)
+    kinds: Any = {float: (int, float), None: NoneType}.get(hint, origin or hint)
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))

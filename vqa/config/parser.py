@@ -14,9 +14,9 @@ from typing import NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from vqa.config.args_file import build_dataclass, raise_unknown_field, read_args_file
+from vqa.config.args_file import build_dataclass, check_types, raise_unknown_field, read_args_file
 from vqa.config.arguments import DataArguments, ModelArguments
-from vqa.config.recipe import ROWS, RecipeArguments, check_hub, check_optimizer, check_recipe
+from vqa.config.recipe import ROWS, RecipeArguments, check_compile, check_hub, check_optimizer, check_recipe
 from vqa.core.cli import non_default_args
 from vqa.core.compat import parser_actions
 from vqa.core.distributed import check_launcher
@@ -41,6 +41,8 @@ def parse_arguments(
     parser = _parser(description)
     path = argv[0] if argv and not argv[0].startswith("-") else None
     values = read_args_file(path, field_names()) if path else {}
+    for kind in CLASSES:  # text is read as that of a flag
+        check_types(kind, {name: value for name, value in values.items() if not isinstance(value, str)}, path or "")
     if path and not values.get("output_dir"):
         values["output_dir"] = str(swap_root("checkpoints", Path(path).with_suffix(""), below="args"))
     parser.set_defaults(**values)
@@ -62,9 +64,20 @@ def parse_arguments(
     kept = {k: v for k, v in vars(given).items() if k in _own_fields() or v != plain[k]}
     try:
         model, data, recipe = (build_dataclass(kind, vars(given)) for kind in CLASSES)
-    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:  # what TrainingArguments raises
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        OSError,
+        ImportError,
+        OverflowError,
+    ) as error:  # what TrainingArguments raises
         raise UserError(f"{path or 'the command line'}: {error}") from None
     check_optimizer(recipe)
+    if recipe.torch_compile:
+        check_compile(recipe)
+    if recipe.accelerator_config.split_batches:
+        raise UserError("split_batches would change the rows of a step. Leave it out of accelerator_config.")
     if recipe.push_to_hub:
         check_hub(recipe)
     kept |= {"effective_batch_size": recipe.effective_batch_size, "gradient_accumulation_steps": None}

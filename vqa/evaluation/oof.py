@@ -211,9 +211,7 @@ def check_fold(ids: Sequence[str], oof: Path) -> None:
             f"{preview(trained_on)}. Give the fold's own out-of-fold file."
         )
     if most := args.get("max_valid_rows"):
-        raise UserError(
-            f"{oof}: its run validated on {most} rows only. Leave it out, or train without max_valid_rows."
-        )
+        raise UserError(f"{oof}: its run had max_valid_rows {most}. Leave it out, or train without max_valid_rows.")
     if missing := sorted(fold_ids - set(ids)):
         raise UserError(
             f"{oof}: {len(missing)} rows of fold {args['fold']} are missing: {preview(missing)}. Write it again."

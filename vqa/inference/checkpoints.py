@@ -55,11 +55,26 @@ class Checkpoint:
 
 
 def fold_checkpoint(
-    folder: str | Path, weights: str = "best", model: str | None = None, dtype: str | None = None
+    folder: str | Path,
+    weights: str = "best",
+    model: str | None = None,
+    dtype: str | None = None,
+    args_file: str | Path | None = None,
 ) -> Checkpoint:
-    """The checkpoint in a fold's folder. `model` and `dtype` override what it was trained with."""
+    """The checkpoint in a fold's folder. `model` and `dtype` override what it was trained with.
+
+    `args_file`: the settings of an adapter that was trained elsewhere, whose folder does not say them.
+    """
     path = Path(folder)
     if not (path / "metrics.json").is_file():
+        if is_adapter(path) and not (path / "args.json").is_file():
+            if args_file is None:
+                raise UserError(
+                    f"{folder}: an adapter that was trained elsewhere. Give --args ARGS.json, an args file with its "
+                    "model, image_size and instruction."
+                )
+            base = base_checkpoint(args_file, model, dtype)
+            return replace(base, name=path.resolve().name, weights="raw", adapter=path)
         raise UserError(f"{folder}: no finished fold (metrics.json is missing). Train it with train_fold.py first.")
     metrics = read_json(path / "metrics.json")
     weights = metrics["best"] if weights == "best" else weights
@@ -92,8 +107,8 @@ def base_checkpoint(args_file: str | Path, model: str | None = None, dtype: str 
         name="base",
         weights="base",
         output_dir=swap_root("outputs", Path(args_file).parent, below="args"),
-        model=build_dataclass(ModelArguments, values),
-        data=build_dataclass(DataArguments, values),
+        model=build_dataclass(ModelArguments, values, args_file),
+        data=build_dataclass(DataArguments, values, args_file),
         dtype=getattr(torch, dtype) if dtype else model_dtype(bool(values.get("fp16")), bool(values.get("bf16"))),
         batch_size=int(values.get("per_device_eval_batch_size", RecipeArguments.per_device_eval_batch_size)),
     )

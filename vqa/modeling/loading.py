@@ -1,6 +1,8 @@
 """Load the base model, add an adapter to its language model, and read adapters back from a fold's folder."""
 
 import os
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -152,32 +154,43 @@ def add_adapter(
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> PeftModel:
     """Attach the adapter in `folder` as `name`, in place of any other. Weights that do not fit are an error."""
+    weights = adapter_weights(folder, model.config)
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # what it warns of is an error below
+        with (
+            tempfile.TemporaryDirectory() as current,
+            warnings.catch_warnings(action="ignore", category=UserWarning),  # what it warns of is an error below
+        ):
+            shutil.copy(Path(folder) / "adapter_config.json", current)
+            save_file(weights, Path(current) / "adapter_model.safetensors")
             if isinstance(model, PeftModel):
                 others = list(model.peft_config)
-                model.load_adapter(folder, adapter_name=name)
+                model.load_adapter(current, adapter_name=name)
                 model.set_adapter(name)
                 for other in others:
                     model.delete_adapter(other)
             else:
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+                model = PeftModel.from_pretrained(model, current, adapter_name=name)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:  # other shapes, or layers that the model does not have
         raise UserError(f"{folder}: the adapter {DOES_NOT_FIT} ({str(error)[:200]})") from None
-    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        stored = [
-            key.removeprefix(PREFIX) for key in file.keys()
-        ]  # of any release of transformers, as PEFT loads them
-    stored = [PREFIX + key for key in compat.module_names_in_model(model.config, stored)]
-    unmatched = sorted(set(get_peft_model_state_dict(model, adapter_name=name)).symmetric_difference(stored))
+    unmatched = sorted(set(get_peft_model_state_dict(model, adapter_name=name)).symmetric_difference(weights))
     if unmatched:  # PEFT only warns, and predicts with an adapter of zeros
         raise UserError(
             f"{folder}: the adapter {DOES_NOT_FIT} ({len(unmatched)} weights without a counterpart: "
             f"{preview(unmatched)})"
         )
     return fuse_adapters(model).eval().requires_grad_(False)
+
+
+def adapter_weights(folder: str | Path, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """The adapter's weights by the names that the installed transformers has, from a file of any release.
+
+    PEFT loads names of before transformers 4.52 as nothing, and only warns.
+    """
+    weights = load_file(Path(folder) / "adapter_model.safetensors")
+    names = compat.module_names_in_model(config, [name.removeprefix(PREFIX) for name in weights])
+    return {PREFIX + name: values for name, values in zip(names, weights.values())}
 
 
 def is_adapter(folder: str | Path) -> bool:
