@@ -60,6 +60,8 @@ def main() -> None:
         check_agreement(names, members, oof)
     chosen = choose_ensemble(models, oof, args.method, args.temperature, args.weight_by)
     probabilities = chosen(members)
+    if args.known_answers:
+        use_known_answers(args.known_answers, ids, probabilities)
     form = None
     if sample:
         form = read_submission_form(sample, ids, choices, train_answer_form(run, oof), args.answer_form)
@@ -108,6 +110,12 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two files: is B better than A on --labels?")
     add("--sample", metavar="CSV", help="sample submission (default: sample_submission.csv beside the test CSV)")
     add("--answer_form", choices=FORMS, help="how the submission writes answers, where the sample does not show it")
+    add(
+        "--known_answers",
+        metavar="CSV",
+        help="CSV with `id,answer`, answers as letters: these rows are answered so. explore.py writes such a file; "
+        "read the contest's rules before you use it (default: none)",
+    )
     add("--output", metavar="CSV", help="the submission (default: submission.csv beside the first file)")
     add("--probabilities", metavar="CSV", help="also write the probabilities, usable as a pseudo_csv in training")
     add_hidden_alias(parser, "--truth", "--labels")
@@ -166,6 +174,21 @@ def find_oof(models: dict, oof_files: dict | None, args: argparse.Namespace) -> 
         if warning := model_warning(name, member, oof.answers, score, oof.reference):
             print(warning)
     return oof
+
+
+def use_known_answers(path: str, ids: list[str], probabilities: np.ndarray) -> None:
+    """Set `probabilities` (rows, letters) of the rows in a CSV with `id,answer` to its answers. Print how many."""
+    table = read_table(path, ("id", "answer"))
+    rows = pd.Index(ids).get_indexer(table["id"])
+    if unknown := list(table["id"][rows < 0]):
+        raise UserError(f"{path}: {len(unknown)} ids are not predicted: {preview(unknown)}. Delete these rows.")
+    width = probabilities.shape[1]
+    answers = table["answer"].map({letter: i for i, letter in enumerate(LETTERS[:width])}).fillna(-1).to_numpy(int)
+    if wrong := list(table["id"][(answers < 0) | (probabilities[rows, answers] == 0)]):
+        raise UserError(f"{path}: {len(wrong)} rows do not offer their answer: {preview(wrong)}. Correct them.")
+    changed = (probabilities[rows].argmax(1) != answers).sum()
+    probabilities[rows] = np.eye(width)[answers]
+    print(f"known answers: {len(rows)} rows are answered as in {path}, {changed} of them not as predicted")
 
 
 def print_letters(probabilities: np.ndarray, oof: OOFPredictions | None) -> None:

@@ -25,7 +25,7 @@ from vqa.data.splits import image_groups
 
 def main() -> None:
     args = parse_args()
-    data = build_dataclass(DataArguments, read_args_file(args.args_file))
+    data = build_dataclass(DataArguments, read_args_file(args.args_file), args.args_file)
     contest = read_contest(data.train_csv, data.image_root, with_answer=True, **reader_options(data))
     print(contest.summary())
     rows = contest.rows
@@ -39,7 +39,7 @@ def main() -> None:
     if kept := path.is_file() and not args.overwrite:
         folds = read_folds(path, ids, data.train_csv)
     else:
-        folds = assign_folds(answers, image_groups(rows), args.folds, args.seed)
+        folds = assign_folds(answers, image_groups(rows, args.near_duplicates), args.folds, args.seed)
         write_folds(path, ids, folds)
     letters = pd.Series([LETTERS[answer] for answer in answers], name="answer")
     print(pd.crosstab(pd.Series(folds, name="fold"), letters, margins=True).to_string())
@@ -51,6 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("args_file", help="an args file; its train_csv, test_csv, image_root and folds_csv are used")
     parser.add_argument("--folds", type=int, default=3, help="number of folds (default: 3)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the shuffle (default: 42)")
+    parser.add_argument("--near_duplicates", action="store_true", help="keep near-duplicate images in one fold too")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folds file")
     add_hidden_alias(parser, "--again", "--overwrite")
     return parser.parse_args(argv)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
 from vqa.data import duplicates as duplicates
-from vqa.data.duplicates import near_pairs, read_picture, read_pictures, same_pictures
+from vqa.data.duplicates import near_duplicate_keys, near_pairs, read_picture, read_pictures, same_pictures
+from vqa.data.splits import image_groups
 
 COUNT = 60
 
@@ -100,6 +101,17 @@ def test_a_file_is_paired_with_the_first_of_each_split(folder):
     identical = {(a, b) for kind, a, b in got.itertuples(index=False) if kind == "identical"}
     assert identical == {(1, 2), (1, 4), (2, 4), (1, 5), (4, 5)}
     assert {(a, b) for kind, a, b in got.itertuples(index=False) if kind == "near"} == {(0, 3)}
+
+
+def test_near_duplicates_share_a_key_and_so_a_fold(folder):
+    names = ["000", "near_0", "001", "010", "copy", "011"]
+    keys = near_duplicate_keys([str(folder / f"{name}.jpg") for name in names])
+    zero, near, one, ten, copy, eleven = keys.values()
+    assert zero == near and ten == copy and len({zero, one, ten, eleven}) == 4
+    rows = [{"id": name, "images": [str(folder / f"{name}.jpg")]} for name in names] + [{"id": "text", "images": []}]
+    exact, groups = image_groups(rows), image_groups(rows, near=True)
+    assert exact[0] != exact[1] and exact[3] == exact[4]
+    assert groups == [zero, near, one, ten, copy, eleven, "text of text"]
 
 
 def test_a_file_that_is_no_image_is_told_and_is_like_nothing(folder, tmp_path):

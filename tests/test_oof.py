@@ -253,6 +253,35 @@ def test_what_the_submission_changes_and_what_it_may_not_write_over(planted, scr
     assert code == 2 and "exists and is not a submission" in error
 
 
+def test_known_answers_replace_predictions_and_are_reported(planted, script):
+    files, output = planted.model("m", planted.probabilities(1.0)), planted.folder / "submission.csv"
+    assert script("ensemble", *files, "--output", output)[0] == 0
+    before, known = pd.read_csv(output).set_index("id")["answer"], planted.folder / "known.csv"
+    rows = [[name, "abcd"["abcd".index(answer) - i % 2]] for i, (name, answer) in enumerate(before[:9].items())]
+    write_csv(known, rows, ["id", "answer"])
+    code, said, error = script("ensemble", *files, "--output", output, "--known_answers", known)
+    assert code == 0 and f"known answers: 9 rows are answered as in {known}, 4 of them not as predicted" in said, error
+    after = pd.read_csv(output).set_index("id")["answer"]
+    assert after.to_dict() == before.to_dict() | dict(rows) and (after != before).sum() == 4
+    for wrong, message in (["other", "a"], "1 ids are not predicted"), ([before.index[0], "e"], "do not offer"):
+        write_csv(known, [wrong], ["id", "answer"])
+        code, _, error = script("ensemble", *files, "--known_answers", known)
+        assert (code, error.count("\n")) == (2, 1) and message in error
+
+
+def test_a_model_that_is_not_above_the_text_is_named_with_both_lines(planted, script):
+    good, blind = planted.model("good", planted.probabilities(1.5)), planted.model("blind", planted.probabilities(0.6))
+    for file in good + blind:
+        card = json.loads(file.with_suffix(".json").read_text())
+        card["validation"] |= {"text_only": 0.5, "rows": 200}
+        file.with_suffix(".json").write_text(json.dumps(card))
+    code, said, error = script("ensemble", *good, *blind)
+    assert code == 0 and said.count("(chance 0.2500, text-only 0.5000)") == 2, error
+    warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "blind/fold*.csv: its accuracy 0.3" in warnings[0]
+    assert "is not above that of a classifier that sees no image, 0.5000" in warnings[0]
+
+
 def test_comparison_ends_in_one_sentence(planted, script):
     files = planted.model("good", planted.probabilities(2.0)) + planted.model("bad", planted.probabilities(0.5))
     good, bad = (planted.oof(file) for file in (files[0], files[3]))

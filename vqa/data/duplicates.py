@@ -8,6 +8,8 @@ import imagehash
 import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from vqa.core.io import hash_file
@@ -77,6 +79,17 @@ def near_pairs(pictures: Sequence[Picture]) -> np.ndarray:
             alike = np.einsum("ij,ij->i", colours[some[:, 0]], colours[some[:, 1]]) > CORRELATION
             near += [few[same_details(gray[few[:, 0]], gray[few[:, 1]])] for few in batches(some[alike])]
     return np.concatenate(near)
+
+
+def near_duplicate_keys(paths: Sequence[str]) -> dict[str, str]:
+    """path -> a key that near-duplicates share, also in a chain: the SHA-256 of one of them."""
+    pictures = read_pictures(paths)
+    distinct = {picture.sha: picture for picture in pictures.values()}
+    pairs, hashes = near_pairs(list(distinct.values())), list(distinct)
+    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(hashes), len(hashes)))
+    first_of: dict[int, str] = {}
+    keys = {sha: first_of.setdefault(label, sha) for sha, label in zip(hashes, connected_components(graph)[1])}
+    return {path: keys[picture.sha] for path, picture in pictures.items()}
 
 
 def batches(pairs: np.ndarray) -> list[np.ndarray]:

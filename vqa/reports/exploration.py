@@ -291,8 +291,8 @@ def choices_section(rows: pd.DataFrame, pictures: dict[str, Picture], page: Page
         number, ids = pluralize(len(contradicting), "question"), preview(list(same["id"]))
         page.highlight("choices", f"{number} with different answers for the same image: {ids}")
         odd_rows += same.to_dict("records")
-    if rows["text"].isna().any():
-        lines.append(known_answers(asked, page))
+    known = known_answers(asked, page)
+    lines += [known] if rows["text"].isna().any() else []
     return {"lines": lines, "cards": [row_card(row) for row in odd_rows[:MAX_ODD_ROWS]]}
 
 
