@@ -2,6 +2,7 @@
 # A whole contest: folds, training, prediction, ensemble, scores, for all fold*.json in a folder of args files.
 #   bash run.sh args                               # the 3B in three folds
 #   bash run.sh args/7b --num_train_epochs 5       # flags of the training override the args files
+#   bash run.sh args args/qwen35_4b                # two models, each as above, and one submission of both in outputs/mixed
 #   bash run.sh args --max_hours 11                # stop training with a checkpoint after 11 hours, for 12-hour notebooks
 #   LABELS=test_answers.csv bash run.sh args       # a table of scores, where the test answers are known
 #   JOBS=2 bash run.sh args                        # train two folds at once, each on GPUs of its own
@@ -11,18 +12,30 @@
 set -euo pipefail
 export RUN_STARTED=${RUN_STARTED:-$(date +%s)} # max_hours counts from here
 LABELS=${LABELS:-${TRUTH:-}}                   # TRUTH: its name in earlier releases
-args=${1:-}
-args=${args%/}
-case "$args" in args | args/*) ;; *)
+folders=()
+while [[ ${1:-} == args || ${1:-} == args/* ]]; do
+  folders+=("${1%/}")
+  shift
+done
+if [ ${#folders[@]} -eq 0 ] || [[ ${1:---} != --* ]]; then
   echo "error: name the folder args or one below it. Usage: bash run.sh args/7b [--field value ...]" >&2
-  exit 2 ;;
-esac
-shift
+  exit 2
+fi
 case " $* " in *" --output_dir"* | *" --train_csv"* | *" --image_root"* | *" --folds_csv"* | *" --fold"[\ =]*)
   echo "error: set train_csv, image_root, folds_csv and fold in the args files, because all steps read them." \
     "The args file's name also names the output folder." >&2
   exit 2 ;;
 esac
+if [ ${#folders[@]} -gt 1 ]; then
+  predictions=()
+  for folder in "${folders[@]}"; do
+    bash "$0" "$folder" "$@"
+    predictions+=("outputs${folder#args}"/fold*.csv)
+  done
+  mkdir -p outputs/mixed
+  exec python ensemble.py "${predictions[@]}" --output outputs/mixed/submission.csv
+fi
+args=${folders[0]}
 outputs=outputs${args#args}
 checkpoints=checkpoints${args#args}
 files=("$args"/fold*.json)

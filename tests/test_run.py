@@ -53,6 +53,19 @@ def test_every_fold_is_trained_predicted_and_ensembled(loop):
     assert any("ensemble.py outputs/fold0.csv outputs/fold1.csv outputs/fold2.csv" in call for call in calls)
 
 
+def test_several_folders_are_trained_one_after_the_other_and_ensembled(loop):
+    for folder in ("outputs", "outputs/7b"):  # what predict.py would write
+        (loop.folder / folder).mkdir(exist_ok=True)
+        (loop.folder / folder / "fold0.csv").touch()
+    code, calls, error = loop("args", "args/7b/", "--seed", "1")
+    assert code == 0, error
+    trained = [call for call in calls if "train_fold.py" in call]
+    assert [call.split()[2] for call in trained] == ["args/fold0.json", "args/7b/fold0.json"]
+    assert all("--seed 1" in call for call in trained)
+    mixed = "python ensemble.py outputs/fold0.csv outputs/7b/fold0.csv --output outputs/mixed/submission.csv"
+    assert calls[-1] == mixed
+
+
 def test_with_jobs_every_fold_has_a_process_of_its_own(loop):
     code, calls, error = loop("args/7b", "--seed", "1", JOBS="2")
     assert code == 0, error
