@@ -301,7 +301,8 @@ def check_optimizer(recipe: RecipeArguments) -> None:
 def check_compile(recipe: RecipeArguments) -> None:
     """Raise UserError where torch.compile has no such backend or mode. Nothing is compiled for it."""
     try:
-        torch.compile(torch.nn.Identity(), backend=recipe.torch_compile_backend, mode=recipe.torch_compile_mode)
+        backend = recipe.torch_compile_backend or "inductor"
+        torch.compile(torch.nn.Identity(), backend=backend, mode=recipe.torch_compile_mode)
     except Exception as error:  # torch raises its own for a backend, and RuntimeError for a mode
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(

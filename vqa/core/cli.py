@@ -1,6 +1,7 @@
-"""Command lines of the scripts: parsers, aliases of old flags, and the arguments that a person set."""
+"""Command lines: parsers, aliases of old flags, the arguments that a person set, and commands that end with us."""
 
 import argparse
+import shutil
 
 
 def make_parser(doc: str | None, **options) -> argparse.ArgumentParser:
@@ -19,3 +20,8 @@ def non_default_args(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     """The arguments that differ from the parser's defaults, as it parses them."""
     defaults = vars(parser.parse_args([]))
     return {name: value for name, value in vars(args).items() if value != defaults.get(name)}
+
+
+def die_with_parent(command: list[str]) -> list[str]:
+    """The command, killed by the system when this process is killed; otherwise it would continue and keep the GPU."""
+    return ["setpriv", "--pdeathsig", "KILL", *command] if shutil.which("setpriv") else command

@@ -34,7 +34,7 @@ from vqa.modeling.base_checks import (
 )
 from vqa.modeling.families import family_of, family_of_type, lora_pattern
 from vqa.modeling.fused_lora import fuse_adapters, fuse_norms
-from vqa.modeling.vision import check_accepts_features, guard_fp16
+from vqa.modeling.vision import check_accepts_features, guard_fp16, unwrap_base_model
 
 PREFIX = "base_model.model."  # of the names in an adapter's file
 
@@ -154,7 +154,7 @@ def add_adapter(
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> PeftModel:
     """Attach the adapter in `folder` as `name`, in place of any other. Weights that do not fit are an error."""
-    weights = adapter_weights(folder, model.config)
+    weights = adapter_weights(folder, unwrap_base_model(model).config)
     try:
         with (
             tempfile.TemporaryDirectory() as current,

@@ -5,7 +5,6 @@ process was killed is recognised at once and marked as failed.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from vqa.config.arguments import DataArguments, folds_file, reader_options
+from vqa.core.cli import die_with_parent
 from vqa.core.errors import UserError, preview
 from vqa.core.figures import new_figure, save_figure
 from vqa.core.io import read_json, write_json
@@ -179,11 +179,6 @@ def to_flags(params: Mapping) -> list[str]:
     """
     forms = {name: json.dumps(v) if v is None or isinstance(v, bool) else str(v) for name, v in params.items()}
     return [f"--{name}={form}" for name, form in forms.items()]
-
-
-def die_with_parent(command: list[str]) -> list[str]:
-    """The command, killed by the system when this process is killed; otherwise it would continue and keep the GPU."""
-    return ["setpriv", "--pdeathsig", "KILL", *command] if shutil.which("setpriv") else command
 
 
 def report_validations(trial: Trial, folder: Path, reported: list[float]) -> None:
