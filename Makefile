@@ -15,7 +15,7 @@ pytest := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
-demo: $(ready) ## run a whole contest on the embedded model: CPU only, offline
+demo: $(ready) ## run a whole contest on the bundled model: CPU only, offline
 	rm -rf data/demo checkpoints/demo outputs/demo
 	python data/make_demo.py
 	HF_HUB_DISABLE_PROGRESS_BARS=1 EXPERIMENTS_LOG=experiments/demo.csv LABELS=data/demo/test_answers.csv \
