@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 
 from vqa.core.cli import add_hidden_alias, make_parser  # noqa: E402
 from vqa.core.errors import UserError, run_main  # noqa: E402
-from vqa.core.io import atomic_write  # noqa: E402
 from vqa.data.paraphrases import paraphrases  # noqa: E402
-from vqa.data.table import numbered_columns, read_table  # noqa: E402
+from vqa.data.table import numbered_columns, read_table, write_table  # noqa: E402
 
 EXAMPLES = 5  # printed
 
@@ -36,8 +35,7 @@ def main() -> None:
     for number in range(most):
         column = [texts[number] if number < len(texts) else "" for texts in found]
         table.insert(table.columns.get_loc("question") + 1 + number, f"question_{number + 1}", column)
-    with atomic_write(output) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
+    write_table(output, table)
     examples = [[question, *texts] for question, texts in zip(table["question"], found) if texts]
     for texts in examples[:EXAMPLES]:
         print("\n    ".join(texts))

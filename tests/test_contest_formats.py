@@ -213,6 +213,15 @@ def test_row_numbers_serve_as_ids_and_the_summary_says_so(pictures, tmp_path):
     assert "id: row number" in contest.summary()
 
 
+@pytest.mark.parametrize(("name", "cell"), [("id", ["r"]), ("question", {"text": "?"}), ("a", ["red"])])
+def test_a_list_where_text_belongs_is_refused(name, cell, pictures, tmp_path):
+    rows = [standard(row) for row in range(ROWS)]
+    rows[3][name] = cell
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="row 4"):
+        read_rows(tmp_path / "train.json", pictures, with_answer=True)
+
+
 def test_a_test_file_with_blank_answers_is_read(pictures, tmp_path):
     table(lambda row: row | {"answer": ""}).to_csv(tmp_path / "test.csv", index=False)
     assert len(read_rows(tmp_path / "test.csv", pictures)) == ROWS

@@ -56,6 +56,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Check the path.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Give a JSON file.") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}). Correct it.") from None
 

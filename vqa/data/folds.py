@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from vqa.core.errors import UserError
-from vqa.core.io import atomic_write
-from vqa.data.table import align_ids, read_table
+from vqa.data.table import align_ids, read_table, write_table
 
 
 def assign_folds(answers: Sequence[int], groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
@@ -34,8 +33,7 @@ def assign_folds(answers: Sequence[int], groups: Sequence[str], folds: int, seed
 
 
 def write_folds(path: str | Path, ids: Sequence[str], folds: np.ndarray) -> None:
-    with atomic_write(path) as temporary:
-        pd.DataFrame({"id": ids, "fold": folds}).to_csv(temporary, index=False, lineterminator="\n")
+    write_table(path, pd.DataFrame({"id": ids, "fold": folds}))
 
 
 def read_folds(path: str | Path, ids: Sequence[str], csv_path: str | Path) -> np.ndarray:

@@ -8,9 +8,9 @@ import pandas as pd
 from pyarrow import ArrowInvalid, csv
 
 from vqa.core.errors import UserError, preview
-from vqa.core.io import atomic_write, read_json
+from vqa.core.io import read_json
 from vqa.data.rows import LETTERS, Row
-from vqa.data.table import align_ids, check_ids, read_table
+from vqa.data.table import align_ids, check_ids, read_table, write_table
 
 COLUMNS = ("id", "answer", "p_a", "p_b")  # every prediction file has them
 SURELY_OFFERED = 0.01  # no program rounds a probability above this to 0
@@ -34,8 +34,7 @@ def write_probabilities(
         table[f"p_{letter}"] = column
     if any(notes):
         table["note"] = notes
-    with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.17g")
+    write_table(path, table, float_format="%.17g")
 
 
 def read_predictions(path: str | Path) -> tuple[list[str], np.ndarray]:

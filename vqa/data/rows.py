@@ -108,15 +108,21 @@ def read_contest(
 
 def read_texts(path: str | Path, table: pd.DataFrame, found: Columns) -> list[Row]:
     """The rows of a table with ids, questions, choices and paraphrases."""
+    choices = found.choices if len(found.choices) > 1 else ()
+    for name in (found.question, *choices, *found.paraphrases):
+        if nested := [i for i, cell in enumerate(table[name], start=1) if not isinstance(cell, str)]:
+            raise UserError(
+                f"{path}: {name} is a list in {pluralize(len(nested), 'row')} (row {preview(nested)}). Write text."
+            )
     ids = list(table[found.id]) if found.id else [str(number) for number in range(len(table))]
     check_ids(path, ids)
     rows: list[Row] = []
-    for row_id, cells in zip(ids, table.to_dict("records")):
+    for row_id, cells in zip(ids, table.astype(object).to_dict("records")):  # arrow strings are slow to iterate
         place = f"{path}: row {len(rows) + 1} (id {row_id})"
         row = Row(
             id=row_id,
             images=[],
-            question=str(cells[found.question]),
+            question=cells[found.question],
             choices=_choices(place, [cells[name] for name in found.choices]),
         )
         if not row["question"].strip():

@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 
 from vqa.core.errors import UserError, preview
-from vqa.core.io import atomic_write
 from vqa.data.answers import FORMS, AnswerForm, clean, letter, possible_forms
 from vqa.data.columns import ALIASES, normalize
 from vqa.data.predictions import is_prediction_file, letters
-from vqa.data.table import align_ids, read_table
+from vqa.data.table import align_ids, read_table, write_table
 
 _PROBABILITY = re.compile(r"(?:(?:p|prob|probability|option|choice|score)_?)?([a-z]|\d{1,2})")
 
@@ -166,8 +165,7 @@ def write_submission(
             values = np.pad(np.stack(rows), ((0, 0), (0, max(0, width - probabilities.shape[1]))))[:, :width]
             for i, name in enumerate(form.probabilities):
                 table[name] = values[:, i]
-    with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.17g")
+    write_table(path, table, float_format="%.17g")
 
 
 def check_offered(

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from vqa.core.errors import UserError, preview
+from vqa.core.io import atomic_write
 
 
 def read_table(path: str | Path, required: tuple[str, ...]) -> pd.DataFrame:
@@ -86,6 +87,15 @@ def _cell(value: object) -> object:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
+def write_table(path: str | Path, table: pd.DataFrame, float_format: str | None = None) -> None:
+    """Write a CSV atomically, in UTF-8 with LF. Cells with a carriage return are quoted: pandas forgets them."""
+    texts = table.select_dtypes(exclude="number")
+    returns = any("\r" in str(cell) for name in texts for cell in (name, *texts[name]))
+    quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n", float_format=float_format, quoting=quoting)
+
+
 def require_columns(path: str | Path, table: pd.DataFrame, required: tuple[str, ...]) -> None:
     """Raise UserError unless the table has these columns."""
     if missing := [name for name in required if name not in table.columns]:
@@ -98,7 +108,7 @@ def require_columns(path: str | Path, table: pd.DataFrame, required: tuple[str, 
 def check_ids(path: str | Path, ids: Sequence[str], remedy: str = "Give each row its own id.") -> None:
     """Raise UserError where an id is blank or occurs twice."""
     column = pd.Series(list(ids), dtype=object)  # pandas' own strings are eight times as slow here
-    if blank := [number for number, row_id in enumerate(column, start=1) if not row_id.strip()]:
+    if blank := [n for n, row_id in enumerate(column, start=1) if not isinstance(row_id, str) or not row_id.strip()]:
         raise UserError(f"{path}: {len(blank)} rows have no id (row {preview(blank)}). {remedy}")
     if duplicates := list(column[column.duplicated()].unique()):
         raise UserError(f"{path}: {len(duplicates)} ids occur twice: {preview(duplicates)}. {remedy}")

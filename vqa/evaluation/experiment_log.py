@@ -19,9 +19,8 @@ import pandas as pd
 from filelock import FileLock
 
 from vqa.core.errors import UserError
-from vqa.core.io import atomic_write
 from vqa.data.predictions import write_probabilities
-from vqa.data.table import read_table
+from vqa.data.table import read_table, write_table
 
 SCORES = ("rows", "accuracy", "low", "high", "log_loss", "chance", "text_only")
 COLUMNS = (
@@ -85,9 +84,7 @@ def _append(row: dict[str, str], out_of_fold: tuple[Sequence[str], np.ndarray] |
         row["id"] = _new_id(set(table["id"]))
         if out_of_fold:
             write_probabilities(path.with_name(f"{row['id']}.csv"), *out_of_fold)
-        with atomic_write(path) as temporary:
-            grown = pd.concat([table, pd.DataFrame([row])]).fillna("")
-            grown.to_csv(temporary, index=False, lineterminator="\n")
+        write_table(path, pd.concat([table, pd.DataFrame([row])]).fillna(""))
     return row["id"]
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vqa.core.io import atomic_write, write_json
+from vqa.core.io import write_json
 from vqa.data.prompt import LETTERS
+from vqa.data.table import write_table
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import accuracy, row_log_loss
 from vqa.evaluation.significance import Comparison, compare
@@ -132,8 +133,7 @@ def write_tta_report(folder: Path, labels: Labels, ids: Sequence[str], folds: Se
     print(f"\n{recommendation}")
     values = {"rows": len(ids), "views": views, "position_bias": bias, "recommendation": recommendation}
     write_json(folder / "tta.json", values)
-    with atomic_write(folder / "tta.csv") as temporary:
-        pd.DataFrame(views).to_csv(temporary, index=False, lineterminator="\n")
+    write_table(folder / "tta.csv", pd.DataFrame(views))
 
 
 def concat_folds(folds: Sequence[ViewPredictions]) -> ViewPredictions:
