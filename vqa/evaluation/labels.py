@@ -60,14 +60,14 @@ class Labels:
 
     def clusters(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
         """ "image" and "question" -> cluster of each row, int (rows,) from 0 on, where several rows share one."""
-        table, found = self.table.iloc[self._positions(ids)].astype(str), self.columns
+        table, found = self.table.iloc[self._positions(ids)], self.columns
         keys = {}
         if found.paths:  # all images of a row; a row without one is its own cluster
-            images = table[list(found.paths)].agg(" ".join, axis=1).str.strip()
-            keys["image"] = images.mask(images == "", [f"text of {row_id}" for row_id in ids])
+            images = zip(*(table[name].astype(str) for name in found.paths))
+            keys["image"] = [" ".join(own).strip() or f"text of {row_id}" for own, row_id in zip(images, ids)]
         if found.question:
-            keys["question"] = table[found.question]
-        coded = {name: pd.factorize(column) for name, column in keys.items()}
+            keys["question"] = table[found.question].astype(str)
+        coded = {name: pd.factorize(pd.Series(column, dtype=object)) for name, column in keys.items()}
         return {name: codes for name, (codes, unique) in coded.items() if FEWEST_CLUSTERS <= len(unique) < len(codes)}
 
     def _positions(self, ids: Sequence[str]) -> np.ndarray:

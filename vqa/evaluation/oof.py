@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,14 @@ def check_measured(
         )
 
 
+@lru_cache(maxsize=2)
+def _ids_by_fold(folds_csv: Path, train_csv: str, changed: int) -> dict[int, frozenset[str]]:
+    """The ids of each fold. The file is read once for all folds; `changed` is when it was written."""
+    ids = read_table(folds_csv, ("id", "fold"))["id"]
+    folds = read_folds(folds_csv, list(ids), train_csv)
+    return {int(fold): frozenset(ids[folds == fold]) for fold in set(folds)}
+
+
 def check_fold(ids: Sequence[str], oof: Path) -> None:
     """Raise UserError unless `ids` are the rows of the run's fold, by its args.json and folds file."""
     args = run_args(oof)
@@ -202,9 +211,7 @@ def check_fold(ids: Sequence[str], oof: Path) -> None:
     folds_csv = folds_path(args.get("folds_csv"), args["train_csv"])
     if not folds_csv.is_file():
         raise MissingOOFError(f"{oof}: {folds_csv} is missing, so its rows cannot be checked. Copy that file.")
-    all_ids = list(read_table(folds_csv, ("id", "fold"))["id"])
-    folds = read_folds(folds_csv, all_ids, args["train_csv"])
-    fold_ids = {row_id for row_id, fold in zip(all_ids, folds) if fold == args["fold"]}
+    fold_ids = _ids_by_fold(folds_csv, args["train_csv"], folds_csv.stat().st_mtime_ns).get(args["fold"], frozenset())
     if trained_on := [row_id for row_id in ids if row_id not in fold_ids]:
         raise UserError(
             f"{oof}: {len(trained_on)} rows are not of fold {args['fold']}, so its model was trained on them: "
