@@ -11,13 +11,14 @@ import torch
 from conftest import HEADER, ROOT, TINY, write_csv
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import vqa.data.folds
 from vqa.config.arguments import ModelArguments
 from vqa.core.errors import UserError
 from vqa.core.io import read_json
 from vqa.data.collator import IGNORE, Collator
+from vqa.modeling.families import language_model
 from vqa.modeling.families.base import Family
 from vqa.modeling.loading import add_adapter, load_base
 from vqa.training.doctor import Report, check_model
@@ -27,6 +28,7 @@ from vqa.training.memory import (
     base_bytes,
     checkpoint_bytes,
     layer_bytes,
+    linear_attention_bytes,
     meta_model,
     trained_parameters,
     training_peak,
@@ -311,3 +313,26 @@ def test_the_memory_benchmark_runs_dry_and_leaves_the_model_as_it_was(tmp_path, 
     assert [(line["batch"], line["patches"], line["averaged_steps"]) for line in lines] == [(1, 64, 2), (2, 64, 2)]
     assert all(line["estimated_gib"] > 0 and line["seconds"] > 0 for line in lines)
     assert sorted(path.name for path in model.iterdir()) == sorted(path.name for path in Path(TINY).iterdir())
+
+
+def test_what_a_layer_of_linear_attention_keeps_is_counted():
+    """Against the tensors that autograd saves: one decoder layer of a small Qwen3.5, in bf16."""
+    text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 1, "vocab_size": 99}
+    text |= {"layer_types": ["linear_attention"], "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 256}
+    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision)
+    base = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+    model = add_adapter(base, 8, 16, 0.05).train()
+    hidden, saved = torch.randn(2, 256, 256, dtype=torch.bfloat16).requires_grad_(), {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        output = language_model(base).layers[0](hidden, position_embeddings=None)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = sum(size for pointer, size in saved.items() if pointer not in weights)
+    setup, batch = Setup(model, False, True), Batch(2, 256, 0)
+    counted = layer_bytes(setup, batch) + linear_attention_bytes(setup, batch)
+    assert output.requires_grad and kept < counted < 1.35 * kept, "the count includes temporaries of the backward pass"

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -178,7 +179,7 @@ def test_with_lora_vision_the_loss_reaches_the_vision_tower_and_nothing_is_store
 
 
 def test_members_of_three_families_train_predict_and_make_one_submission(trained, script, processor, tmp_path):
-    """Prediction gives each the probabilities of its validation; the trained fold is one of Qwen2.5-VL."""
+    """Each predicts as it validated. The trained fold is one of Qwen2.5-VL; Qwen3.5 resumes to the same bytes."""
     test, columns = pd.read_csv(trained / "data" / "test.csv"), ["p_a", "p_b", "p_c", "p_d"]
     folds = [trained / "checkpoints" / "fold0"]
     for kind in ("qwen3_5", "internvl"):
@@ -187,6 +188,14 @@ def test_members_of_three_families_train_predict_and_make_one_submission(trained
         code, _, error = script("train_fold", *args)
         assert code == 0, error
         folds.append(fold)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(folds[1] / "checkpoint-2", resumed / "checkpoint-2")
+    args = [trained / "args" / "fold0.json", "--model", tmp_path / "qwen3_5", "--learning_rate", "1e-2"]
+    args += ["--output_dir", resumed, "--resume_from_checkpoint", resumed / "checkpoint-2"]
+    code, _, error = script("train_fold", *args)
+    assert code == 0, error
+    for name in ("adapter_model.safetensors", "ema.safetensors"):
+        assert (resumed / "checkpoint-4" / name).read_bytes() == (folds[1] / "checkpoint-4" / name).read_bytes(), name
     files = []
     for fold in folds:
         best = json.loads((fold / "metrics.json").read_text())["best"]

@@ -71,6 +71,7 @@ SMALL_VISION = {
 
 def pytest_addoption(parser):
     parser.addoption("--shapes", help="folder of Qwen2.5-VL's config_3B.json and vocabulary, for the memory estimate")
+    parser.addoption("--vocabulary", help="folder of Qwen2's vocabulary, for the shapes of other models")
 
 
 @pytest.hookimpl(trylast=True)  # after tests/conftest.py has sorted the files, and after `-m`
