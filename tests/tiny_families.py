@@ -16,6 +16,9 @@ from transformers import (
     Idefics3Processor,
     InternVLProcessor,
     InternVLVideoProcessor,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
@@ -59,6 +62,7 @@ THINKING = """\
 """
 
 
+PINPOINTS = [[56, 56], [56, 112], [112, 56], [112, 112]]
 UNLIKE = {
     "gemma3": (
         TEXT | {"sliding_window": 16, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
@@ -67,6 +71,11 @@ UNLIKE = {
     ),
     "internvl": (TEXT | {"model_type": "qwen2"}, {"image_size": [56, 56], "patch_size": [14, 14]}, {}),
     "idefics3": (TEXT | {"model_type": "llama"}, {"image_size": 56, "patch_size": 14}, {}),
+    "llava_onevision": (
+        TEXT | {"model_type": "qwen2"},
+        {"image_size": 56, "patch_size": 14, "model_type": "siglip_vision_model"},
+        {"image_grid_pinpoints": PINPOINTS, "vision_feature_layer": -1},
+    ),
 }
 UNLIKE_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 GEMMA_TEMPLATE = """\
@@ -125,6 +134,14 @@ def make_unlike_processor(kind: str, processor):
         tokenizer = sentencepiece_tokenizer({"eot_token": "<end_of_utterance>"})
         images = Idefics3ImageProcessor(size={"longest_edge": 168}, max_image_size={"longest_edge": 56})
         return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=IDEFICS_TEMPLATE)
+    if kind == "llava_onevision":
+        images = LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=PINPOINTS)
+        template = processor.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>\\n")
+        options = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
+        options |= {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+        return LlavaOnevisionProcessor(
+            images, processor.tokenizer, LlavaOnevisionVideoProcessor(), chat_template=template, **options
+        )
     names = ("start_image", "end_image", "context_image", "video")
     tokens = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     tokenizer = AutoTokenizer.from_pretrained(

@@ -5,7 +5,6 @@ A model of an unlisted type is treated as GENERIC: the usual names, and no guard
 
 import re
 from fnmatch import fnmatch
-from typing import Any
 
 from torch import nn
 
@@ -30,22 +29,24 @@ def family_of_type(model_type: str) -> Family:
 
 def vision_tower(model) -> nn.Module:
     """The vision tower of a base model."""
-    return _found(model, model.get_encoder(modality="image"), "vision tower")
+    return _found(model, model.get_encoder(modality="image"), "the vision tower")
 
 
 def language_model(model) -> nn.Module:
     """The module of a base model that holds the decoder layers."""
-    return _found(model, model.get_decoder(), "decoder")
+    return _found(model, model.get_decoder(), "the decoder")
 
 
-def vision_blocks(model) -> Any:
-    """The blocks of the vision tower, an `nn.ModuleList`."""
-    return _submodule(model, vision_tower(model), family_of(model).vision_blocks)
+def vision_blocks(model) -> nn.ModuleList:
+    """The blocks of the vision tower: its largest list of modules."""
+    lists = [module for module in vision_tower(model).modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
 def patch_embedding(model) -> nn.Module:
     """The first layer of the vision tower, whose weight has one row of pixels for each of its outputs."""
-    return _submodule(model, vision_tower(model), family_of(model).patch_embedding)
+    layers = (m for m in vision_tower(model).modules() if isinstance(m, nn.Conv2d | nn.Conv3d | nn.Linear))
+    return next(layers)
 
 
 def fp32_vision_layers(model) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -87,19 +88,8 @@ def lora_pattern(model, first_layer: int = 0, vision: bool = False) -> str:
 def _found(model, module, part: str) -> nn.Module:
     """`module`, unless transformers returned the model itself, for want of such a part."""
     if module is model or module is model.base_model:
-        raise UserError(_unsupported(model, f"it has no {part}"))
+        raise UserError(
+            f"models of type {model.config.model_type!r} are not supported: {part} was not found. Use a model of type "
+            f"{', '.join(FAMILIES)}, or add a file to vqa/modeling/families."
+        )
     return module
-
-
-def _submodule(model, parent: nn.Module, path: str) -> nn.Module:
-    try:
-        return parent.get_submodule(path)
-    except AttributeError:
-        raise UserError(_unsupported(model, f"its {type(parent).__name__} has no {path!r}")) from None
-
-
-def _unsupported(model, reason: str) -> str:
-    return (
-        f"models of type {model.config.model_type!r} are not supported: {reason}. Use a model of type "
-        f"{', '.join(FAMILIES)}, or add a file to vqa/modeling/families."
-    )

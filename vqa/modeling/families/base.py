@@ -29,7 +29,6 @@ class Family:
     fp32_norms: patterns for the norms that read those outputs.
     bf16_only: why the language model cannot compute in float16; "" where it can.
     template_options: variables of the chat template, such as {"enable_thinking": False}.
-    vision_blocks, patch_embedding: the list of the vision tower's blocks, and its first layer, within the tower.
     prepare: called once with the loaded base model, to replace slow parts of it. The outputs must not change.
     """
 
@@ -40,6 +39,4 @@ class Family:
     fp32_norms: tuple[str, ...] = ()
     bf16_only: str = ""
     template_options: dict[str, bool] = field(default_factory=dict)
-    vision_blocks: str = "blocks"
-    patch_embedding: str = "patch_embed.proj"
     prepare: Callable[[nn.Module], nn.Module] | None = None

@@ -8,6 +8,4 @@ from vqa.modeling.families.base import Family
 FAMILY = Family(
     model_types=("gemma3",),
     bf16_only="the hidden states of Gemma 3 exceed its range",
-    vision_blocks="encoder.layers",
-    patch_embedding="embeddings.patch_embedding",
 )

@@ -8,6 +8,4 @@ from vqa.modeling.families.base import Family
 FAMILY = Family(
     model_types=("idefics3",),
     not_in_4bit=("lm_head", "model.vision_model", "model.connector"),
-    vision_blocks="encoder.layers",
-    patch_embedding="embeddings.patch_embedding",
 )

@@ -7,6 +7,4 @@ from vqa.modeling.families.base import Family
 
 FAMILY = Family(
     model_types=("internvl",),
-    vision_blocks="encoder.layer",
-    patch_embedding="embeddings.patch_embeddings.projection",
 )
