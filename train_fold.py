@@ -40,7 +40,7 @@ def main() -> None:
     run_on_main_and_broadcast(lambda: check_all_images(runs))
     if not runs:
         return
-    if runs[0].recipe.disable_tqdm or not sys.stderr.isatty():
+    if runs[0].recipe.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
     base = SharedBase(runs[0].model_args, runs[0].recipe)
     for run in runs:

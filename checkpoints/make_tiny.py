@@ -126,7 +126,7 @@ def evaluate(folder: str, count: int) -> None:
                 image.save(path)
                 rows.append({**row, "id": f"{number}", "images": [str(path)]})
                 kinds.append(kind_of(row["choices"][row["answer"]], domain))
-            probs = score_rows(model, rows, Collator(processor, 126), letter_ids(processor), 32, name)
+            probs = score_rows(model, rows, Collator(processor, 126), letter_ids(processor), 32, label=name)
         right = probs.argmax(1) == [row["answer"] for row in rows]
         by_kind = {kind: right[[k == kind for k in kinds]].mean() for kind in sorted(set(kinds))}
         print(f"{name}: {right.mean():.1%} of {count}; " + ", ".join(f"{k} {v:.0%}" for k, v in by_kind.items()))

@@ -127,12 +127,12 @@ def counted(monkeypatch):
     scored.rows = []
 
     def watched(score):
-        def call(model, rows, collate, ids, size, label, workers):
+        def call(model, rows, collate, ids, size, *, label, workers):
             if label == scored.dies:
                 raise Killed
             scored.append(label)
             scored.rows.append(len(rows))
-            return score(model, rows, collate, ids, size, label, workers)
+            return score(model, rows, collate, ids, size, label=label, workers=workers)
 
         return call
 

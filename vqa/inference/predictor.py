@@ -96,14 +96,15 @@ class Predictor:
         if self.features and self.collate.features:
             self.features.add(model, [rows[i] for i in changed], is_main)
         label = f"{checkpoint.name}, {' + '.join(view.name for view in views)}" if is_main else None
-        options = self.collate, self.letter_ids, self.batch_size, label, self.workers
+        fixed, options = (self.collate, self.letter_ids, self.batch_size), {"label": label, "workers": self.workers}
         if len(views) == 1:
-            return [distributed_map([rows[i] for i in changed], lambda own: choice_probs(model, own, *options))]
+            rows = [rows[i] for i in changed]
+            return [distributed_map(rows, lambda own: choice_probs(model, own, *fixed, **options))]
 
         def score(own: list[Row]) -> np.ndarray:
             """(rows, views, letters), 0 where a view does not change a row."""
             values = np.zeros((len(own), len(views), len(LETTERS)))
-            for row, into, probs in zip(own, values, permutation_probs(model, own, *options)):
+            for row, into, probs in zip(own, values, permutation_probs(model, own, *fixed, **options)):
                 into[row["views"]] = probs
             return values
 

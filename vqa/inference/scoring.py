@@ -36,16 +36,17 @@ def letter_logits(logits: torch.Tensor, letter_ids: list[int] | torch.Tensor, of
 
 
 def score_rows(
-    model: torch.nn.Module,
-    rows: Sequence[Row],
-    collate: Collator,
-    letter_ids: list[int],
-    batch_size: int,
-    label: str | None = None,
-    workers: int = 0,
+    model: torch.nn.Module, rows: Sequence[Row], collate: Collator, letter_ids: list[int], batch_size: int, **options
 ) -> np.ndarray:
-    """Probabilities, float64 (rows, 10), of each row's choices in the order of the CSV; 0 where none is offered."""
-    return normalize(choice_probs(model, rows, collate, letter_ids, batch_size, label, workers))
+    """Probabilities, float64 (rows, 10), of each row's choices in the order of the CSV; 0 where none is offered.
+
+    Args:
+        collate: the Collator of prompts.
+        letter_ids: the token id of each letter.
+        batch_size: rows that go through the model at once.
+        options: `label`, the progress bar's name (None: no bar), and `workers`, processes that decode images.
+    """
+    return normalize(choice_probs(model, rows, collate, letter_ids, batch_size, **options))
 
 
 def normalize(probs: np.ndarray) -> np.ndarray:
@@ -54,40 +55,28 @@ def normalize(probs: np.ndarray) -> np.ndarray:
 
 
 def choice_probs(
-    model: torch.nn.Module,
-    rows: Sequence[Row],
-    collate: Collator,
-    letter_ids: list[int],
-    batch_size: int,
-    label: str | None = None,
-    workers: int = 0,
+    model: torch.nn.Module, rows: Sequence[Row], collate: Collator, letter_ids: list[int], batch_size: int, **options
 ) -> np.ndarray:
     """Probability of each choice among the whole vocabulary, float64 (rows, 10), in the order of the CSV.
 
     0 where no choice is offered. A row's sum is the probability that the model gives to the offered letters.
     A row with a `permutation` is shown permuted, and its probabilities are mapped back. Rows of similar length share
-    a batch. `label` names the progress bar; None: no bar.
+    a batch. The arguments are those of `score_rows`.
     """
-    shown = _letter_probs(model, rows, collate, _last_logits, letter_ids, batch_size, label, workers)
+    shown = _letter_probs(model, rows, collate, _last_logits, letter_ids, batch_size, **options)
     probs = [unpermute(values[0], row.get("permutation")) for values, row in zip(shown, rows)]
     return np.array(probs).reshape(-1, len(LETTERS))
 
 
 def permutation_probs(
-    model: torch.nn.Module,
-    rows: Sequence[Row],
-    collate: Collator,
-    letter_ids: list[int],
-    batch_size: int,
-    label: str | None = None,
-    workers: int = 0,
+    model: torch.nn.Module, rows: Sequence[Row], collate: Collator, letter_ids: list[int], batch_size: int, **options
 ) -> list[np.ndarray]:
     """`choice_probs` of rows with `permutations`: an array (permutations, 10) for each row.
 
     The part of the prompt that a row's permutations share goes through the model once.
     """
     collate_all = PermutationCollator(collate)
-    shown = _letter_probs(model, rows, collate_all, permutation_logits, letter_ids, batch_size, label, workers)
+    shown = _letter_probs(model, rows, collate_all, permutation_logits, letter_ids, batch_size, **options)
     return [np.stack(list(map(unpermute, values, row["permutations"]))) for values, row in zip(shown, rows)]
 
 
@@ -111,8 +100,8 @@ def _letter_probs(
     logits_of: Callable[[torch.nn.Module, dict], torch.Tensor],
     letter_ids: list[int],
     batch_size: int,
-    label: str | None,
-    workers: int,
+    label: str | None = None,
+    workers: int = 0,
 ) -> list[np.ndarray]:
     """For each row the probabilities (permutations, 10) of the letters that it offers, as shown."""
     device, was_training = next(model.parameters()).device, model.training
@@ -122,8 +111,9 @@ def _letter_probs(
     shown: list[list[np.ndarray]] = [[] for _ in rows]
     done, processes = 0, PartialState().num_processes
     scale = processes > 1 and processes  # every process has scored as many rows as this one
+    hidden = label is None or None  # None: tqdm shows a bar only where stderr is a terminal
     with tqdm(
-        total=len(rows), desc=label, unit=" rows", unit_scale=scale, mininterval=1, leave=False, disable=label is None
+        total=len(rows), desc=label, unit=" rows", unit_scale=scale, mininterval=1, leave=False, disable=hidden
     ) as bar:
         for batch in loader:
             batch = send_to_device(batch, device)

@@ -149,7 +149,9 @@ class FeatureStore:
     def _encode(self, model: nn.Module, images: dict[str, ShownImage], groups: list[list[str]], show: bool) -> None:
         """Write a shard for each group of the keys of `images`."""
         count, start = sum(map(len, groups)), time.time()
-        with tqdm(total=count, desc=f"encoding {count} images", unit=" images", leave=False, disable=not show) as bar:
+        with tqdm(
+            total=count, desc=f"encoding {count} images", unit=" images", leave=False, disable=None if show else True
+        ) as bar:
             encode = partial(self._encode_group, model, images)
             for keys in self.shards.write(groups, encode):
                 bar.update(len(keys))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
 )
+from transformers.utils import logging as transformers_logging
 
 from vqa.core import compat
 from vqa.core.dtypes import has_bf16
@@ -56,6 +58,8 @@ def load_base(model: str, load_in_4bit: bool, dtype: torch.dtype, trust_remote_c
 
     `load_in_4bit` quantizes while loading. A folder that is saved in 4 bits loads as it is, whatever the flag says.
     """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     config = check_base(model, load_in_4bit, trust_remote_code)
     check_has_gpu(model, config, load_in_4bit)
     check_dtype(model, config, dtype)

@@ -143,7 +143,7 @@ def count_tokens(
     counts, since each epoch draws one.
     """
     image_tokens = count_image_tokens(sizes, collate)
-    bar = tqdm(rows, desc="counting tokens", unit=" rows", leave=False, disable=not show)
+    bar = tqdm(rows, desc="counting tokens", unit=" rows", leave=False, disable=None if show else True)
     longest: Iterable[Row] = (
         {**row, "question": max([row["question"], *row.get("paraphrases", [])], key=len)} for row in bar
     )

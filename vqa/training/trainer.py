@@ -1,5 +1,6 @@
 """The Trainer of a fold: loss at the answer's tokens only, and validation by the score that prediction uses."""
 
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,7 +64,7 @@ class FoldTrainer(Trainer):
         for dict_printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(dict_printer)
         self.add_callback(LogCallback())
-        if not self.args.disable_tqdm:
+        if not self.args.disable_tqdm and sys.stderr.isatty():
             self.add_callback(ProgressBar())
 
     def _get_train_sampler(self, train_dataset=None):

@@ -97,10 +97,9 @@ class Validator:
     def _probabilities(self, model: PeftModel, label: str) -> np.ndarray:
         """Of every validation row, float64 (rows, 10); each process scores its part of the rows."""
         shown = label if self.args.process_index == 0 and not self.args.disable_tqdm else None
-        size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
-        return distributed_map(
-            self.rows, lambda rows: score_rows(model, rows, self.prompts, self.letter_ids, size, shown, workers)
-        )
+        fixed = self.prompts, self.letter_ids, self.args.per_device_eval_batch_size
+        options = {"label": shown, "workers": self.args.dataloader_num_workers}
+        return distributed_map(self.rows, lambda rows: score_rows(model, rows, *fixed, **options))
 
     def _scores(self, probabilities: np.ndarray) -> dict[str, float]:
         scores = letter_metrics(probabilities, [row["answer"] for row in self.rows])
