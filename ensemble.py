@@ -171,7 +171,7 @@ def find_oof(models: dict, oof_files: dict | None, args: argparse.Namespace) -> 
         score = accuracy(member.argmax(1) == oof.answers, oof.clusters)
         loss = row_log_loss(member, oof.answers).mean()
         print(f"{name}: out-of-fold accuracy {score}, log-loss {loss:.4f}, {len(oof.answers)} rows ({oof.reference})")
-        if warning := model_warning(name, member, oof.answers, score, oof.reference):
+        if warning := model_warning(name, member, oof.answers, oof.reference, oof.clusters):
             print(warning)
     return oof
 

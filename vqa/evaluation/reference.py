@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vqa.data.rows import LETTERS
-from vqa.evaluation.metrics import Accuracy
+from vqa.evaluation.metrics import accuracy
 
 # A letter counts as never or nearly always predicted only where chance does not explain it.
 NEVER_RIGHT_RATE, NEVER_RIGHT_ROWS = 0.03, 10  # least share and number of rows in which it is right
@@ -61,12 +61,17 @@ def collapsed_letters(predictions: np.ndarray, answers: np.ndarray) -> str | Non
 
 
 def model_warning(
-    name: str | Path, probabilities: np.ndarray, answers: np.ndarray, score: Accuracy, reference: Reference
+    name: str | Path,
+    probabilities: np.ndarray,
+    answers: np.ndarray,
+    reference: Reference,
+    clusters: Mapping[str, np.ndarray] | None = None,
 ) -> str | None:
     """One line about a model that is not above its reference or whose letters have collapsed; None where all is well.
 
-    `probabilities` (rows, letters) and the answers' indices (rows,) are of out-of-fold rows, `score` is the accuracy.
+    `probabilities` (rows, letters) and the answers' indices (rows,) are of out-of-fold rows; `clusters` of `accuracy`.
     """
+    score = accuracy(probabilities.argmax(1) == answers, clusters)
     problems = []
     if not reference.is_below(score.low):
         line = "chance" if reference.best == reference.chance else "a classifier that sees no image"

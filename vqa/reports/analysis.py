@@ -49,8 +49,8 @@ def scores_section(results: Results, page: Page) -> list[dict]:
     """Accuracy and log-loss of each model on all rows, beside chance and the text alone; warnings come first."""
     section = []
     for name, model in results.models.items():
-        score, reference = results.accuracy(name), results.reference(name)
-        if warning := model_warning(model.name, results.probs[name], results.answers, score, reference):
+        score, reference = accuracy(results.correct(name), results.clusters()), results.reference(name)
+        if warning := model_warning(model.name, results.probs[name], results.answers, reference, results.clusters()):
             page.highlight("groups", warning)
         loss = mean_loss(row_log_loss(results.probs[name], results.answers), results.clusters())
         section.append({"name": name, "model": model.name, "reference": reference})
@@ -113,12 +113,13 @@ def models_section(results: Results, rows: list[Row], page: Page) -> dict:
 
 def label_issues_section(results: Results, rows: list[Row], page: Page) -> dict:
     """Rows whose label is probably wrong, by the mean of all weights that deserve no warning; see mislabelled.csv."""
-    answers, members = results.answers, []
-    for name in results.models:
-        for probs in results.by_weights(name).values():
-            score = accuracy(probs.argmax(1) == answers, results.clusters())
-            if not model_warning(name, probs, answers, score, results.reference(name)):
-                members.append(probs)
+    answers, clusters = results.answers, results.clusters()
+    members = [
+        values
+        for name in results.models
+        for values in results.by_weights(name).values()
+        if not model_warning(name, values, answers, results.reference(name), clusters)
+    ]
     mean = np.mean(members or [np.eye(len(LETTERS))[answers]], axis=0)  # without members no label is doubted
     issues, suggestions = find_label_issues(mean, answers)
     folds = results.models["M1"].fold_of_row()

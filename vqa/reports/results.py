@@ -11,7 +11,7 @@ from vqa.core.errors import UserError, preview
 from vqa.core.io import read_json
 from vqa.data.predictions import read_predictions
 from vqa.evaluation.labels import Labels
-from vqa.evaluation.metrics import Accuracy, accuracy, chance_accuracy
+from vqa.evaluation.metrics import chance_accuracy
 from vqa.evaluation.oof import WEIGHTS, check_fold, check_measured, model_name, weights_folder
 from vqa.evaluation.reference import Reference, pooled_reference
 
@@ -78,10 +78,6 @@ class Results:
         """Weights -> probabilities (rows, letters) of a model, for the weights that each of its folds has."""
         model = self.models[name]
         return {weights: model.oof(weights).loc[self.ids].to_numpy() for weights in model.weights}
-
-    def accuracy(self, name: str) -> Accuracy:
-        """The accuracy of a model's best weights, with its interval."""
-        return accuracy(self.correct(name), self.clusters())
 
     def reference(self, name: str) -> Reference:
         """Chance, and the text-only accuracy that training measured on a model's folds."""

@@ -14,7 +14,7 @@ from vqa.data.rows import Row, read_rows
 from vqa.data.splits import rows_fingerprint, split_rows
 from vqa.evaluation.experiment_log import log_run
 from vqa.evaluation.labels import Labels
-from vqa.evaluation.metrics import accuracy, score_with_interval
+from vqa.evaluation.metrics import score_with_interval
 from vqa.evaluation.oof import weights_folder
 from vqa.evaluation.reference import Reference, model_warning
 from vqa.training.checkpointing import checkpoint_to_resume
@@ -182,8 +182,8 @@ def log_training(folder: Path, metrics: dict, config: dict, text_only: float | N
         answers, clusters = labels.answers(ids), labels.clusters(ids)
         scores |= score_with_interval(probabilities, answers, clusters) | {"text_only": text_only}
         if name == metrics["best"]:
-            score = accuracy(probabilities.argmax(1) == answers, clusters)
-            warning = model_warning(folder, probabilities, answers, score, Reference(scores["chance"], text_only))
+            reference = Reference(scores["chance"], text_only)
+            warning = model_warning(folder, probabilities, answers, reference, clusters)
     run_id = log_run(
         "training",
         folder,
