@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 
 from vqa.core.cli import add_hidden_alias, make_parser  # noqa: E402
 from vqa.core.errors import UserError, run_main  # noqa: E402
+from vqa.data.columns import find_columns  # noqa: E402
 from vqa.data.paraphrases import paraphrases  # noqa: E402
-from vqa.data.table import numbered_columns, read_table, write_table  # noqa: E402
+from vqa.data.table import read_table, write_table  # noqa: E402
 
 EXAMPLES = 5  # printed
 
@@ -27,16 +28,21 @@ def main() -> None:
     args = parse_args()
     source = Path(args.csv)
     output = Path(args.output or source.with_name(f"{source.stem}_paraphrased.csv"))
-    table = read_table(source, ("question",))
-    if numbered_columns(table, "question_"):
+    table = read_table(source, ())
+    columns = find_columns(source, list(table.columns), labels_only=True)
+    if columns.paraphrases:
         raise UserError(f"{source}: it already has a column question_1. Delete it, or give the original file.")
+    if not columns.question:
+        raise UserError(
+            f"{source}: no column for the question (header: {', '.join(table.columns)}). Rename it to question."
+        )
     most = args.num_paraphrases
-    found = [paraphrases(text)[:most] for text in tqdm(table["question"], desc="paraphrasing", leave=False)]
+    found = [paraphrases(text)[:most] for text in tqdm(table[columns.question], desc="paraphrasing", leave=False)]
     for number in range(most):
         column = [texts[number] if number < len(texts) else "" for texts in found]
-        table.insert(table.columns.get_loc("question") + 1 + number, f"question_{number + 1}", column)
+        table.insert(table.columns.get_loc(columns.question) + 1 + number, f"question_{number + 1}", column)
     write_table(output, table)
-    examples = [[question, *texts] for question, texts in zip(table["question"], found) if texts]
+    examples = [[question, *texts] for question, texts in zip(table[columns.question], found) if texts]
     for texts in examples[:EXAMPLES]:
         print("\n    ".join(texts))
     print(f"{output}: {len(examples)} of {len(table)} questions have paraphrases, {sum(map(len, found))} in total")

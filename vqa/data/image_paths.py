@@ -1,8 +1,6 @@
 """From a cell of an image column to files: contests write paths with other separators, cases, Unicode forms, no
 extension, or as a bare name."""
 
-import ast
-import json
 import os
 import re
 import unicodedata
@@ -11,6 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from vqa.core.errors import UserError, preview
+from vqa.data.table import parse_list
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .heic .heif .avif .jp2 .ppm .pgm .jpe".split()
@@ -29,15 +28,10 @@ class ImageFinder:
 
     def split(self, cell: object) -> list[str]:
         """The paths in a cell: one, several joined by `;`, `|` or a comma, or a list; none where it is blank."""
-        if isinstance(cell, (list, tuple)):
-            return [str(path).strip() for path in cell if str(path).strip()]
         text = str(cell).strip()
-        if text.startswith("[") and text.endswith("]"):
-            for parse in (json.loads, ast.literal_eval):
-                try:
-                    return self.split(list(parse(text)))
-                except (ValueError, SyntaxError, TypeError):
-                    continue
+        listed = parse_list(cell if isinstance(cell, (list, tuple)) else text) if text[:1] in ("[", "(") else None
+        if listed is not None:
+            return [str(path).strip() for path in listed if str(path).strip()]
         if not text or (self.root / text).is_file():  # a name may hold a comma
             return [text] if text else []
         parts = [part for part in _SEPARATORS.split(text) if part]
@@ -53,8 +47,8 @@ class ImageFinder:
         if written.is_file():
             return str(written)
         wanted = _key(path)
-        for keys in (self._by_path, self._by_path_without_suffix, self._by_name, self._by_stem):
-            files = keys.get(wanted, [])
+        for index in self._indexes:
+            files = index.get(wanted, [])
             if len(files) > 1:
                 raise UserError(
                     f"image {path!r} could be {preview(files)} below {self.root}. Write the path that is meant."
@@ -76,27 +70,16 @@ class ImageFinder:
             ]
         return sorted(found)
 
-    def _index(self, key) -> dict[str, list[str]]:
-        found = defaultdict(list)
+    @cached_property
+    def _indexes(self) -> list[dict[str, list[str]]]:
+        """Key -> files, by path, by path without extension, by name and by name without extension."""
+        indexes: list[dict[str, list[str]]] = [defaultdict(list) for _ in range(4)]
         for file in self._files:
-            found[key(_key(file))].append(file)
-        return found
-
-    @cached_property
-    def _by_path(self) -> dict[str, list[str]]:
-        return self._index(lambda key: key)
-
-    @cached_property
-    def _by_path_without_suffix(self) -> dict[str, list[str]]:
-        return self._index(lambda key: key.rpartition(".")[0])
-
-    @cached_property
-    def _by_name(self) -> dict[str, list[str]]:
-        return self._index(lambda key: key.rpartition("/")[2])
-
-    @cached_property
-    def _by_stem(self) -> dict[str, list[str]]:
-        return self._index(lambda key: key.rpartition("/")[2].rpartition(".")[0])
+            path = _key(file)
+            name = path.rpartition("/")[2]
+            for index, key in zip(indexes, (path, path.rpartition(".")[0], name, name.rpartition(".")[0])):
+                index[key].append(file)
+        return indexes
 
 
 def suggest_image_root(root: str | Path, path: str, limit: int = 200_000) -> Path | None:

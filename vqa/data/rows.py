@@ -4,8 +4,6 @@ Contests write their files in many forms. `vqa/data/columns.py` finds the column
 answers and `vqa/data/image_paths.py` finds the images. Whatever two readings are possible of is an error.
 """
 
-import ast
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from vqa.core.errors import UserError, pluralize, preview
 from vqa.data.answers import AnswerForm, find_answer_form
 from vqa.data.columns import Columns, find_columns
 from vqa.data.image_paths import ImageFinder, escapes
-from vqa.data.table import check_ids, read_table
+from vqa.data.table import check_ids, parse_list, read_table
 
 LETTERS = ascii_lowercase  # the letter of each choice in the prompt
 
@@ -198,7 +196,10 @@ def _find_images(
 def _choices(place: str, cells: Sequence[object]) -> list[str]:
     """The choices of a row: at least two. Blank cells may only be the last ones."""
     if len(cells) == 1:  # one column of lists
-        cells = _parse_list(place, cells[0])
+        text, listed = str(cells[0])[:60], parse_list(cells[0])
+        if listed is None:
+            raise UserError(f'{place}: the choices {text!r} are not a list. Write them as ["red", "blue"].')
+        cells = listed
     texts = [str(cell) for cell in cells]
     filled = [bool(text.strip()) for text in texts]
     offered = sum(filled)
@@ -210,17 +211,3 @@ def _choices(place: str, cells: Sequence[object]) -> list[str]:
     if offered > len(LETTERS):
         raise UserError(f"{place}: it offers {offered} choices. At most {len(LETTERS)} are possible.")
     return texts[:offered]
-
-
-def _parse_list(place: str, cell: object) -> list[object]:
-    """A list, or the text of one as JSON or Python write it."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = cell if isinstance(cell, (list, tuple)) else parse(str(cell))
-            if isinstance(value, (list, tuple)):
-                return list(value)
-            if isinstance(value, dict):
-                return list(value.values())
-        except (ValueError, SyntaxError):
-            continue
-    raise UserError(f'{place}: the choices {str(cell)[:60]!r} are not a list. Write them as ["red", "blue"].')

@@ -1,11 +1,11 @@
 """Read a file of rows as text cells, or say in one line what is wrong with it."""
 
+import ast
 import csv
 import io
 import json
 import math
 from collections.abc import Sequence
-from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,11 @@ def read_table(path: str | Path, required: tuple[str, ...]) -> pd.DataFrame:
         table = _read_csv(Path(path), suffix)
     if table.empty:
         raise UserError(f"{path}: it has no rows. Give a file that has some.")
-    require_columns(path, table, required)
+    if missing := [name for name in required if name not in table.columns]:
+        raise UserError(
+            f"{path}: column {preview(missing, 10)} is missing (header: {', '.join(table.columns)}). Add it, or "
+            "rename the column that holds it."
+        )
     return table
 
 
@@ -96,13 +100,16 @@ def write_table(path: str | Path, table: pd.DataFrame, float_format: str | None 
         table.to_csv(temporary, index=False, lineterminator="\n", float_format=float_format, quoting=quoting)
 
 
-def require_columns(path: str | Path, table: pd.DataFrame, required: tuple[str, ...]) -> None:
-    """Raise UserError unless the table has these columns."""
-    if missing := [name for name in required if name not in table.columns]:
-        raise UserError(
-            f"{path}: column {preview(missing, 10)} is missing (header: {', '.join(table.columns)}). Add it, or "
-            "rename the column that holds it."
-        )
+def parse_list(cell: object) -> list | None:
+    """A list, also in the text that JSON or Python write of it; of a mapping its values. None for anything else."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(cell) if isinstance(cell, str) else cell
+        except (ValueError, SyntaxError):
+            continue
+        if isinstance(value, (list, tuple, dict)):
+            return list(value.values() if isinstance(value, dict) else value)
+    return None
 
 
 def check_ids(path: str | Path, ids: Sequence[str], remedy: str = "Give each row its own id.") -> None:
@@ -129,11 +136,6 @@ def align_ids(
         extra = sorted(set(ids) - set(wanted))
         raise UserError(f"{path}: {len(extra)} ids are not in {source}: {preview(extra)}. {remedy}")
     return positions
-
-
-def numbered_columns(table: pd.DataFrame, name: str) -> list[str]:
-    """The columns NAME1, NAME2, ... up to the first gap."""
-    return list(takewhile(table.columns.__contains__, (f"{name}{number}" for number in count(1))))
 
 
 def _decode(path: Path) -> str:
