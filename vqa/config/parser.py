@@ -16,7 +16,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from vqa.config.args_file import build_dataclass, check_types, raise_unknown_field, read_args_file
 from vqa.config.arguments import DataArguments, ModelArguments
-from vqa.config.recipe import ROWS, RecipeArguments, check_compile, check_hub, check_optimizer, check_recipe
+from vqa.config.checks import check_compile, check_hub, check_optimizer, check_recipe
+from vqa.config.recipe import ROWS, RecipeArguments
 from vqa.core.cli import non_default_args
 from vqa.core.compat import parser_actions
 from vqa.core.distributed import check_launcher
