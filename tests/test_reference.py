@@ -1,11 +1,16 @@
 """Reference lines: chance, the text alone, and models that are not above them or answer one letter."""
 
+import json
+
 import numpy as np
 import pytest
+from test_analyze import Contest
 
+from vqa.evaluation.experiment_log import log_path, read_log
 from vqa.evaluation.metrics import chance_accuracy
 from vqa.evaluation.reference import Reference, collapsed_letters, model_warning, pooled_reference
 from vqa.evaluation.text_only_baseline import text_only_accuracy
+from vqa.training.fold_run import log_training
 
 
 def model(accuracy, rows=1000, seed=0):
@@ -65,3 +70,15 @@ def test_text_only_accuracy_is_high_where_the_text_gives_the_answer_away():
         row["choices"] = [choice.removesuffix(" 정답") for choice in row["choices"]]
     assert text_only_accuracy(rows[:160], rows[160:]) < 0.4
     assert text_only_accuracy(rows[:40], rows[40:]) is None, "too few rows to learn from"
+
+
+def test_training_writes_both_lines_beside_its_scores_and_warns(tmp_path):
+    contest = Contest(tmp_path)
+    (folder, *_) = contest.model("m", {"raw": contest.probabilities(1.0)}, best="raw")
+    metrics = json.loads((folder / "metrics.json").read_text()) | {"seconds": 1.0, "fingerprints": {"rows": "x"}}
+    for text_only, warned in ((0.2, False), (0.9, True)):
+        run_id, said = log_training(folder, metrics, {"train_csv": str(contest.csv)}, text_only)
+        assert metrics["weights"]["raw"]["chance"] == 0.25 and metrics["weights"]["raw"]["text_only"] == text_only
+        assert bool(said) == warned and (not said or said.startswith(f"warning: {folder}: its accuracy "))
+        logged = read_log(log_path()).set_index("id").loc[run_id]
+        assert (float(logged["chance"]), float(logged["text_only"])) == (0.25, text_only)
