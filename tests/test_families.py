@@ -25,6 +25,7 @@ from vqa.modeling.families import FAMILIES, GENERIC, family_of, fp32_vision_laye
 from vqa.modeling.feature_store import open_feature_store
 from vqa.modeling.loading import add_adapter, load_base, load_processor
 from vqa.modeling.vision import VISION_KEYS, encode_images, guard_fp16
+from vqa.training.batching import split_batch
 
 
 @pytest.fixture(scope="module", params=[*sorted(FAMILIES), "llava_onevision"])
@@ -262,6 +263,16 @@ def test_features_that_are_not_finite_name_their_rows(folder, rows):
     with pytest.raises(UserError, match=f"features of .*{rows[1]['id']}.* are not finite") as error:
         encode_images(model, batch)
     assert batch["pixel_values"].ndim == 5 or rows[0]["id"] not in str(error.value)
+
+
+def test_a_batch_that_is_split_is_the_batches_of_its_rows(loaded, rows):
+    """Up to padding: images keep their tiles and rows. Used where GPU memory has run out."""
+    model, processor, ids = loaded
+    collate = Collator(processor, 140, with_answer=True)
+    with torch.no_grad():
+        whole = answer_logits(model, collate(rows[:3]))
+        parts = [answer_logits(model, part) for part in split_batch(collate(rows[:3]), 2)]
+    assert [len(part) for part in parts] == [2, 1] and (torch.cat(parts) - whole).abs().max() < 1e-4
 
 
 def test_scores_are_the_same_in_any_batch(loaded, rows):

@@ -10,6 +10,8 @@ from vqa.config.arguments import ModelArguments, adapter_options
 from vqa.core.errors import UserError
 from vqa.modeling.families import language_model
 from vqa.modeling.loading import add_adapter, load_base
+from vqa.training.memory import Batch, Setup, layers_in_backward, resident_bytes, training_peak
+from vqa.training.speed import operations
 
 
 def adapted(**fields):
@@ -80,3 +82,14 @@ def test_the_vision_towers_adapter_has_its_own_learning_rate(make_trainer):
     vision = sum("visual" in name for name in names)
     assert rates == {1e-3: len(names) - vision, 1e-5: vision} and vision > 0
     assert {factor(3) for factor in trainer.create_scheduler(4, trainer.optimizer).lr_lambdas} == {0.5}
+
+
+def test_the_estimates_count_the_layers_that_have_a_backward_pass():
+    setups = [Setup(adapted(**fields), False, False) for fields in ({}, {"lora_first_layer": 3})]
+    assert [layers_in_backward(setup) for setup in setups] == [6, 3]
+    assert layers_in_backward(Setup(adapted(lora_first_layer=3, lora_vision=True), False, False)) == 6
+    batch = Batch(rows=4, tokens=100, patches=0)
+    all_layers, half = [operations(setup, batch, training=True) for setup in setups]
+    assert half == pytest.approx(all_layers * (1 + 0.5) / 2)
+    all_layers, half = (training_peak(setup, batch) - resident_bytes(setup) for setup in setups)
+    assert 0.45 < half / all_layers < 0.7

@@ -5,6 +5,7 @@ on a GPU, to compare. It follows this project's training: frozen base, float32 a
 `no_grad`, logits at the answer alone, SDPA attention.
 """
 
+import re
 from dataclasses import dataclass
 from typing import cast
 
@@ -76,8 +77,10 @@ def training_peak(setup: Setup, batch: Batch) -> int:
     That is while the vision tower runs, or at the end of the language model's forward pass: then the checkpoints of
     all layers are kept, plus the logits or the backward pass of one layer.
     """
+    share = layers_in_backward(setup) / layers(setup)
     of_layers = layers(setup) * layer_bytes(setup, batch)
     of_layers += linear_attention_layers(setup) * linear_attention_bytes(setup, batch)
+    of_layers = int(share * of_layers)
     kept = checkpoint_bytes(setup, batch) if setup.checkpointing else of_layers
     one_layer = layer_bytes(setup, batch) + linear_attention_bytes(setup, batch) if setup.checkpointing else 0
     in_layer = one_layer + backward_bytes(setup, batch)
@@ -124,8 +127,8 @@ def gradient_bytes(setup: Setup) -> int:
 
 
 def checkpoint_bytes(setup: Setup, batch: Batch) -> int:
-    """With gradient checkpointing: the hidden state that enters each layer."""
-    return layers(setup) * batch.rows * batch.tokens * text_config(setup).hidden_size * element(setup)
+    """With gradient checkpointing: the hidden state that enters each layer, from the first adapted one on."""
+    return layers_in_backward(setup) * batch.rows * batch.tokens * text_config(setup).hidden_size * element(setup)
 
 
 def layer_bytes(setup: Setup, batch: Batch) -> int:
@@ -140,7 +143,7 @@ def layer_bytes(setup: Setup, batch: Batch) -> int:
     if (
         cast(LoraConfig, setup.model.peft_config["default"]).lora_dropout > 0
     ):  # a byte for each number that was dropped or not
-        adapter += sum(m.in_features for m in targets(setup)) // layers(setup)
+        adapter += sum(m.in_features for m in targets(setup)) // layers_in_backward(setup)
     return batch.rows * batch.tokens * (norms + attention + mlp + adapter)
 
 
@@ -220,6 +223,17 @@ def text_config(setup: Setup):
 
 def layers(setup: Setup) -> int:
     return text_config(setup).num_hidden_layers
+
+
+def layers_in_backward(setup: Setup) -> int:
+    """The decoder layers from the first adapted one on; those below have no backward pass and keep nothing.
+
+    All, where the vision tower is adapted: its gradients pass through them.
+    """
+    if any(p.requires_grad for p in vision_blocks(unwrap_base_model(setup.model)).parameters()):
+        return layers(setup)
+    numbers = [re.search(r"\.layers\.(\d+)\.", name) for name in adapted_module_names(setup.model)]
+    return layers(setup) - min((int(number[1]) for number in numbers if number), default=0)
 
 
 def linear_attention_layers(setup: Setup) -> int:

@@ -6,7 +6,7 @@ import torch
 
 from vqa.modeling.families import vision_blocks
 from vqa.modeling.vision import unwrap_base_model
-from vqa.training.memory import Batch, Setup, layers, linear_parameters, text_config
+from vqa.training.memory import Batch, Setup, layers, layers_in_backward, linear_parameters, text_config
 
 # A step takes this many times as long as its matrix products: attention, norms, dropout, dequantisation.
 # Measured on an H100 with the 3B in 4 bits, batches of 64.
@@ -28,12 +28,12 @@ def operations(setup: Setup, batch: Batch, training: bool) -> int:
     """Floating-point operations of a batch's matrix products: two for each weight and token, in each pass.
 
     Frozen weights have no gradient, so the backward pass costs as much as the forward one; checkpointing runs the
-    language model forward once more. The vision tower only runs forward.
+    language model forward once more. Below the first adapter, and in the vision tower, there is no backward pass.
     """
+    frozen_below = 1 - layers_in_backward(setup) / layers(setup)
+    language = linear_parameters(setup) * (passes(setup, training) - frozen_below * (passes(setup, training) - 1))
     vision = sum(p.numel() for p in vision_blocks(unwrap_base_model(setup.model)).parameters())
-    return (
-        2 * batch.rows * (passes(setup, training) * batch.tokens * linear_parameters(setup) + batch.patches * vision)
-    )
+    return int(2 * batch.rows * (batch.tokens * language + batch.patches * vision))
 
 
 def passes(setup: Setup, training: bool) -> int:
