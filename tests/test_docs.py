@@ -223,7 +223,13 @@ def test_the_table_of_contents_lists_every_page():
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_pages_are_short(page):
-    limit = {"README.md": 900, "README.ko.md": 900, "EXPERIMENTS.md": 6000, "tests/README.md": 4000}
+    limit = {
+        "README.md": 900,
+        "README.ko.md": 900,
+        "CHANGELOG.md": 3000,
+        "EXPERIMENTS.md": 6000,
+        "tests/README.md": 4000,
+    }
     assert len(page.read_text(encoding="utf-8").split()) <= limit.get(name(page), 1000)
 
 
