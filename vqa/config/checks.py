@@ -129,9 +129,8 @@ def check_optimizer(recipe: RecipeArguments) -> None:
         optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
     except (ImportError, RuntimeError, ValueError, TypeError) as error:  # any of them where a package is missing
         fields = "learning_rate, adam_beta1, adam_beta2, adam_epsilon and optim_args"
-        raise unusable(
-            f"optim {name}", error, f"Install what it needs, correct {fields}, or use adamw_torch."
-        ) from None
+        remedy = f"Install what it needs, correct {fields}, or use adamw_torch."
+        raise unusable(f"optim {name}", error, remedy) from None
     try:
         options = recipe.lr_scheduler_kwargs
         get_scheduler(schedule, optimizer, 1, 100, scheduler_specific_kwargs=options)  # type: ignore[arg-type]

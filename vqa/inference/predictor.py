@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,8 @@ class Predictor:
         if self.features and self.collate.features:
             self.features.add(model, [rows[i] for i in changed], is_main)
         label = f"{checkpoint.name}, {' + '.join(view.name for view in views)}" if is_main else None
-        fixed, options = (self.collate, self.letter_ids, self.batch_size), {"label": label, "workers": self.workers}
+        fixed = self.collate, self.letter_ids, self.batch_size
+        options: dict[str, Any] = {"label": label, "workers": self.workers}
         if len(views) == 1:
             rows = [rows[i] for i in changed]
             return [distributed_map(rows, lambda own: choice_probs(model, own, *fixed, **options))]

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -98,7 +99,7 @@ class Validator:
         """Of every validation row, float64 (rows, 10); each process scores its part of the rows."""
         shown = label if self.args.process_index == 0 and not self.args.disable_tqdm else None
         fixed = self.prompts, self.letter_ids, self.args.per_device_eval_batch_size
-        options = {"label": shown, "workers": self.args.dataloader_num_workers}
+        options: dict[str, Any] = {"label": shown, "workers": self.args.dataloader_num_workers}
         return distributed_map(self.rows, lambda rows: score_rows(model, rows, *fixed, **options))
 
     def _scores(self, probabilities: np.ndarray) -> dict[str, float]:
