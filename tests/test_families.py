@@ -269,9 +269,10 @@ def test_a_batch_that_is_split_is_the_batches_of_its_rows(loaded, rows):
     """Up to padding: images keep their tiles and rows. Used where GPU memory has run out."""
     model, processor, ids = loaded
     collate = Collator(processor, 140, with_answer=True)
+    rows = [rows[0], rows[1] | {"images": rows[1]["images"] + rows[3]["images"]}, rows[2]]
     with torch.no_grad():
-        whole = answer_logits(model, collate(rows[:3]))
-        parts = [answer_logits(model, part) for part in split_batch(collate(rows[:3]), 2)]
+        whole = answer_logits(model, collate(rows))
+        parts = [answer_logits(model, part) for part in split_batch(collate(rows), 2)]
     assert [len(part) for part in parts] == [2, 1] and (torch.cat(parts) - whole).abs().max() < 1e-4
 
 
@@ -279,6 +280,14 @@ def test_scores_are_the_same_in_any_batch(loaded, rows):
     model, processor, ids = loaded
     collate = Collator(processor, 140)
     one, many = (score_rows(model, rows[:6], collate, ids, size) for size in (1, 6))
+    assert np.abs(one - many).max() < 1e-5
+
+
+def test_rows_with_several_images_and_with_none_score_as_they_do_alone(loaded, rows):
+    model, processor, ids = loaded
+    mixed = [rows[0], rows[1] | {"images": []}, rows[2] | {"images": rows[2]["images"] + rows[3]["images"]}]
+    collate = Collator(processor, 140)
+    one, many = (score_rows(model, mixed, collate, ids, size) for size in (1, 3))
     assert np.abs(one - many).max() < 1e-5
 
 

@@ -108,10 +108,10 @@ class Collator:
     def pixel_rows(self, batch: dict, num_images: list[int]) -> list[int]:
         """How many entries of `pixel_values` each row has: one, or one for each image, or one for each tile."""
         entries = len(batch["pixel_values"])
+        if "pixel_attention_mask" in batch:  # (rows, tiles, channels, height, width), padded
+            return [1] * len(num_images)
         if entries == sum(num_images):
             return num_images
-        if batch["pixel_values"].ndim == 5:  # (rows, tiles, channels, height, width)
-            return [1] * entries
         tokens = (batch["input_ids"] == self.processor.image_token_id).sum(1)
         return (tokens * entries // tokens.sum()).tolist()
 
