@@ -147,15 +147,14 @@ def check_tokens(report: Report, collate: Collator, contest: Contest) -> tuple[L
     sizes = {path: oriented_size(path) for path in tqdm(paths, desc="reading image sizes", leave=False, disable=None)}
     tokens = count_image_tokens(sizes, collate)
     by_tokens = sorted(paths, key=tokens.__getitem__)
-    examples = [by_tokens[i] for i in (0, len(paths) // 2, -1)] if paths else []
+    examples = [by_tokens[i] for i in (0, len(paths) // 2, -1) if paths]
     for name, path in zip(("smallest", "median", "largest"), examples):
         width, height = collate.images.size(*sizes[path])
         given = "{} x {}".format(*sizes[path])
         print(f"{name:8} image {given}, resized to {width} x {height}: {tokens[path]} tokens")
     larger = sum(width * height > collate.image_size**2 for width, height in sizes.values())
-    print(
-        f"{larger} of {len(paths)} images have more pixels than image_size {collate.image_size} allows and are shrunk"
-    )
+    more = f"images have more pixels than image_size {collate.image_size} allows and are shrunk"
+    print(f"{larger} of {len(paths)} {more}" if paths else "no row has an image")
     train = count_tokens(contest.train, collate, sizes)
     median, longest = int(np.median(train.tokens)), train.tokens.max()
     print(f"tokens of a training row, text and image: median {median}, longest {longest}")
