@@ -11,6 +11,7 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import broadcast_object_list, gather_object
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch import nn
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import (
@@ -198,6 +199,20 @@ def test_rope_positions_give_text_three_equal_coordinates_and_an_image_its_grid(
     assert torch.equal(time[~is_image], height[~is_image]) and torch.equal(time[~is_image], width[~is_image])
     assert len(time[is_image].unique()) == 1
     assert len(height[is_image].unique()) * len(width[is_image].unique()) == is_image.sum()
+
+
+def test_processors_count_an_images_tokens_by_its_size(processor):
+    sizes = [(112, 84), (280, 140)]
+    images = [Image.new("RGB", size) for size in sizes]
+    text = processor(text=[processor.image_token] * 2, images=images, padding=True, return_tensors="pt")
+    expected = (text["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert compat.count_image_tokens(processor, sizes, {}) == expected and expected[0] < expected[1]
+
+
+def test_positions_of_a_model_without_multimodal_rope_count_the_tokens_behind_the_padding():
+    base = SimpleNamespace(model=nn.Module())
+    positions = compat.rope_positions(base, {"attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])})
+    assert positions.tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
 
 
 def test_cache_rows_can_be_repeated_and_reordered(model):
