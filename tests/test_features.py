@@ -33,9 +33,9 @@ def encoded(monkeypatch) -> list[str]:
     """The images that the tower encodes for a store, four at once at most."""
     names_encoded, encode = [], vqa.modeling.feature_store.image_features
 
-    def watched(model, pixel_values, grids, names):
+    def watched(model, batch, names):
         names_encoded.extend(names)
-        return encode(model, pixel_values, grids, names)
+        return encode(model, batch, names)
 
     monkeypatch.setattr(vqa.modeling.feature_store, "image_features", watched)
     monkeypatch.setattr(vqa.modeling.feature_store, "MOST_IMAGES", 4)
@@ -138,10 +138,10 @@ tiny, csv, cache, record, size, kind = sys.argv[1:]
 torch.set_num_threads(1)
 features.MOST_IMAGES = 4
 encoded, encode, save = [], features.image_features, shards.save_file
-def watched(model, pixel_values, grids, names):
+def watched(model, batch, names):
     time.sleep(0.1)  # long enough for the other process to come by
     encoded.extend(names)
-    return encode(model, pixel_values, grids, names)
+    return encode(model, batch, names)
 def killed(tensors, path, metadata):
     if len(encoded) > 8:
         save(tensors, path, metadata)
