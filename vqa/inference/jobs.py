@@ -173,9 +173,9 @@ def _log_prediction(job: Job, probabilities: np.ndarray, seconds: float, cli_arg
     scores: dict = {}
     if job.oof:
         answers, labels = np.array([row["answer"] for row in job.rows]), Labels(job.csv, **reader_options(item.data))
-        oof_scores = score_with_interval(probabilities, answers, labels.clusters(ids))
-        text_only = (item.validation or {}).get("text_only")
-        scores = {"scores": {**oof_scores, "text_only": text_only}, "labels": job.csv, "out_of_fold": (ids, probabilities)}
+        oof_scores: dict = score_with_interval(probabilities, answers, labels.clusters(ids))
+        oof_scores["text_only"] = (item.validation or {}).get("text_only")
+        scores = {"scores": oof_scores, "labels": job.csv, "out_of_fold": (ids, probabilities)}
     elif len(job.views) == 1 and item.validation:  # training has scored the plain view
         scores = {"scores": item.validation, "labels": item.data.train_csv}
     return log_run("prediction", job.path, cli_args, seconds, item.data_fingerprint, parents=[item.run_id], **scores)
