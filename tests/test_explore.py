@@ -6,6 +6,7 @@ import io
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -221,5 +222,9 @@ def test_image_tokens_are_those_that_the_model_gets(processor, tmp_path):
 def test_what_cannot_be_read_is_one_line(script, planted, tmp_path):
     code, _, error = script("explore", planted / "test.csv", "--model", tmp_path)
     assert (code, error.count("\n")) == (2, 1) and "no tokenizer.json" in error
+    (tmp_path / "tokenizer.json").write_text(Path(TINY, "tokenizer.json").read_text(encoding="utf-8"), "utf-8")
+    (tmp_path / "config.json").write_text('{"vision_config": {"patch_size": [14, 14]}}')  # as InternVL's
+    code, _, error = script("explore", planted / "test.csv", "--model", tmp_path)
+    assert (code, error.count("\n")) == (2, 1) and "Qwen's models only" in error
     code, _, error = script("explore", planted / "test.csv", planted / "test.csv", "--model", TINY)
     assert (code, error.count("\n")) == (2, 1) and "given twice" in error

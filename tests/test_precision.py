@@ -45,6 +45,7 @@ def test_training_in_16_bits_has_autocast_and_in_fp16_the_scaler_unless_the_args
 ):
     gpu(*capability)
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # which would look for the GPU
+    monkeypatch.setattr(TrainingArguments, "world_size", 1)
     assert RecipeArguments(output_dir=str(tmp_path)).__dict__[precision]
     other = RecipeArguments(output_dir=str(tmp_path), fp16=True)
     assert other.fp16 and not other.bf16

@@ -51,7 +51,10 @@ def read_tokenizer(folder: str) -> tuple[Tokenizer, int]:
     path = Path(folder, "tokenizer.json")
     if not path.is_file():
         raise UserError(f"--model {folder}: it has no tokenizer.json. Give the folder of the base model.")
-    return Tokenizer.from_file(str(path)), read_json(Path(folder, "config.json"))["vision_config"]["patch_size"]
+    vision = read_json(Path(folder, "config.json")).get("vision_config", {})
+    if "spatial_merge_size" not in vision:  # its processor cuts tiles or pads, by a rule of its own
+        raise UserError(f"--model {folder}: explore.py counts image tokens of Qwen's models only. Give one of those.")
+    return Tokenizer.from_file(str(path)), vision["patch_size"]
 
 
 def read_tables(files: Sequence[str], image_root: str | None, columns: str | None, page: Page) -> pd.DataFrame:
