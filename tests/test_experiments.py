@@ -36,7 +36,7 @@ def test_a_training_is_logged_with_what_differs_its_scores_and_their_interval(tr
     given = json.loads((trained / "args" / "base.json").read_text()) | {"fold": 1, "loss": "letter"}
     usual = {
         "save_strategy": "steps",
-        "per_device_train_batch_size": 4,
+        "effective_batch_size": 4,
     }  # these are no defaults
     assert usual.items() <= args.items() and args.items() <= given.items() and args["loss"] == "letter"
     oof = fold / ("" if metrics["best"] == "raw" else metrics["best"]) / "oof.csv"
