@@ -37,7 +37,7 @@ def main() -> None:
         raise UserError(f"{folder}: no fold*.csv in it. Predict with predict.py first.")
     table = test_table(folder, folds, Labels(args.labels)) if args.labels else validation_table(folds)
     seconds = read_seconds(folder / "seconds.txt")
-    print(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
+    print_table(pd.DataFrame(table))
     for line in table:
         if line["low"] is not None and line["step"] != BASE:
             if not Reference(line["chance"], line["text_only"]).is_below(line["low"]):
@@ -82,6 +82,15 @@ def score_step(step: str, ids: list[str], probabilities: np.ndarray, labels: Lab
     """A line of the table, named `step`."""
     scores = score_with_interval(probabilities, labels.answers(ids), labels.clusters(ids))
     return {"step": step} | {name: scores.get(name) for name in SCORES}
+
+
+def print_table(table: pd.DataFrame) -> None:
+    """Print it; reference lines that are the same in all lines, as for rows of one test, are one line below."""
+    names = ["chance", "text_only"]
+    same = names if (table[names].nunique(dropna=False) == 1).all() else []
+    print(table.drop(columns=same).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
+    if values := [f"{name} {table[name][0]:.4f}" for name in same if table[name].notna().all()]:
+        print(f"for comparison: {', '.join(values)}")
 
 
 def read_seconds(path: Path) -> dict[str, int]:

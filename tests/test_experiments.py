@@ -33,7 +33,8 @@ def test_a_training_is_logged_with_what_differs_its_scores_and_their_interval(tr
     (row,) = read_log(log_path()).query("output == @name", local_dict={"name": str(fold)}).to_dict("records")
     assert row["id"] == metrics["run"] and row["kind"] == "training" and row["data"] == metrics["fingerprints"]["rows"]
     args = json.loads(row["args"])
-    given = json.loads((trained / "args" / "base.json").read_text()) | {"fold": 1, "loss": "letter"}
+    given = json.loads((trained / "args" / "base.json").read_text())
+    given |= {"fold": 1, "loss": "letter", "effective_batch_size": 4}  # 4 x 1 rows in the args file
     usual = {
         "save_strategy": "steps",
         "effective_batch_size": 4,
