@@ -254,6 +254,7 @@ def test_a_submission_is_in_the_form_of_its_sample_or_is_not_written(sample, ran
 
 def pictures() -> dict[str, bytes]:
     """One small file of each format; some with EXIF."""
+    Image.init()  # registers every format
     image, exif = Image.effect_noise((31, 17), 90), Image.Exif()
     exif[0x0112] = 6
     files = {}
@@ -266,7 +267,7 @@ def pictures() -> dict[str, bytes]:
         ("tiff", "F", {}),
         ("gif", "L", {}),
         ("bmp", "1", {}),
-        ("avif", "RGB", {}),
+        *([("avif", "RGB", {})] if "AVIF" in Image.SAVE else []),  # since Pillow 11.3
     ):
         buffer = io.BytesIO()
         image.convert(mode).save(buffer, {"jpg": "JPEG"}.get(name, name.upper()), **options)
