@@ -271,7 +271,7 @@ def test_a_sample_with_a_column_per_choice_gets_the_probabilities_and_keeps_its_
     probabilities = np.random.default_rng(0).dirichlet(np.ones(4), ROWS)
     form = read_submission_form(tmp_path / "sample.csv", ids, {})
     write_submission(tmp_path / "out.csv", ids, probabilities, form)
-    got = pd.read_csv(tmp_path / "out.csv")
+    got = pd.read_csv(tmp_path / "out.csv", float_precision="round_trip")
     assert list(got.columns) == list(sample.columns) and set(got["usage"]) == {"Public"}
     assert got[list("ABCD")].to_numpy() == pytest.approx(probabilities, abs=0)
 

@@ -96,7 +96,7 @@ def exchange(planted, file, everywhere=True):
     """Give the rows of an out-of-fold file each other's ids."""
     table = pd.read_csv(planted.oof(file))
     rows = slice(None) if everywhere else slice(0, 2)
-    table.loc[table.index[rows], "id"] = table["id"][rows].to_numpy()[::-1]
+    table.loc[table.index[rows], "id"] = table["id"][rows].to_numpy()[::-1].copy()
     table.to_csv(planted.oof(file), index=False, float_format="%.17g")
 
 

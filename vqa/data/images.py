@@ -1,6 +1,7 @@
 """From an image file to the pixels that the model sees: one way for training and prediction."""
 
 import io
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -52,7 +53,7 @@ def open_image(path: str | Path, min_side: int | None = None) -> Image.Image:
         promised = image.size
         try:
             image.load()
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, struct.error):
             if image.format != "PNG":
                 raise
             image = _open_png_pixels(path)

@@ -212,7 +212,7 @@ def images_section(pictures: dict[str, Picture], patch: int, page: Page) -> dict
     unique, inverse = np.unique(sizes, axis=0, return_inverse=True)
     for size in IMAGE_SIZES:
         grids = (target_size(int(width), int(height), size, patch=patch) for width, height in unique)
-        tokens = pd.Series([image_tokens(*grid, patch) for grid in grids])[inverse]
+        tokens = pd.Series([image_tokens(*grid, patch) for grid in grids])[inverse.ravel()]  # numpy 2.0: a column
         cost = {"size": size, "median": tokens.median(), "high": tokens.quantile(0.95), "max": tokens.max()}
         cost |= {"mean": tokens.mean(), "shrunk": (sizes.prod(1) > size**2).mean()}
         section["costs"].append(cost)
