@@ -51,19 +51,29 @@ ON_GPU = torch.cuda.is_available()
 
 def main() -> None:
     plan = read_json(sys.argv[2])
-    if ON_GPU and plan["cap_gib"]:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(plan["cap_gib"] * GIB / total)
+    if plan["cap_gib"]:
+        limit_memory(plan["cap_gib"])
     rows = read_rows(plan["csv"], with_answer=True)
     for line in CONTESTANTS[sys.argv[1]](plan, rows):
-        write_line(plan, {"contestant": sys.argv[1]} | line)
+        shape = {"model": plan["name"], "image_size": plan["image_size"], "contestant": sys.argv[1]}
+        write_line(shape | line, plan["output"])
 
 
-def write_line(plan: dict, line: dict) -> None:
-    line = {"model": plan["name"], "image_size": plan["image_size"], **line}
-    with open(plan["output"], "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
+def limit_memory(gib: float) -> None:
+    """Let this process have at most `gib` GiB of the GPU, if there is one."""
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
+
+
+def write_line(line: dict, output: str | Path | None) -> None:
+    """Print a measurement as one line of JSON, and append it to the file `output`, if any."""
+    text = json.dumps(line)
+    print(text, flush=True)
+    if output:
+        with open(output, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
 
 def plain_trainer(plan: dict, rows: list[dict]) -> Iterator[dict]:

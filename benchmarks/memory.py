@@ -10,7 +10,6 @@ line. Every image has the full pixel budget.
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
+from contestants import write_line  # noqa: E402
 from random_model import write_random_model  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
@@ -220,14 +220,6 @@ class Clock(TrainerCallback):
     @property
     def seconds(self) -> float:
         return min((b - a for a, b in zip(self.ends, self.ends[1:])), default=0.0)
-
-
-def write_line(line: dict, output: str | None) -> None:
-    text = json.dumps(line)
-    print(text, flush=True)
-    if output:
-        with open(output, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
 
 
 if __name__ == "__main__":

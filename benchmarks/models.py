@@ -8,7 +8,6 @@ Each model has random weights in the shape of its config, 4 bits and fp16 on a G
 is the doctor's estimate of the peak, before any weight was loaded, divided by the peak.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 from compare import write_rows  # noqa: E402
-from contestants import Ours  # noqa: E402
+from contestants import Ours, limit_memory, write_line  # noqa: E402
 from random_model import write_random_model  # noqa: E402
 
 from vqa.core.cli import make_parser  # noqa: E402
@@ -59,10 +58,7 @@ def measure(name: str, args, temporary: Path) -> None:
         folder = str(temporary / "model")
         write_random_model(Path(name), folder, args.vocabulary)
         print(f"{name}: random weights written in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
-    if ON_GPU:
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(args.cap_gib * GIB / total)
+    limit_memory(args.cap_gib)
     csv = write_rows(temporary / "rows", args.rows, enlarged=2)  # 720 px would not fill the larger budget
     plan = {"model": folder, "stored": True, "cache": str(temporary / "cache"), "folder": str(temporary)}
     plan |= {"steps": args.steps, "seconds": 0, "workers": 0, "predict_rows": 2 * args.rows, "predict_batches": [16]}
@@ -80,11 +76,8 @@ def measure(name: str, args, temporary: Path) -> None:
         except torch.OutOfMemoryError:
             line = {"failed": "out of memory"}
         shape = {"model": Path(name).stem.removeprefix("config_"), "image_size": size}
-        line = shape | line | {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"}
-        print(json.dumps(line), flush=True)
-        if args.output:
-            with open(args.output, "a") as file:
-                file.write(json.dumps(line) + "\n")
+        device = {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"}
+        write_line(shape | line | device, args.output)
 
 
 def estimated_peak(own: Ours, line: dict) -> int:

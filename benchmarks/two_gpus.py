@@ -8,7 +8,6 @@ Seconds are those of the command with its start. DDP is compared with the fold o
 other fold; prediction on both GPUs is compared with prediction on one.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from anywhere
 from compare import write_rows  # noqa: E402
+from contestants import write_line  # noqa: E402
 from random_model import write_random_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -94,7 +94,7 @@ def train_each(folder: Path, folds: list[Path], output: Path | None) -> None:
     wait(jobs)
     metrics = [read_json(folder / path.stem / "metrics.json") for path in folds]
     rate = sum(m["rows_per_second"] for m in metrics)
-    write_line("train, a fold on each", time.time() - start, rate, metrics[0]["peak_gpu_gib"], {"folds": 2}, output)
+    write_way("train, a fold on each", time.time() - start, rate, metrics[0]["peak_gpu_gib"], {"folds": 2}, output)
 
 
 def train_both(folder: Path, folds: list[Path], output: Path | None) -> None:
@@ -107,7 +107,7 @@ def train_both(folder: Path, folds: list[Path], output: Path | None) -> None:
         "cosine_of_lora_b": torch.nn.functional.cosine_similarity(torch.cat(one), torch.cat(both), dim=0).item(),
         "out_of_fold_probability": largest_difference(folder / "fold0" / "oof.csv", folder / "ddp" / "oof.csv"),
     }
-    write_line(
+    write_way(
         "train, one fold on both (DDP)",
         seconds,
         metrics["rows_per_second"],
@@ -128,7 +128,7 @@ def predict(folder: Path, output: Path | None) -> None:
             difference = largest_difference(folder / "one_GPU" / "fold0.csv", outputs / "fold0.csv")
             extra = {"agreement": {"probability": difference}}
         rows = len(read_predictions(outputs / "fold0.csv")[0])
-        write_line(f"predict four permutations, {name}", seconds, rows / card["seconds"], None, extra, output)
+        write_way(f"predict four permutations, {name}", seconds, rows / card["seconds"], None, extra, output)
 
 
 def lora_b(adapter: Path) -> list[torch.Tensor]:
@@ -165,13 +165,10 @@ def run(command: list) -> None:
     wait([launch(command)])
 
 
-def write_line(way: str, seconds: float, rate: float, peak: float | None, extra: dict, output: Path | None) -> None:
+def write_way(way: str, seconds: float, rate: float, peak: float | None, extra: dict, output: Path | None) -> None:
     line = {"way": way, "seconds": round(seconds, 1), "rows_per_second": round(rate, 1), "peak_gib": peak} | extra
     line["device"] = torch.cuda.get_device_name() if ON_GPU else "CPU"
-    print(json.dumps(line), flush=True)
-    if output:
-        with open(output, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    write_line(line, output)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,15 @@ def checkpoint(folder, step: int, whole: bool = True):
     if whole:
         (path / COMPLETE).touch()
     return str(path)
+
+
+def copy_fold(trained, tmp_path) -> tuple[Path, list]:
+    """(a copy of the first fold's folder, the command line that continues it)."""
+    part = tmp_path / "fold0"
+    shutil.copytree(trained / "checkpoints" / "fold0", part)
+    args = json.loads((part / "args.json").read_text())
+    (part / "args.json").write_text(json.dumps(args | {"output_dir": str(part)}))
+    return part, [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
 
 
 def test_auto_takes_the_newest_whole_checkpoint_by_number(tmp_path):
@@ -153,12 +163,8 @@ def test_before_the_first_evaluation_its_length_is_assumed():
 
 def test_a_run_that_goes_on_from_its_last_step_trains_no_further(trained, script, tmp_path):
     """The steps end within an epoch, where the Trainer would take one more."""
-    whole, part = trained / "checkpoints" / "fold0", tmp_path / "fold0"
-    shutil.copytree(whole, part)
+    whole, (part, flags) = trained / "checkpoints" / "fold0", copy_fold(trained, tmp_path)
     (part / "metrics.json").unlink()  # killed before its last word
-    args = json.loads((part / "args.json").read_text())
-    (part / "args.json").write_text(json.dumps(args | {"output_dir": str(part)}))
-    flags = [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
     code, _, error = script("train_fold", *flags)
     assert code == 0, error
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, part)]
@@ -188,9 +194,7 @@ def test_a_run_that_diverges_stops_early_and_keeps_its_best_adapter(trained, scr
 
 
 def test_a_finished_fold_trains_for_longer_from_its_last_checkpoint(trained, script, tmp_path):
-    part = tmp_path / "fold0"
-    shutil.copytree(trained / "checkpoints" / "fold0", part)
-    flags = [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
+    part, flags = copy_fold(trained, tmp_path)
     code, output, error = script("train_fold", *flags, "--max_steps", 6)
     assert code == 0, error
     assert "continues from checkpoint-4, with max_steps 6 instead of 4. The learning rate follows the longer" in output
@@ -209,11 +213,7 @@ def test_a_finished_fold_trains_for_longer_from_its_last_checkpoint(trained, scr
 
 @pytest.mark.slow
 def test_an_older_releases_fingerprint_of_image_paths_is_not_compared(trained, script, tmp_path):
-    part = tmp_path / "fold0"
-    shutil.copytree(trained / "checkpoints" / "fold0", part)
-    args = json.loads((part / "args.json").read_text())
-    (part / "args.json").write_text(json.dumps(args | {"output_dir": str(part)}))
-    flags = [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
+    part, flags = copy_fold(trained, tmp_path)
     assert json.loads((part / "rows.json").read_text())["version"] == 2
     (part / "rows.json").write_text('{"fingerprint": "0123456789abcdef"}')
     assert script("train_fold", *flags)[0] == 0
@@ -224,11 +224,7 @@ def test_an_older_releases_fingerprint_of_image_paths_is_not_compared(trained, s
 
 def test_other_rows_are_another_run(trained, script, tmp_path):
     """New folds, or a corrected question: neither a checkpoint nor a finished fold of the old rows is used."""
-    part = tmp_path / "fold0"
-    shutil.copytree(trained / "checkpoints" / "fold0", part)
-    args = json.loads((part / "args.json").read_text())
-    (part / "args.json").write_text(json.dumps(args | {"output_dir": str(part)}))
-    flags = [trained / "args" / "fold0.json", "--output_dir", part, "--resume_from_checkpoint", "auto"]
+    part, flags = copy_fold(trained, tmp_path)
     assert script("train_fold", *flags)[:2] == (0, f"{part} is finished; nothing to train\n")
     folds = trained / "data" / "folds.csv"
     before = folds.read_text()

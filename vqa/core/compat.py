@@ -152,16 +152,10 @@ def is_4bit(layer: nn.Module) -> bool:
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let every layer in 4 or 8 bits compute in `dtype`.
-
-    A base that was saved in 4 bits has its own setting in its config. A layer in 8 bits casts its bias, for good, to
-    the dtype of its input, which would count as a change of the frozen base.
-    """
+    """Let every layer in 4 bits compute in `dtype`; a base that was saved in 4 bits has its own setting."""
     for layer in model.modules():
         if is_4bit(layer):
             layer.compute_dtype = dtype  # type: ignore[assignment]  # nn.Module's __setattr__ is typed for tensors
-        elif type(getattr(layer, "weight", None)).__name__ == "Int8Params":
-            layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].to(dtype), *inputs[1:]))
 
 
 def dequantized_weight(layer: nn.Linear) -> torch.Tensor:
