@@ -86,8 +86,8 @@ def permutation_logits(model: nn.Module, batch: dict) -> torch.Tensor:
 
     select_cache_rows(cache, row_index)
     suffix_mask = batch["suffix_mask"]
-    last = suffix_mask.sum(1) - 1
-    with _head_reads(base, last):
+    last = suffix_mask.sum(1, keepdim=True) - 1
+    with head_reads(base, last):
         logits = model(
             input_ids=batch["suffix_ids"],
             attention_mask=torch.cat([batch["attention_mask"][row_index], suffix_mask], dim=1),
@@ -100,15 +100,19 @@ def permutation_logits(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 @contextmanager
-def _head_reads(base, positions: torch.Tensor) -> Iterator[None]:
-    """Let the output layer of `base` read one hidden state of each row, at `positions` (rows,), and no other."""
+def head_reads(base, columns: torch.Tensor, logits: bool = True) -> Iterator[list[torch.Tensor]]:
+    """Let the output layer of `base` read the hidden states at `columns` (rows, columns) of each row, and no others.
+
+    The list that is yielded then holds them. Without `logits` the layer computes none: its output has no columns.
+    """
+    read: list[torch.Tensor] = []
 
     def select(head, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        (hidden,) = inputs
-        return (hidden[torch.arange(len(hidden), device=hidden.device), positions][:, None],)
+        read.append(torch.take_along_dim(inputs[0], columns[..., None], dim=1))
+        return (read[0] if logits else read[0][:, :0],)
 
     hook = base.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        yield
+        yield read
     finally:
         hook.remove()

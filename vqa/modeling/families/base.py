@@ -29,6 +29,8 @@ class Family:
     fp32_norms: patterns for the norms that read those outputs.
     bf16_only: why the language model cannot compute in float16; "" where it can.
     template_options: variables of the chat template, such as {"enable_thinking": False}.
+    tree_attention: whether every layer attends by the mask and the positions that the forward pass is given, so that
+        several suffixes of a row can share its prefix (vqa/modeling/tree_attention.py).
     prepare: called once with the loaded base model, to replace slow parts of it. The outputs must not change.
     """
 
@@ -39,4 +41,5 @@ class Family:
     fp32_norms: tuple[str, ...] = ()
     bf16_only: str = ""
     template_options: dict[str, bool] = field(default_factory=dict)
+    tree_attention: bool = False
     prepare: Callable[[nn.Module], nn.Module] | None = None

@@ -8,4 +8,5 @@ from vqa.modeling.families.base import Family
 FAMILY = Family(
     model_types=("idefics3",),
     not_in_4bit=("lm_head", "model.vision_model", "model.connector"),
+    tree_attention=True,
 )

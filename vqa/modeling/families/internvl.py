@@ -7,4 +7,5 @@ from vqa.modeling.families.base import Family
 
 FAMILY = Family(
     model_types=("internvl",),
+    tree_attention=True,
 )

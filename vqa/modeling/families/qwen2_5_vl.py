@@ -55,5 +55,6 @@ FAMILY = Family(
     model_types=("qwen2_5_vl",),
     fp32_layers=("blocks.{last}.mlp.down_proj",),
     fp32_norms=("merger.ln_q",),
+    tree_attention=True,
     prepare=batch_vision_windows,
 )

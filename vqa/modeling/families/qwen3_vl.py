@@ -9,4 +9,5 @@ FAMILY = Family(
     model_types=("qwen3_vl",),
     fp32_layers=("blocks.*.mlp.linear_fc?",),
     fp32_norms=("blocks.*.norm?", "merger.norm", "deepstack_merger_list.*.norm"),
+    tree_attention=True,
 )

@@ -1,0 +1,106 @@
+"""Several suffixes of one prefix in one forward pass, each with the result that it has alone.
+
+A row of the batch is one sequence: `prefix, suffix 1, ..., suffix K`. A token sees the prefix and its own suffix up to
+itself (tree attention), and every suffix continues the positions of the prefix. So system turn, image and question
+are computed once, also in the backward pass. A KV cache (vqa/modeling/shared_prefix.py) does the same for scoring.
+"""
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from vqa.core.compat import rope_positions
+from vqa.core.errors import UserError
+from vqa.modeling.families import FAMILIES, family_of_type
+from vqa.modeling.shared_prefix import head_reads, pad
+from vqa.modeling.vision import encode_images, unwrap_base_model
+
+TOKEN_KEYS = ("input_ids", "mm_token_type_ids")  # of the Collator's batch, with one entry for each token
+MODEL_KEYS = (*TOKEN_KEYS, "image_grid_thw")
+ALIGNMENT = 8  # SDPA's memory-efficient kernel copies a mask whose rows do not begin at multiples of 8 numbers
+
+
+def pack_suffixes(batch: dict, prefix_lengths: list[int], suffixes: list[list[list[int]]], pad_token_id: int) -> dict:
+    """A Collator's batch with each row cut off after its prefix and followed by its suffixes.
+
+    Args:
+        batch: of the Collator, padded on the left.
+        prefix_lengths: tokens of each row's prefix, image tokens included; a prefix ends in text.
+        suffixes: the token ids of each row's suffixes, without images; rows may have different numbers of them.
+
+    Changed keys: input_ids and mm_token_type_ids (rows, tokens), padded on the right; no attention_mask. New ones:
+        segment: int64 (rows, tokens): 0 in the prefix, k in the k-th suffix, -1 at padding;
+        suffix_end: int64 (rows, most suffixes), the column of each suffix's last token, -1 where a row has fewer.
+    """
+    of_tokens = {name: batch[name] for name in TOKEN_KEYS if name in batch}
+    packed: dict[str, list[torch.Tensor]] = {name: [] for name in (*of_tokens, "segment", "suffix_end")}
+    for i, (length, of_row) in enumerate(zip(prefix_lengths, suffixes)):
+        lengths = torch.tensor([length, *map(len, of_row)])
+        suffix_ids = torch.tensor([token for ids in of_row for token in ids])
+        mask = batch["attention_mask"][i].bool()
+        for name, values in of_tokens.items():
+            suffix = suffix_ids if name == "input_ids" else torch.zeros_like(suffix_ids)
+            packed[name].append(torch.cat([values[i][mask][:length], suffix]))
+        packed["segment"].append(torch.arange(len(lengths)).repeat_interleave(lengths))
+        packed["suffix_end"].append(lengths.cumsum(0)[1:] - 1)
+    padding = {"input_ids": pad_token_id, "segment": -1, "suffix_end": -1}
+    kept = {name: values for name, values in batch.items() if name != "attention_mask"}
+    return kept | {name: pad(values, padding.get(name, 0), "right") for name, values in packed.items()}
+
+
+def tree_logits(model: nn.Module, batch: dict, columns: torch.Tensor) -> torch.Tensor:
+    """Logits float32 (rows, columns, vocabulary) of a batch of `pack_suffixes` at `columns` (rows, columns) alone.
+
+    What is returned for a column of -1 has no meaning.
+    """
+    return _run(model, batch, columns, logits=True)
+
+
+def tree_hidden_states(model: nn.Module, batch: dict, columns: torch.Tensor) -> torch.Tensor:
+    """Hidden states float32 (rows, columns, hidden), as the output layer would read them; see `tree_logits`."""
+    return _run(model, batch, columns, logits=False)
+
+
+def _run(model: nn.Module, batch: dict, columns: torch.Tensor, logits: bool) -> torch.Tensor:
+    base = unwrap_base_model(model)
+    inputs = {name: batch[name] for name in MODEL_KEYS if name in batch}
+    if "pixel_values" in batch or "image_features" in batch:  # rows without an image have none
+        inputs["mm_encoder_outputs"] = encode_images(model, batch)["mm_encoder_outputs"]
+    inputs["position_ids"] = tree_positions(base, batch)
+    inputs["attention_mask"] = tree_mask(batch["segment"], base.dtype)
+    with head_reads(base, columns.clamp(min=0), logits) as hidden_states:
+        output = model(**inputs, use_cache=False).logits
+    return (output if logits else hidden_states[0]).float()
+
+
+def tree_mask(segment: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What SDPA adds to attention scores, (rows, 1, tokens, tokens): 0 where a token sees another one, else -inf."""
+    rows, tokens = segment.shape
+    seen = ((segment[:, None] == 0) | (segment[:, None] == segment[..., None])).tril()
+    mask = torch.zeros(rows, 1, tokens, tokens + -tokens % ALIGNMENT, dtype=dtype, device=segment.device)
+    return mask[..., :tokens].masked_fill_(~seen[:, None], float("-inf"))
+
+
+def tree_positions(base: nn.Module, batch: dict) -> torch.Tensor:
+    """Positions of the tokens, int64 (rows, tokens), or (3, rows, tokens) in time, height and width."""
+    segment = batch["segment"]
+    inputs = {name: batch[name] for name in MODEL_KEYS if name in batch}
+    positions = rope_positions(base, inputs | {"attention_mask": (segment == 0).long()})
+    column = torch.arange(segment.shape[1], device=segment.device)
+    begins = segment.diff(prepend=segment[:, :1] - 1, dim=1) != 0
+    in_suffix = column - (column * begins).cummax(1).values
+    # The prefix ends in text, so its last token has its largest position, in each coordinate.
+    last = positions.masked_fill(segment != 0, 0).amax(-1, keepdim=True)
+    return torch.where(segment == 0, positions, last + 1 + in_suffix)
+
+
+def check_tree_attention(model: str, field: str, trust_remote_code: bool = False) -> None:
+    """Raise UserError where the model's own attention rules do not allow it; reads the config alone."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    of_layers = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if not family_of_type(config.model_type).tree_attention or of_layers != {"full_attention"}:
+        able = [kind for kind, family in FAMILIES.items() if family.tree_attention]
+        raise UserError(
+            f"{field}: the attention of {model} ({config.model_type}) cannot keep several suffixes of a row apart. "
+            f"Leave it out, or use a model of type {', '.join(able)}."
+        )
