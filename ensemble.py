@@ -50,7 +50,7 @@ def main() -> None:
     models = group_models(files)
     ids, stack = join(files)
     test_csv, sample = find_test_csv(files[0], args.sample)
-    run = run_args(Path(files[0]))
+    run = run_args(*files)
     choices = read_choices(test_csv, run.get("columns")) if test_csv else {}
     if test_csv:
         check_offered(test_csv, ids, stack.max(0), choices)

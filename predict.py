@@ -4,6 +4,7 @@
     python predict.py checkpoints/fold? --num_permutations 4 --scales 0.9 1.0 1.1          # test-time augmentation
     python predict.py checkpoints/fold? --num_permutations 4 --scales 0.9 1.0 1.1 --oof    # which views help?
     python predict.py --base args/fold0.json             # the untrained base model, as a baseline
+    python predict.py --base args/fold0.json --oof       # its out-of-fold file, to make it a member of an ensemble
     accelerate launch predict.py checkpoints/fold?       # on several GPUs
 
 Each fold predicts with the prompt, image size and base model that it was trained with. Test-time augmentation (TTA)
@@ -12,7 +13,8 @@ of the image. The plain view alone is written to plain/.
 
 --oof predicts each fold's validation rows and prints what each view gains: accuracy with its 95 % interval (low,
 high), log-loss, the p-value of McNemar's test against the line above, and the flags to use. ensemble.py tunes on these
-files if a prediction was made in the same views.
+files if a prediction was made in the same views. The base model was trained on no row, so its out-of-fold rows are all
+rows of the training CSV.
 
 An interrupted run continues with the view at which it stopped. A finished file is not predicted again.
 """
@@ -142,8 +144,8 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     if min(args.scales) <= 0 or min(args.num_permutations, args.num_paraphrases) < 1:
         raise UserError("--scales must be above 0; --num_permutations and --num_paraphrases must be at least 1.")
     check_workers(args.workers, "--workers")
-    if args.oof and args.base:
-        raise UserError("--oof is for folds: the base model has no validation rows. Leave out --base.")
+    if args.oof and args.base and args.folds:
+        raise UserError("--oof predicts all training rows with the base model. Predict the folds in another command.")
     return args, non_default_args(parser, args)
 
 

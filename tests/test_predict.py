@@ -446,10 +446,27 @@ def test_an_ensemble_is_tuned_on_out_of_fold_rows_of_the_same_views(predict_rows
     assert code == 0 and "predicted with TTA, but the out-of-fold rows without" in output, error
 
 
+def test_the_untrained_base_is_a_member_with_all_rows_out_of_fold(predict_rows, folds, trained, script, tmp_path):
+    """The training rows of this contest are also its test rows, which the base predicts without --oof."""
+    outputs, base = tmp_path / "outputs", ["--base", trained / "args" / "fold0.json"]
+    assert predict_rows(*base, of=folds)[0] == 0
+    files = [outputs / "fold0.csv", outputs / "fold1.csv", outputs / "base" / "base.csv"]
+    code, output, error = script("ensemble", *files)
+    assert code == 0 and "base.csv is missing. Run `predict.py --base ARGS.json --oof`" in output, error
+    code, output, error = predict_rows(*base, "--oof", of=[])
+    assert code == 0, error
+    ids, oof = read_predictions(outputs / "base" / "oof" / "base.csv")
+    assert (ids, oof.tolist()) == (read_predictions(files[2])[0], read_predictions(files[2])[1].tolist())
+    code, output, error = script("ensemble", *files, "--method", "stack")
+    answers = pd.read_csv(trained / "data" / "train.csv").set_index("id")["answer"]
+    right = (pd.read_csv(files[2], index_col="id")["answer"] == answers).mean()
+    assert code == 0 and f"{files[2]}: out-of-fold accuracy {right:.4f}" in output and "24 rows" in output, error
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--base", "args/demo/fold0.json"], "--oof is for folds"),
+        (["--base", "args/demo/fold0.json"], "--oof predicts all training rows with the base model"),
         (["--csv", "small"], "out-of-fold rows of fold0 are not in it"),
         (["--weights", "swa"], "no oof.csv"),
     ],

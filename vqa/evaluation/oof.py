@@ -5,7 +5,8 @@ as outputs/7b/fold0.csv and outputs/7b/fold1.csv. The folds' validation rows tog
 on which models are tuned against each other. Folds of one model have no such rows in common.
 
 The out-of-fold file of a prediction is the one in oof/ beside it, if `predict.py --oof` made it with the same weights
-in the same views, and otherwise the one that training wrote beside the adapter.
+in the same views, and otherwise the one that training wrote beside the adapter. The untrained base model has only the
+former; its out-of-fold rows are all rows.
 """
 
 import itertools
@@ -90,7 +91,7 @@ def load_oof(
             f"{preview(plain_only)}: predicted with TTA, but the out-of-fold rows without. Run `predict.py --oof` "
             "with the same flags."
         )
-    labels = _read_labels(next(iter(oof_files.values())), labels_csv, columns)
+    labels = _read_labels(list(oof_files.values()), labels_csv, columns)
     parts = {}
     for name, files in models.items():
         folds = [_read_checked(file, oof_files[file], labels) for file in files]
@@ -106,7 +107,8 @@ def load_oof(
             )
     stack, ids = np.stack([values[ids.get_indexer(order)] for ids, values in parts.values()]), list(order)
     width = int(np.flatnonzero((stack > 0).any((0, 1)))[-1]) + 1  # letters up to the last that any row offers
-    scores = [read_card(file).get("validation") or {} for files in models.values() for file in files]
+    cards = [read_card(file) for file in oof_files]
+    scores = [card.get("validation") or {} for card in cards if card.get("weights") != "base"]
     reference = pooled_reference(scores, chance_accuracy(stack[0]))
     return OOFPredictions(ids, stack[..., :width], labels.answers(ids), labels.clusters(ids), labels, reference)
 
@@ -141,31 +143,41 @@ def _oof_file(file: str, given: Mapping[str, str] | None) -> Path:
     if given is not None:
         return Path(given[file])
     card, with_views = read_card(file), Path(file).parent / "oof" / Path(file).name
+    if card and with_views.is_file() and all(read_card(with_views).get(k) == card.get(k) for k in SAME_PREDICTION):
+        return with_views
+    if card.get("weights") == "base":
+        raise MissingOOFError(f"{file}: {with_views} is missing. Run `predict.py --base ARGS.json --oof`.")
     if not card.get("adapter"):
         raise MissingOOFError(f"{file}: no card beside it names its adapter. Give --oof FILES and --labels train.csv.")
-    if with_views.is_file() and all(read_card(with_views).get(key) == card.get(key) for key in SAME_PREDICTION):
-        return with_views
     path = Path(card["adapter"], "oof.csv")
     if not path.is_file():
         raise MissingOOFError(f"{path}: no such file. Give the out-of-fold files with --oof, and --labels train.csv.")
     return path
 
 
-def run_args(oof: Path) -> dict:
-    """The args.json of the run that an out-of-fold file belongs to: beside the adapter or one folder above."""
-    adapter = Path(read_card(oof).get("adapter") or oof.parent)
-    paths = (adapter / "args.json", adapter.parent / "args.json")
-    return next((read_json(path) for path in paths if path.is_file()), {})
+def run_args(*files: str | Path) -> dict:
+    """The args.json of the first run among those that prediction or out-of-fold files belong to; {} without any.
+
+    It is beside the adapter or one folder above.
+    """
+    for file in files:
+        adapter = Path(read_card(file).get("adapter") or Path(file).parent)
+        for path in (adapter / "args.json", adapter.parent / "args.json"):
+            if path.is_file():
+                return read_json(path)
+    return {}
 
 
-def _read_labels(oof: Path, csv: str | None, columns: Mapping | str | None) -> Labels:
-    """The answers in `csv`; by default those in the run's training CSV, read as training read it."""
-    args = run_args(oof)
+def _read_labels(oof_files: Sequence[Path], csv: str | None, columns: Mapping | str | None) -> Labels:
+    """The answers in `csv`; by default those in a run's training CSV, read as training read it."""
+    args = run_args(*oof_files) or read_card(oof_files[0])  # the card of a base model's file has train_csv, too
     if csv and csv != args.get("train_csv"):
         return Labels(csv, columns)
     csv = args.get("train_csv")
     if not csv or not Path(csv).is_file():
-        raise MissingOOFError(f"{oof}: the training CSV is {csv or 'unknown'}, which is no file. Give it as --labels.")
+        raise MissingOOFError(
+            f"{oof_files[0]}: the training CSV is {csv or 'unknown'}, which is no file. Give it as --labels."
+        )
     return Labels(csv, columns or args.get("columns"), args.get("answer_form"))
 
 

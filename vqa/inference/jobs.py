@@ -29,12 +29,18 @@ def read_test_rows(csv: str, image_root: str | None, skip_bad_images: bool, read
 def read_oof_rows(
     csv: str, image_root: str | None, skip_bad_images: bool, checkpoints: Sequence[Checkpoint], reader: Mapping
 ) -> list[list[Row]]:
-    """For each checkpoint the rows of its out-of-fold file, with their answers from the training CSV."""
+    """For each checkpoint the rows of its out-of-fold file, with their answers from the training CSV.
+
+    Those of the untrained base model are all rows.
+    """
     rows = _with_images(read_rows(csv, image_root, with_answer=True, **reader), csv, skip_bad_images)
     by_id, folds = {row["id"]: row for row in rows}, []
     for item in checkpoints:
-        oof = item.adapter and item.adapter / "oof.csv"
-        if not oof or not oof.is_file():
+        if item.adapter is None:
+            folds.append(rows)
+            continue
+        oof = item.adapter / "oof.csv"
+        if not oof.is_file():
             raise UserError(f"{item.adapter}: no oof.csv, so it was validated on no rows. Leave it out with --oof.")
         ids, _ = read_predictions(oof)
         if unknown := [row_id for row_id in ids if row_id not in by_id]:
@@ -89,12 +95,15 @@ def make_jobs(
     gate: float | None = None,
     output_dir: str | None = None,
 ) -> list[Job]:
-    """A job for each checkpoint and its views. The untrained base model is a baseline and gets the plain view only."""
+    """A job for each checkpoint and its views.
+
+    Beside folds, the untrained base model is a baseline and gets the plain view only.
+    """
     jobs = []
     for item, own_views in zip(checkpoints, views):
-        folder = Path(output_dir or item.output_dir, *(["oof"] if oof else []))
-        path = folder / (f"{item.name}.csv" if item.adapter else "base/base.csv")
-        own_views = own_views if item.adapter else own_views[:1]
+        folder = Path(output_dir or item.output_dir, *([] if item.adapter else ["base"]), *(["oof"] if oof else []))
+        path = folder / f"{item.name}.csv"
+        own_views = own_views if item.adapter or len(checkpoints) == 1 else own_views[:1]
         model = item.fingerprint(base_fingerprint)
         key = view_fingerprint(f"{model} {gate}", [row for view in own_views for row in view.changed_rows()])
         jobs.append(Job(item, own_views, path, csv, oof, gate, model, key))
