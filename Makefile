@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 WORKERS := 2
 pytest := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-fast test-gpu lint soak ladder pictures lock
+.PHONY: help demo test test-fast test-gpu lint soak bench ladder pictures lock
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,7 +40,10 @@ soak: $(ready) ## kill and resume a fold of the demo ten times; SOAK="--kills 3 
 	python make_folds.py args/demo/fold0.json
 	python tests/soak.py $(SOAK)
 
-ladder: $(ready) ## measure what each technique adds, over three seeds: 16 minutes; continues where it stopped
+bench: $(ready) ## measure EMA, folds and permutations on a contest of 20,000 rows: hours on two cores, minutes on a GPU
+	python benchmarks/ladder.py --rungs EMA SWA "3 folds, 4 permutations" $(LADDER)
+
+ladder: $(ready) ## measure every technique over three seeds, on GPUs: LADDER="--gpus 4 --jobs 20"; continues where it stopped
 	python benchmarks/ladder.py $(LADDER)
 
 pictures: $(ready) ## draw the pictures of the README and docs/ again; needs chromium and a finished demo

@@ -1,245 +1,451 @@
-"""Measure what each technique adds, on a larger demo contest whose test answers are known.
+"""Measure what each technique adds, on the drawn contest of bench_contest.py, whose test answers are known.
 
-    make ladder                                            # three seeds; the table goes to outputs/ladder/ladder.md
-    python benchmarks/ladder.py --seeds 42 --train_rows 60 --test_rows 100 --max_steps 8      # a quick look
+    make bench                                # the rungs that take about an hour on two cores
+    make ladder                               # every rung: minutes on a few GPUs
+    python benchmarks/ladder.py --rungs EMA "3 folds" --seeds 42 --train_rows 300 --test_rows 200     # a quick look
 
-Each seed makes its own folds and trains its own models with the documented command lines: train_fold.py for a
-baseline, three folds, and three folds with larger images; predict.py for raw, EMA and SWA weights and with TTA. All
-seeds predict the same test rows. Each rung is compared with the rung that it builds on, over all seeds at once, with
-intervals clustered by row. Run again, the script continues where it stopped.
+rungs.py says what is trained and compared. Each seed makes its own folds and trains its own models by the documented
+command lines, and all seeds predict the same test rows. Each rung is compared with the rung that it builds on. Run
+again, the script continues where it stopped.
+
+The test takes both the rows and the seeds as drawn at random: the variance of a difference is that over rows plus that
+over seeds, without what both contain. Three seeds measure their variance badly, so it is pooled over all rungs.
+`--check_seeds 9` trains one fold with nine more seeds and checks the test itself. Ten times it compares three of these
+twelve models with three others: as they are (no effect), and with one point planted in the second three.
 """
 
 import argparse
+import itertools
+import multiprocessing
 import os
 import platform
-import subprocess
+import runpy
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from vqa.core.errors import UserError, run_main  # noqa: E402
+from rungs import ONE, RUNGS, RUNS, VIEWS, Run  # noqa: E402
+
+from vqa.core.cli import make_parser  # noqa: E402
+from vqa.core.errors import UserError, preview, run_main  # noqa: E402
 from vqa.core.io import atomic_write, read_json, write_json  # noqa: E402
-from vqa.data.predictions import join, validation_scores  # noqa: E402
+from vqa.data.predictions import join  # noqa: E402
 from vqa.data.table import read_table  # noqa: E402
-from vqa.evaluation.ensembling import ensemble, fit, score_weights  # noqa: E402
 from vqa.evaluation.labels import Labels  # noqa: E402
-from vqa.evaluation.metrics import accuracy, row_log_loss  # noqa: E402
-from vqa.evaluation.oof import WEIGHTS, load_oof  # noqa: E402
-from vqa.evaluation.significance import WORDS, compare  # noqa: E402
+from vqa.evaluation.metrics import NOISE, row_log_loss  # noqa: E402
 
-FOLDS = 3
-LARGER = 154  # px, against the demo's 126
-PERMUTATIONS, SCALES = ["--num_permutations", "4"], ["--scales", "0.9", "1.0", "1.1"]
-MAJORITY = "3 folds, majority"  # votes are not probabilities, so it has no log-loss
-# Each rung, and the rung that it builds on.
-RUNGS = {
-    "base model, untrained": None,
-    "200 rows, one epoch": "base model, untrained",
-    "one fold": "200 rows, one epoch",
-    "one fold, EMA": "one fold",
-    "one fold, SWA": "one fold",
-    MAJORITY: "one fold",
-    "3 folds, weighted": "one fold",
-    "3 folds, raw + EMA + SWA stacked": "3 folds, weighted",
-    "3 folds, + permutations": "3 folds, weighted",
-    "3 folds, + permutations + scales": "3 folds, + permutations",
-    "3 folds, + permutations + larger images": "3 folds, + permutations",
-}
-# Every rung against the rung it builds on, and at the end the best cheap one against a single fold.
-COMPARED = [*RUNGS.items(), ("3 folds, + permutations", "one fold")]
+BASE = ROOT / "args" / "bench" / "base.json"
+REPETITIONS, PLANTED = 10, 0.01  # of the check of the test
+CHECKED = f"plain/{RUNGS[ONE].files[0].split('/')[1]}"
 
 
 def main() -> None:
     args, start = parse_args(), time.time()
-    places = Places(Path(args.root))
-    draw_contest(places, args)
-    steps = [(seed, words) for seed in args.seeds for words in commands(places, seed, args)]
-    with tqdm(total=len(steps), desc="ladder", unit=" commands") as bar, ThreadPoolExecutor(args.jobs) as pool:
-
-        def run_seed(seed: int) -> None:
-            for words in [words for other, words in steps if other == seed]:
-                run_command(words, places.outputs / f"{seed}.log", args.jobs)
-                bar.update()
-
-        list(pool.map(run_seed, args.seeds))
-    table = compare_rungs([read_rungs(places, seed) for seed in args.seeds], Labels(places.data / "test_answers.csv"))
-    write_table(places.outputs, table, args, time.time() - start)
+    root = Path(args.root)
+    data, outputs = root / "data" / "bench", root / "outputs" / "ladder"
+    wanted = list(itertools.chain.from_iterable(RUNGS[name].files for name in args.rungs))
+    seeds = [Seed(seed, root, args, wanted) for seed in args.seeds]
+    extra = [Seed(1000 + number, root, args, [CHECKED]) for number in range(args.check_seeds)]
+    commands = [command for seed in [*seeds, *extra] for command in seed.commands()]
+    run_commands(draw_commands(data, args), args)
+    failed = run_commands(commands, args)
+    labels = Labels(data / "test_answers.csv")
+    result = describe(args, time.time() - start) | {"failed": failed}
+    result["rungs"] = compare_rungs({name: read_rung(name, seeds) for name in args.rungs}, labels, seeds)
+    if extra:
+        result["check"] = check_test([seed.right(CHECKED, labels) for seed in [*seeds, *extra]])
+    write_json(outputs / "ladder.json", result)
+    text = markdown(result)
+    print(f"\n{text}")
+    with atomic_write(outputs / "ladder.md") as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+    if failed:
+        raise UserError(f"{len(failed)} commands failed: {preview(failed)}. Their rungs are not in the table.")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="(default: 42 43 44)")
-    parser.add_argument("--train_rows", type=int, default=360, help="of the contest (default: 360)")
-    parser.add_argument("--test_rows", type=int, default=600, help="of the contest (default: 600)")
-    parser.add_argument("--max_steps", type=int, help="optimiser steps of each training (default: as in args/demo)")
-    parser.add_argument("--jobs", type=int, default=3, help="seeds that run at the same time (default: 3)")
-    parser.add_argument("--root", default=".", help="where data/, checkpoints/ and outputs/ are (default: here)")
-    return parser.parse_args()
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--rungs", nargs="+", metavar="RUNG", default=list(RUNGS), help="(default: all; their own bases are added)")
+    add("--seeds", type=int, nargs="+", default=[42, 43, 44], help="(default: 42 43 44)")
+    add("--check_seeds", type=int, default=0, metavar="N", help="more seeds, to check the test itself (default: 0)")
+    add("--train_rows", type=int, default=20_000, help="of the contest (default: 20000)")
+    add("--test_rows", type=int, default=10_000, help="of the contest (default: 10000)")
+    add("--model", help="folder of the base model (default: as in args/bench)")
+    add("--max_steps", type=int, help="optimiser steps of each training (default: as in args/bench)")
+    add("--jobs", type=int, default=2, help="processes at the same time (default: 2)")
+    add("--gpus", type=int, help="GPUs to share among them (default: all that CUDA_VISIBLE_DEVICES has)")
+    add("--max_minutes", type=float, help="begin no further command after so many minutes")
+    add("--root", default=".", help="where data/, checkpoints/ and outputs/ are (default: here)")
+    args = parser.parse_args()
+    if unknown := [name for name in args.rungs if name not in RUNGS]:
+        raise UserError(f"no rung {preview(unknown)}. The rungs are: {', '.join(RUNGS)}.")
+    chosen = set(args.rungs)
+    while bases := {RUNGS[name].before for name in chosen} - chosen - {None}:
+        chosen |= bases
+    args.rungs = [name for name in RUNGS if name in chosen]
+    return args
 
 
-class Places:
-    """The ladder's folders."""
+class Command(NamedTuple):
+    """One of the project's command lines. It can begin when the files `needs` are there."""
 
-    def __init__(self, root: Path):
-        self.data, self.checkpoints, self.outputs = (
-            root / name / "ladder" for name in ("data", "checkpoints", "outputs")
+    words: list[str]
+    needs: list[Path]
+    makes: list[Path]
+    log: Path
+    cost: float
+
+
+class Seed:
+    """What the ladder trains and predicts with one seed: command lines, folders and prediction files."""
+
+    def __init__(self, seed: int, root: Path, args: argparse.Namespace, wanted: Sequence[str]):
+        self.seed, self.args, self.data = seed, args, root / "data" / "bench"
+        self.cache = root / "checkpoints" / "ladder" / "vision_cache"
+        self.models, self.outputs = (root / name / "ladder" / str(seed) for name in ("checkpoints", "outputs"))
+        self.folds_csv = self.data / f"folds_{seed}.csv"
+        wanted = list(dict.fromkeys(wanted))
+        # "plain" is the first view of "permutations"; it is not predicted twice.
+        self.wanted = [name for name in wanted if name.replace("plain/", "permutations/") not in {*wanted} - {name}]
+
+    def commands(self) -> list[Command]:
+        """In no order: each says what it needs. Writes the args files that they name."""
+        predicted = [name.split("/") for name in self.wanted]
+        runs = self.with_needs({run for _, run in predicted if run != "base"})
+        first = self.write_args("base", Run({"fold": 0}))
+        flags = ["--folds", "3", "--seed", str(self.seed)]
+        commands = [self.command(["make_folds.py", str(first), *flags], [], [self.folds_csv], 99)]
+        for name in runs:
+            run = RUNS[name]
+            words = ["train_fold.py", str(self.write_args(name, run)), "--resume_from_checkpoint", "auto"]
+            needs = [self.folds_csv, *map(self.finished, run.needs)]
+            commands.append(self.command(words, needs, [self.finished(name)], run.cost))
+        for (view, *_), names in grouped(predicted):
+            words = ["predict.py", *(["--base", str(first)] if names == ["base"] else map(self.folder, names))]
+            words += [*VIEWS[view], "--output_dir", str(self.outputs / view), "--check_generation", "0"]
+            needs = [self.folds_csv] if names == ["base"] else [self.finished(name) for name in names]
+            commands.append(self.command(words, needs, [self.file(f"{view}/{name}") for name in names], 10))
+        return commands
+
+    def command(self, words: list[str], needs: list[Path], makes: list[Path], cost: float) -> Command:
+        return Command(
+            words, needs, makes, self.outputs / "logs" / f"{makes[0].parent.name}_{makes[0].stem}.log", cost
         )
 
+    def with_needs(self, runs: set[str]) -> list[str]:
+        while more := {need for name in runs for need in RUNS[name].needs} - runs:
+            runs = runs | more
+        return [name for name in RUNS if name in runs]
 
-def draw_contest(places: Places, args: argparse.Namespace) -> None:
-    wanted, answers = (args.train_rows, args.test_rows), places.data / "test_answers.csv"
-    if answers.is_file():  # it is written last
-        found = tuple(len(read_table(places.data / name, ("id",))) for name in ("train.csv", answers.name))
-        if found != wanted:
-            raise UserError(f"{places.data} has {found} rows (train, test) instead of {wanted}; delete that folder")
-        return
+    def write_args(self, name: str, run: Run) -> Path:
+        path = self.outputs / "args" / f"{name}.json"
+        fields = {
+            "extends": os.path.relpath(BASE, path.parent),
+            "train_csv": str(self.data / "train.csv"),
+            "test_csv": str(self.data / "test.csv"),
+            "folds_csv": str(self.folds_csv),
+            "vision_cache_dir": str(self.cache),
+            "output_dir": self.folder(name),
+            "seed": self.seed,
+        } | {key: self.filled(value) for key, value in run.fields.items()}
+        fields |= {key: value for key in ("model", "max_steps") if (value := getattr(self.args, key))}
+        write_json(path, fields)
+        return path
+
+    def filled(self, value):
+        if isinstance(value, list):
+            return [self.filled(item) for item in value]
+        return value.format(seed=self.seed, folder=self.models, data=self.data) if isinstance(value, str) else value
+
+    def folder(self, run: str) -> str:
+        return str(self.models / run)
+
+    def finished(self, run: str) -> Path:
+        return self.models / run / "metrics.json"
+
+    def file(self, name: str) -> Path:
+        """The prediction file of `view/run`."""
+        view, run = name.split("/")
+        if run == "base":
+            return self.outputs / view / "base" / "base.csv"
+        if view == "plain" and name not in self.wanted:
+            return self.outputs / "permutations" / "plain" / f"{run}.csv"
+        return self.outputs / view / f"{run}.csv"
+
+    def seconds(self, names: Sequence[str]) -> float:
+        """Of training the models of the files `view/run`, without those that they needed."""
+        runs = {name.split("/")[1] for name in names} - {"base"}
+        return sum(read_json(self.finished(run))["seconds"] for run in runs)
+
+    def right(self, name: str, labels: Labels) -> np.ndarray:
+        """Which rows the file `view/run` has right, bool (rows,)."""
+        ids, (probs,) = join([self.file(name)])
+        return probs.argmax(1) == labels.answers(ids)
+
+
+def grouped(predicted: Sequence[Sequence[str]]) -> Iterator[tuple[tuple, list[str]]]:
+    """(view and settings, runs) that one command can predict: runs with the same prompts and image size."""
+
+    def key(item: Sequence[str]) -> tuple:
+        fields = RUNS[item[1]].fields if item[1] != "base" else {"base": 1}
+        return item[0], *(str(fields.get(name)) for name in ("base", "image_size", "score", "crops"))
+
+    for group, items in itertools.groupby(sorted(predicted, key=key), key=key):
+        yield group, [run for _, run in items]
+
+
+def draw_commands(data: Path, args: argparse.Namespace) -> list[Command]:
+    """The contest, and a second data set in the style of the base model's own training."""
     rows = ["--train_rows", str(args.train_rows), "--test_rows", str(args.test_rows)]
-    run_command(["data/make_demo.py", *rows, "--output_dir", str(places.data)], places.outputs / "contest.log", 1)
+    commands = []
+    for folder, flags in ((data, []), (data / "home", ["--domain", "home"])):
+        answers = folder / "test_answers.csv"
+        if answers.is_file():  # it is written last
+            found = [len(read_table(folder / name, ("id",))) for name in ("train.csv", answers.name)]
+            if found != [args.train_rows, args.test_rows]:
+                raise UserError(f"{folder} has {found} rows (train, test), not those asked for. Delete that folder.")
+        words = ["benchmarks/bench_contest.py", "--output_dir", str(folder), *rows, *flags]
+        commands.append(Command(words, [], [answers], data / f"{folder.name}.log", 1))
+    return commands
 
 
-def commands(places: Places, seed: int, args: argparse.Namespace) -> list[list[str]]:
-    """The command lines of one seed, in order. Writes the args files that they name."""
-    checkpoints, outputs = places.checkpoints / str(seed), places.outputs / str(seed)
-    folds, larger = ([f"{kind}fold{i}" for i in range(FOLDS)] for kind in ("", "larger/"))
-    runs = {name: {"fold": i} for i, name in enumerate(folds)}
-    runs |= {name: {"fold": i, "image_size": LARGER} for i, name in enumerate(larger)}
-    runs["baseline"] = {"fold": 0, "max_train_rows": 200, "num_train_epochs": 1}
-    files = {name: outputs / "args" / f"{name}.json" for name in runs}
-    for name, fields in runs.items():
-        shared = {
-            "extends": os.path.relpath(ROOT / "args" / "demo" / "base.json", files[name].parent),
-            "train_csv": str(places.data / "train.csv"),
-            "test_csv": str(places.data / "test.csv"),
-            "folds_csv": str(places.data / f"folds_{seed}.csv"),
-            "vision_cache_dir": str(places.checkpoints / "vision_cache"),
-            "output_dir": str(checkpoints / name),
-            "seed": seed,
-        }
-        write_json(files[name], shared | fields | ({"max_steps": args.max_steps} if args.max_steps else {}))
-
-    def predict(output: str, names: list[str], *flags: str) -> list[str]:
-        checked = ["--check_generation", "0", "--output_dir", str(outputs / output)]
-        return ["predict.py", *(str(checkpoints / name) for name in names), *flags, *checked]
-
-    return [
-        ["make_folds.py", str(files["fold0"]), "--folds", str(FOLDS), "--seed", str(seed)],
-        *(["train_fold.py", str(file), "--resume_from_checkpoint", "auto"] for file in files.values()),
-        predict("raw", ["baseline", *folds], "--weights", "raw", "--base", str(files["fold0"])),
-        predict("ema", folds, "--weights", "ema"),
-        predict("swa", folds, "--weights", "swa"),
-        predict("permutations", folds, *PERMUTATIONS),
-        predict("scales", folds, *PERMUTATIONS, *SCALES),
-        predict("larger", larger, *PERMUTATIONS),
-    ]
+def run_commands(commands: list[Command], args: argparse.Namespace) -> list[str]:
+    """Run what is not finished, the expensive commands first, `jobs` at a time; returns the names of failed logs."""
+    todo = [command for command in commands if not all(map(Path.exists, command.makes))]
+    todo.sort(key=lambda command: -command.cost)
+    if not todo:
+        return []
+    end = time.time() + 60 * (args.max_minutes or 1e9)
+    context, failed, running = multiprocessing.get_context("spawn"), [], {}
+    jobs = min(args.jobs, len(todo))
+    with (
+        ProcessPoolExecutor(jobs, context, set_environment, (context.Value("i", 0), jobs, gpus(args))) as pool,
+        tqdm(total=len(todo), desc="ladder", unit=" commands") as bar,
+    ):
+        while todo or running:
+            ready = [command for command in todo if all(map(Path.exists, command.needs))]
+            for command in ready[: jobs - len(running)] if time.time() < end else []:
+                todo.remove(command)
+                running[pool.submit(run_command, command)] = command
+            if not running:  # what is left needs a command that failed, or the time is over
+                return failed + [str(command.log) for command in todo]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                command = running.pop(future)
+                failed += [] if future.result() == 0 else [str(command.log)]
+                bar.update()
+    return failed
 
 
-def run_command(words: list[str], log: Path, jobs: int) -> None:
-    """Run one of the project's scripts; its output is appended to `log`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
-    with open(log, "a", encoding="utf-8") as file:
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env=os.environ | threads | one_gpu,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    if done.returncode:
-        raise UserError(f"`python {' '.join(words)}` failed with exit code {done.returncode}; see {log}")
+def gpus(args: argparse.Namespace) -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [str(number) for number in range(args.gpus)] if args.gpus else visible.split(",")
 
 
-def read_rungs(places: Places, seed: int) -> list[tuple[list[str], np.ndarray]]:
-    """(ids, probabilities (rows, letters)) of one seed's rungs, in the order of RUNGS."""
-    outputs, names = places.outputs / str(seed), [f"fold{i}.csv" for i in range(FOLDS)]
-    sets = {name: [outputs / name / file for file in names] for name in (*WEIGHTS, "permutations", "scales", "larger")}
-    best = [read_json(places.checkpoints / str(seed) / Path(name).stem / "metrics.json")["best"] for name in names]
-    chosen = [outputs / weights / name for weights, name in zip(best, names)]
-
-    def alone(file: Path) -> tuple[list[str], np.ndarray]:
-        ids, stack = join([file])
-        return ids, stack[0]
-
-    def weighted(files: list[Path]) -> tuple[list[str], np.ndarray]:
-        ids, stack = join(files)
-        return ids, ensemble(stack, "weighted", score_weights(validation_scores(files, "log_loss"), "log_loss"))
-
-    def stacked(models: dict[str, list[Path]]) -> tuple[list[str], np.ndarray]:
-        oof = load_oof({name: [str(file) for file in files] for name, files in models.items()})
-        ids, stack = join([file for files in models.values() for file in files])
-        members = stack.reshape(len(models), FOLDS, *stack.shape[1:]).mean(1)
-        return ids, fit("stack", oof.stack, oof.answers)(members)
-
-    ids, stack = join(chosen)
-    return [
-        alone(outputs / "raw" / "base" / "base.csv"),
-        alone(outputs / "raw" / "baseline.csv"),
-        *(alone(sets[weights][0]) for weights in WEIGHTS),
-        (ids, ensemble(stack, "majority")),
-        weighted(chosen),
-        stacked({weights: sets[weights] for weights in WEIGHTS}),
-        *(weighted(sets[name]) for name in ("permutations", "scales", "larger")),
-    ]
+def set_environment(counter, jobs: int, devices: list[str]) -> None:
+    """Give this process one of the GPUs and its share of the cores, before torch is imported."""
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
+    os.environ |= {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)], "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    os.chdir(ROOT)
 
 
-def compare_rungs(seeds: list[list[tuple[list[str], np.ndarray]]], labels: Labels) -> list[dict]:
-    """One line for each of COMPARED, over the rows of all seeds: a rung's scores, and its difference to another rung.
+def run_command(command: Command) -> int:
+    """Run a script as `python` would, in this process, which keeps the libraries; returns its exit code."""
+    command.log.parent.mkdir(parents=True, exist_ok=True)
+    before = os.dup(1), os.dup(2), sys.argv
+    with open(command.log, "a", encoding="utf-8") as log:
+        print("$ python", *command.words, file=log, flush=True)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.argv = [str(ROOT / command.words[0]), *command.words[1:]]
+        code: object = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(before[0], 1)
+            os.dup2(before[1], 2)
+            sys.argv = before[2]
+            for handle in before[:2]:
+                os.close(handle)
+    return code if isinstance(code, int) else 1
 
-    All seeds predict the same test rows, so the intervals are clustered by row.
+
+def read_rung(name: str, seeds: Sequence[Seed]) -> tuple[list[str], list[np.ndarray]] | None:
+    """(ids, each seed's probabilities (rows, letters)) of a rung; None where a command of it failed."""
+    rung, values, ids = RUNGS[name], [], []
+    for seed in seeds:
+        paths = [seed.file(file) for file in rung.files]
+        if not all(map(Path.is_file, paths)):
+            return None
+        ids, stack = join(paths)
+        values.append(rung.combine(paths, stack) if rung.combine else stack.mean(0))
+    return ids, values
+
+
+class Gap(NamedTuple):
+    """A mean difference over seeds and rows, its standard error and degrees of freedom."""
+
+    value: float
+    error: float
+    freedom: float
+
+    @property
+    def p_value(self) -> float:
+        return float(2 * stdtr(self.freedom, -abs(self.value) / self.error)) if self.error else 1.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        margin = float(stdtrit(self.freedom, 1 - NOISE / 2)) * self.error
+        return self.value - margin, self.value + margin
+
+    @property
+    def sign(self) -> int:
+        return int(np.sign(self.value)) if self.p_value < NOISE else 0
+
+
+def compare_all(gaps: Mapping[str, np.ndarray]) -> dict[str, Gap]:
+    """Tests of differences (seeds, rows), where both are drawn at random (crossed random effects).
+
+    With one seed only the rows count. With more, the variance between seeds is pooled over all `gaps`.
     """
-    ids = seeds[0][0][0]
-    answers = np.tile(labels.answers(ids), len(seeds))
-    clusters = {"row": np.tile(np.arange(len(ids)), len(seeds))}
-    values = {name: np.concatenate([rungs[i][1] for rungs in seeds]) for i, name in enumerate(RUNGS)}
-    table = []
-    for name, before in COMPARED:
-        right = accuracy(values[name].argmax(1) == answers, clusters)
-        line = {"rung": name, "accuracy": right.value, "low": right.low, "high": right.high}
-        line["log_loss"] = None if name == MAJORITY else float(row_log_loss(values[name], answers).mean())
-        line["seeds"] = (values[name].argmax(1) == answers).reshape(len(seeds), -1).mean(1).tolist()
-        if before:
-            result = compare(values[before], values[name], answers, clusters)
-            verdict = WORDS[result.signs[0]] if name == MAJORITY else result.words
-            line |= {"against": before, "p": result.p_value, "verdict": verdict}
-            line |= {"change": result.accuracy.value, "from": result.accuracy.low, "to": result.accuracy.high}
-        table.append(line)
-    return table
+    seeds, rows = next(iter(gaps.values())).shape
+    if seeds == 1:
+        return {
+            name: Gap(float(gap.mean()), float(gap[0].std(ddof=1) / rows**0.5), rows - 1) for name, gap in gaps.items()
+        }
+    over_rows, over_seeds = {}, {}
+    for name, gap in gaps.items():
+        rest = gap - gap.mean(0) - gap.mean(1, keepdims=True) + gap.mean()
+        both = (rest**2).sum() / ((seeds - 1) * (rows - 1)) / (seeds * rows)
+        over_rows[name] = gap.mean(0).var(ddof=1) / rows
+        over_seeds[name] = gap.mean(1).var(ddof=1) / seeds - both
+    pooled, freedom = max(0.0, float(np.mean(list(over_seeds.values())))), len(gaps) * (seeds - 1)
+    return {
+        name: Gap(float(gap.mean()), float((over_rows[name] + pooled) ** 0.5), freedom) for name, gap in gaps.items()
+    }
 
 
-def write_table(outputs: Path, table: list[dict], args: argparse.Namespace, seconds: float) -> None:
-    """Print the table, and write it to ladder.md and ladder.json."""
-    lines = [["what", "accuracy", "log-loss", "against", "change of accuracy", "verdict"], ["---"] * 6]
-    for line in table:
-        loss = "" if line["log_loss"] is None else f"{line['log_loss']:.3f}"
-        own = [line["rung"], f"{line['accuracy']:.1%} ({line['low']:.1%} to {line['high']:.1%})", loss]
-        change = [f"{100 * line[name]:+.1f}" for name in ("change", "from", "to")] if "against" in line else None
-        lines.append(
-            [*own, line["against"], "{} ({} to {})".format(*change), line["verdict"]] if change else [*own, "", "", ""]
-        )
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    made = {
+def compare_rungs(rungs: Mapping[str, tuple | None], labels: Labels, seeds: Sequence[Seed]) -> list[dict]:
+    """One line for each rung that could be read: its scores, and its difference to the rung that it builds on."""
+    read = {name: found for name, found in rungs.items() if found}
+    answers = labels.answers(next(iter(read.values()))[0]) if read else np.array([])
+    right = {name: np.stack([probs.argmax(1) == answers for probs in values]) for name, (_, values) in read.items()}
+    losses = {name: np.stack([row_log_loss(probs, answers) for probs in values]) for name, (_, values) in read.items()}
+    pairs = [(name, before) for name in read if (before := RUNGS[name].before) in read]
+    accuracies, log_losses = (
+        compare_all({name: table[name].astype(float) - table[before] for name, before in pairs}) if pairs else {}
+        for table in (right, losses)
+    )
+    lines = []
+    for name in read:
+        line = {
+            "rung": name,
+            "accuracy": float(right[name].mean()),
+            "seeds": right[name].mean(1).tolist(),
+            "log_loss": float(losses[name].mean()),
+            "seconds": round(float(np.mean([seed.seconds(RUNGS[name].files) for seed in seeds]))),
+        }
+        if name in accuracies:
+            gap, loss = accuracies[name], log_losses[name]
+            line |= {"against": RUNGS[name].before, "change": gap.value, "p": gap.p_value, "sign": gap.sign}
+            line |= {"from": gap.interval[0], "to": gap.interval[1], "log_loss_change": loss.value}
+            line |= {"log_loss_p": loss.p_value, "log_loss_sign": -loss.sign}
+        lines.append(line)
+    return lines
+
+
+def check_test(right: Sequence[np.ndarray], seeds: int = 3) -> dict:
+    """How often the test finds a planted effect, and one that is not there.
+
+    `right`: bool (rows,) of models that differ in their seed only. Each repetition draws `seeds` of them and as many
+    others. In the second comparison, one point of the rows that the others have wrong are made right, drawn for each
+    model.
+    """
+    rng, null, planted = np.random.default_rng(0), {}, {}
+    for repetition in range(REPETITIONS):
+        drawn = [right[i].astype(float) for i in rng.permutation(len(right))[: 2 * seeds]]
+        first, second = np.stack(drawn[:seeds]), np.stack(drawn[seeds:])
+        null[str(repetition)] = second - first
+        better = second.copy()
+        for model in better:
+            model[rng.choice(np.flatnonzero(model == 0), round(PLANTED * len(model)), replace=False)] = 1
+        planted[str(repetition)] = better - first
+    found = {"null": compare_all(null), "planted": compare_all(planted)}
+    return {
+        name: [{"change": gap.value, "p": gap.p_value} for gap in gaps.values()] for name, gaps in found.items()
+    } | {
+        "found": sum(gap.sign > 0 for gap in found["planted"].values()),
+        "rejected": sum(gap.sign != 0 for gap in found["null"].values()),
+        "repetitions": REPETITIONS,
+        "models": len(right),
+    }
+
+
+def describe(args: argparse.Namespace, seconds: float) -> dict:
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    if "torch" in sys.modules or any(device for device in gpus(args)):
+        import torch
+
+        machine += f", {len(gpus(args))} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return {
         "command": " ".join(["python benchmarks/ladder.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine,
         "seconds": round(seconds),
         "seeds": args.seeds,
         "rows": {"train": args.train_rows, "test": args.test_rows},
     }
-    seeds = f"{len(args.seeds)} seeds, {args.train_rows} training and {args.test_rows} test rows"
+
+
+WORDS = {1: "better", -1: "worse", 0: "within noise"}
+
+
+def markdown(result: dict) -> str:
+    """The table, the check of the test, and the command."""
+    lines = [["what", "accuracy, %", "log-loss", "seconds", "against", "change, points", "p", "verdict"], ["---"] * 8]
+    for line in result["rungs"]:
+        own = [line["rung"], f"{100 * line['accuracy']:.1f}", f"{line['log_loss']:.3f}", str(line["seconds"])]
+        if "against" not in line:
+            lines.append([*own, "", "", "", ""])
+            continue
+        change = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * line[key] for key in ("change", "from", "to")))
+        verdict = WORDS[line["sign"]]
+        if line["log_loss_sign"] != line["sign"]:
+            verdict += f", {WORDS[line['log_loss_sign']]} in log-loss"
+        lines.append([*own, line["against"], change, f"{line['p']:.2g}", verdict])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    rows = result["rows"]
     notes = (
-        f"`{made['command']}`, {made['machine']}: {made['seconds']} s. {seeds}; intervals of 95 %, clustered by row."
+        f"`{result['command']}`, {result['machine']}: {result['seconds']} s. {len(result['seeds'])} seeds, "
+        f"{rows['train']} training and {rows['test']} test rows; intervals of 95 %; seconds of training, of one seed, "
+        "beside other processes."
     )
-    print(f"\n{text}\n\n{notes}")
-    with atomic_write(outputs / "ladder.md") as temporary:
-        temporary.write_text(f"{text}\n\n{notes}\n", encoding="utf-8")
-    write_json(outputs / "ladder.json", made | {"rungs": table})
+    if check := result.get("check"):
+        notes += (
+            f"\n\nThe test itself, on {check['models']} models of one fold: a planted point was found in "
+            f"{check['found']} of {check['repetitions']} repetitions, an effect that is not there in "
+            f"{check['rejected']}."
+        )
+    return f"{table}\n\n{notes}"
 
 
 if __name__ == "__main__":

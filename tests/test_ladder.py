@@ -1,133 +1,169 @@
-"""benchmarks/ladder.py: the rungs that it composes, and what it says of them."""
+"""benchmarks/ladder.py: what it trains, how it compares the rungs, and whether its test can tell one point."""
 
-import importlib
 import json
 import sys
+from concurrent.futures import Future
+from pathlib import Path
 
 import ladder
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_csv
-from scipy.stats import binomtest
+import rungs
+from scipy.stats import ttest_1samp
 
+from vqa.config.parser import field_names
 from vqa.core.errors import UserError
-from vqa.evaluation.labels import Labels
 
 
 @pytest.fixture
-def here(monkeypatch):
-    """The ladder's commands in this process, which has the libraries loaded; gives those that were run."""
-    seen = []
+def arguments(monkeypatch, tmp_path):
+    def parse(*words):
+        monkeypatch.setattr(sys, "argv", ["ladder.py", "--root", str(tmp_path), *map(str, words)])
+        return ladder.parse_args()
 
-    def run_command(words, log, jobs):
-        seen.append(words)
-        name = words[0].removesuffix(".py").replace("/", ".")
-        monkeypatch.setattr(sys, "argv", [str(ladder.ROOT / words[0]), *words[1:]])
-        importlib.import_module(name).main()
+    return parse
 
-    monkeypatch.setattr(ladder, "run_command", run_command)
-    monkeypatch.setattr(ladder, "FOLDS", 2)
-    return seen
+
+def commands(args) -> list[ladder.Command]:
+    wanted = [file for name in args.rungs for file in ladder.RUNGS[name].files]
+    return [c for seed in args.seeds for c in ladder.Seed(seed, Path(args.root), args, wanted).commands()]
+
+
+def test_every_file_of_the_table_is_made_by_one_command_and_every_need_by_another(arguments):
+    args = arguments()
+    made = [path for command in commands(args) for path in command.makes]
+    assert len(set(made)) == len(made)
+    assert {need for command in commands(args) for need in command.needs} <= set(made)
+    wanted = [file for rung in ladder.RUNGS.values() for file in rung.files]
+    seed = ladder.Seed(42, Path(args.root), args, wanted)
+    plain = {Path(*path.parts[:-1], "plain", path.name) for path in made if path.parent.name == "permutations"}
+    assert {seed.file(file) for file in wanted} <= set(made) | plain
+
+
+def test_every_rung_builds_on_a_rung_and_every_model_has_real_fields(arguments):
+    assert {rung.before for rung in ladder.RUNGS.values()} - {None} <= set(ladder.RUNGS)
+    fields = {name for run in rungs.RUNS.values() for name in run.fields}
+    assert fields <= field_names()
+    assert arguments("--rungs", "3 folds, 252 px").rungs == [
+        "base model, untrained", "200 rows, one epoch", "one fold", "3 folds", "3 folds, 252 px"
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="no rung four folds"):
+        arguments("--rungs", "four folds")
+
+
+def test_args_files_hold_the_seed_and_the_folders_of_its_own_models(arguments):
+    args = arguments("--rungs", "soft targets of a teacher", "all rows, 3 seeds", "--seeds", 7)
+    commands(args)
+    folder = Path(args.root, "outputs/ladder/7/args")
+    student, member = (json.loads((folder / f"{name}.json").read_text()) for name in ("student", "all_rows_seed2"))
+    assert student["teacher"] == [f"{args.root}/checkpoints/ladder/7/fold{i}" for i in range(3)]
+    assert (student["seed"], int(member["seed"]), member["fold"]) == (7, 72, None)
+
+
+def gaps(rng, seeds, rows, of_seed=0.0, of_row=0.0, effect=0.0):
+    return (
+        effect + rng.normal(0, of_seed, (seeds, 1)) + rng.normal(0, of_row, rows) + rng.normal(0, 0.4, (seeds, rows))
+    )
+
+
+def test_the_difference_of_one_seed_is_a_t_test_over_rows():
+    rng = np.random.default_rng(0)
+    values = gaps(rng, 1, 500, effect=0.05)
+    gap, oracle = ladder.compare_all({"a": values})["a"], ttest_1samp(values[0], 0)
+    assert gap.p_value == pytest.approx(oracle.pvalue)
+    assert gap.interval == pytest.approx(tuple(oracle.confidence_interval()))
+
+
+def test_three_seeds_on_the_same_rows_are_not_three_times_the_rows():
+    one = gaps(np.random.default_rng(0), 1, 500)
+    alone, alike = ladder.compare_all({"a": one})["a"], ladder.compare_all({"a": np.repeat(one, 3, axis=0)})["a"]
+    assert alike.error == pytest.approx(alone.error)
+
+
+@pytest.mark.parametrize(("of_seed", "of_row"), [(0.0, 0.0), (0.0, 0.4), (0.03, 0.0), (0.03, 0.4)])
+def test_an_effect_that_is_not_there_is_found_in_one_of_twenty(of_seed, of_row):
+    """Whether the noise comes from the seeds, from the rows or from both."""
+    rng, signs = np.random.default_rng(0), []
+    for _ in range(60):
+        many = {str(i): gaps(rng, 3, 300, of_seed, of_row) for i in range(20)}
+        signs += [gap.sign != 0 for gap in ladder.compare_all(many).values()]
+    assert np.mean(signs) < 0.075
+
+
+def models(seed: int, spread: float, count: int = 12, rows: int = 10_000) -> list[np.ndarray]:
+    """Which rows each of `count` models has right: rows differ in difficulty, models by `spread` points."""
+    rng = np.random.default_rng(seed)
+    difficulty = rng.normal(size=rows)
+    return [0.9 * difficulty + 0.6 + rng.normal(0, spread / 32) + rng.normal(0, 0.4, rows) > 0 for _ in range(count)]
+
+
+def test_the_check_finds_a_planted_point_and_no_effect_where_none_is():
+    results = [ladder.check_test(models(seed, spread=0.1)) for seed in range(8)]
+    assert np.mean([result["found"] for result in results]) > 9 and np.mean([r["rejected"] for r in results]) < 1
+    unsure = [ladder.check_test(models(seed, spread=3.0)) for seed in range(8)]
+    assert np.mean([result["found"] for result in unsure]) < 4, "models that differ by points hide a point"
+    assert np.mean([result["rejected"] for result in unsure]) < 1.5
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The ladder's commands run here, where the libraries are loaded."""
+
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, function, *words):
+            future = Future()
+            future.set_result(function(*words))
+            return future
+
+    monkeypatch.setattr(ladder, "ProcessPoolExecutor", Pool)
 
 
 @pytest.mark.slow
-def test_the_ladder_is_climbed_from_the_contest_to_the_table(here, script, tmp_path):
-    flags = ["--seeds", "5", "--train_rows", "24", "--test_rows", "8", "--max_steps", "2", "--root", tmp_path]
+def test_the_ladder_is_climbed_from_the_contest_to_the_table(in_this_process, script, tmp_path):
+    flags = ["--rungs", "EMA", "one fold", "--seeds", "5", "6", "--train_rows", "48", "--test_rows", "12"]
+    flags += ["--max_steps", "2", "--model", "checkpoints/tiny", "--root", tmp_path]
     code, output, error = script("ladder", *flags)
     assert code == 0, error
     made = json.loads((tmp_path / "outputs/ladder/ladder.json").read_text())
-    assert [line["rung"] for line in made["rungs"]] == [name for name, _ in ladder.COMPARED] and made["rows"] == {
-        "train": 24,
-        "test": 8,
-    }
-    assert [words[0] for words in here].count("train_fold.py") == 5
-    text = (tmp_path / "outputs/ladder/ladder.md").read_text()
-    assert all(name in text and name in output for name in ladder.RUNGS) and "python benchmarks/ladder.py" in text
-    truth = pd.read_csv(tmp_path / "data/ladder/test_answers.csv")["answer"]
     lines = {line["rung"]: line for line in made["rungs"]}
-    for name, file in (
-        ("base model, untrained", "raw/base/base"),
-        ("200 rows, one epoch", "raw/baseline"),
-        ("one fold", "raw/fold0"),
-        ("one fold, EMA", "ema/fold0"),
-        ("one fold, SWA", "swa/fold0"),
-    ):
-        answers = pd.read_csv(tmp_path / f"outputs/ladder/5/{file}.csv")["answer"]
-        assert lines[name]["accuracy"] == (answers == truth).mean(), name
-    cards = {
-        name: json.loads((tmp_path / f"outputs/ladder/5/{name}.json").read_text())
-        for name in ("permutations/fold1", "larger/fold1")
+    assert made["failed"] == [] and made["rows"] == {"train": 48, "test": 12}
+    answers = pd.read_csv(tmp_path / "data/bench/test_answers.csv")["answer"]
+    files = {
+        "base model, untrained": "plain/base/base",
+        "one fold": "plain/fold0",
+        "EMA": "ema/fold0",
+        "raw weights": "raw/fold0",
     }
-    views = ["plain", "rotation 1", "rotation 2", "rotation 3"]
-    assert cards["permutations/fold1"]["views"] == views == cards["larger/fold1"]["views"]
-    for weights in ladder.WEIGHTS:
-        card = json.loads((tmp_path / f"outputs/ladder/5/{weights}/fold1.json").read_text())
-        assert card["weights"] == weights and card["views"] == ["plain"]
-    assert "larger" in cards["larger/fold1"]["adapter"]
-    args = json.loads((tmp_path / "checkpoints/ladder/5/larger/fold1/args.json").read_text())
-    assert (args["image_size"], args["fold"], args["seed"], args["max_steps"]) == (ladder.LARGER, 1, 5, 2)
-
+    for name, file in files.items():
+        found = [pd.read_csv(tmp_path / f"outputs/ladder/{seed}/{file}.csv")["answer"] for seed in (5, 6)]
+        assert lines[name]["seeds"] == pytest.approx([(own == answers).mean() for own in found]), name
+        assert name in output
+    assert "(-" in (tmp_path / "outputs/ladder/ladder.md").read_text() and "python benchmarks/ladder.py" in output
     trained = (tmp_path / "checkpoints/ladder/5/fold0/metrics.json").stat().st_mtime_ns
-    code, again, error = script("ladder", *flags)
-    assert code == 0 and "is finished; nothing to train" in again and "is finished; nothing to predict" in again, error
+    code, _, error = script("ladder", *flags)
+    assert code == 0, error
     assert (tmp_path / "checkpoints/ladder/5/fold0/metrics.json").stat().st_mtime_ns == trained
-    code, _, error = script("ladder", *flags[:4], "--test_rows", "9", *flags[6:])
-    assert code == 2 and "delete that folder" in error.splitlines()[-1]
-
-
-@pytest.fixture
-def planted(tmp_path):
-    """Rungs of three seeds on 300 rows: the base is worse, three folds by majority are better, all others are one."""
-    random = np.random.default_rng(0)
-    answers = random.integers(0, 4, 300)
-    ids = [f"r{i}" for i in range(300)]
-    write_csv(tmp_path / "answers.csv", [[a, "abcd"[b]] for a, b in zip(ids, answers)], ["id", "answer"])
-
-    def values(skill):
-        scores = random.normal(size=(300, 4))
-        scores[np.arange(300), answers] += skill
-        return np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-
-    seeds = []
-    for _ in range(3):
-        same = values(1.0)
-        others = {"base model, untrained": values(0.2), ladder.MAJORITY: values(2.5)}
-        seeds.append([(ids, others.get(name, same)) for name in ladder.RUNGS])
-    return seeds, Labels(tmp_path / "answers.csv"), answers
-
-
-def test_a_rung_is_compared_with_the_one_it_is_built_on(planted):
-    seeds, truth, answers = planted
-    *lines, whole_way = ladder.compare_rungs(seeds, truth)
-    table = {line["rung"]: line for line in lines}
-    assert whole_way["against"] == "one fold" and whole_way["rung"] in table
-    assert table["base model, untrained"].get("against") is None
-    for name, line in table.items():
-        assert line.get("against") == ladder.RUNGS[name]
-        right = [(seed[list(ladder.RUNGS).index(name)][1].argmax(1) == answers) for seed in seeds]
-        assert line["seeds"] == pytest.approx([own.mean() for own in right])
-        assert line["accuracy"] == pytest.approx(np.mean(right)) and line["low"] < line["accuracy"] < line["high"]
-    majority, weighted = table[ladder.MAJORITY], table["3 folds, weighted"]
-    assert majority["verdict"] == "better" and majority["log_loss"] is None and majority["from"] > 0
-    assert weighted["verdict"] == "within noise" and weighted["change"] == 0 and weighted["p"] == 1
-    before = np.concatenate([seed[2][1].argmax(1) == answers for seed in seeds]).astype(int)
-    after = np.concatenate([seed[5][1].argmax(1) == answers for seed in seeds]).astype(int)
-    wanted = binomtest(int((after > before).sum()), int((after != before).sum())).pvalue
-    assert majority["p"] == pytest.approx(wanted) and majority["change"] == pytest.approx((after - before).mean())
-
-
-def test_three_seeds_on_the_same_rows_are_not_three_times_the_rows(planted):
-    """Three seeds that answer alike say no more than one."""
-    seeds, truth, _ = planted
-    three = ladder.compare_rungs([seeds[0]] * 3, truth)
-    one = ladder.compare_rungs([seeds[0]], truth)
-    for alike, alone in zip(three, one):
-        assert alike["high"] - alike["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.03)
+    code, _, error = script("ladder", *[("13" if word == "12" else word) for word in flags])
+    assert code == 2 and "Delete that folder" in error.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_a_command_that_fails_is_named_with_its_log(tmp_path):
-    with pytest.raises(UserError, match=r"`python summarize.py nowhere` failed with exit code 2; see .*said.log"):
-        ladder.run_command(["summarize.py", "nowhere"], tmp_path / "said.log", 1)
-    assert "error: nowhere: no fold" in (tmp_path / "said.log").read_text()
+def test_a_command_that_fails_leaves_its_log_and_the_others_run(arguments, tmp_path, capfd):
+    args = arguments("--jobs", 1)
+    logs = [tmp_path / "logs" / f"{name}.log" for name in "ab"]
+    failing = ladder.Command(["summarize.py", "nowhere"], [], [tmp_path / "never"], logs[0], 2)
+    waiting = ladder.Command(["summarize.py", "--help"], [tmp_path / "never"], [tmp_path / "nor"], logs[1], 1)
+    other = ladder.Command(["summarize.py", "--help"], [], [tmp_path / "x"], logs[1], 1)
+    assert ladder.run_commands([failing, waiting, other], args) == [str(logs[0]), str(logs[1])]
+    assert "error: nowhere: no fold" in logs[0].read_text() and "usage: summarize.py" in logs[1].read_text()
+    assert "usage" not in capfd.readouterr().out
