@@ -35,7 +35,7 @@ from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import accuracy, row_log_loss
 from vqa.evaluation.oof import MissingOOFError, OOFPredictions, check_agreement, group_models, load_oof, run_args
 from vqa.evaluation.reference import model_warning
-from vqa.evaluation.significance import print_comparison
+from vqa.evaluation.significance import error_overlap, print_comparison
 
 
 def main() -> None:
@@ -173,6 +173,8 @@ def find_oof(models: dict, oof_files: dict | None, args: argparse.Namespace) -> 
         print(f"{name}: out-of-fold accuracy {score}, log-loss {loss:.4f}, {len(oof.answers)} rows ({oof.reference})")
         if warning := model_warning(name, member, oof.answers, oof.reference, oof.clusters):
             print(warning)
+    if len(models) > 1:
+        print(error_overlap(oof.stack.argmax(-1), oof.answers).describe(list(models)))
     return oof
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import HEADER, write_csv
 from parsed import Parsed, needs_nothing
 from PIL import Image
-from sklearn.metrics import log_loss
+from sklearn.metrics import jaccard_score, log_loss
 
 from vqa.evaluation.labels import Labels
 from vqa.reports.results import read_fold
@@ -157,6 +157,13 @@ def test_models_stand_side_by_side_whatever_their_names(contest, analyze):
     assert "- M2 is worse than M1, in accuracy and in log-loss, at 306 rows." in said
     text = Parsed(html).text
     assert "No learning curves" in text and "Model comparison" in text
+    labels = ["abcd"[answer] for answer in contest.labels]
+    files = [[pd.read_csv(folder / "oof.csv", index_col="id") for folder in folds] for folds in (first, second)]
+    wrong = [pd.concat(tables).loc[contest.ids, "answer"].to_numpy() != labels for tables in files]
+    assert (
+        f"- Least alike: M1 and M2, Jaccard index of their errors {jaccard_score(*wrong):.2f}, other letters" in said
+    )
+    assert np.asarray(Image.open(contest.folder / "page" / "error_overlap.png").convert("L")).std() > 5
     assert (contest.folder / "page" / "M2_log_loss.png").is_file()
     assert not (contest.folder / "page" / "M1_log_loss.png").is_file()
     assert needs_nothing(html)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, norm
-from sklearn.metrics import accuracy_score, log_loss
+from sklearn.metrics import accuracy_score, hamming_loss, jaccard_score, log_loss
 
 from vqa.evaluation.metrics import accuracy, accuracy_and_log_loss, row_log_loss, wilson_interval
-from vqa.evaluation.significance import compare, mean_loss, paired_difference
+from vqa.evaluation.significance import compare, error_overlap, mean_loss, paired_difference
 
 
 def make(rows=400, seed=0, letters=4):
@@ -122,3 +122,19 @@ def test_the_interval_of_a_mean_loss_is_the_normal_one_where_rows_are_many():
     copies = mean_loss(np.tile(losses[:500], 4), {"image": np.tile(np.arange(500), 4)})
     assert copies.high - copies.low == pytest.approx(4 * error, rel=0.1), "four copies of 500 rows count as 500"
     assert np.isnan(mean_loss(losses[:1])[1:]).all() and mean_loss(losses[:1]).value == losses[0]
+
+
+def test_error_overlap_is_scikit_learns_jaccard_score_and_names_the_models_least_alike():
+    generator = np.random.default_rng(0)
+    answers = generator.integers(0, 4, 300)
+    predictions = np.stack([np.where(generator.random(300) < skill, answers, 3) for skill in (0.5, 0.6, 0.9)])
+    overlap = error_overlap(predictions, answers)
+    wrong = predictions != answers
+    for i, j in np.ndindex(3, 3):
+        assert overlap.jaccard[i, j] == pytest.approx(jaccard_score(wrong[i], wrong[j]))
+        assert overlap.disagreement[i, j] == pytest.approx(hamming_loss(predictions[i], predictions[j]))
+    pairs = {
+        overlap.jaccard[i, j]: f"Least alike: {a} and {b},"
+        for i, a, j, b in [(0, "A", 1, "B"), (0, "A", 2, "C"), (1, "B", 2, "C")]
+    }
+    assert overlap.describe("ABC").startswith(pairs[min(pairs)])

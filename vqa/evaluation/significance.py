@@ -1,5 +1,6 @@
-"""Paired comparison of two models on the same rows: is one better, or is the difference within noise?"""
+"""Models on the same rows: is one better than the other or is it noise, and how many errors do they share?"""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -114,6 +115,49 @@ def compare(
         paired_difference(right, right_too, clusters),
         paired_difference(row_log_loss(first, answers), row_log_loss(second, answers), clusters),
     )
+
+
+def first_unbeaten(
+    options: Sequence[np.ndarray] | np.ndarray, answers: np.ndarray, clusters: Mapping[str, np.ndarray] | None = None
+) -> int:
+    """Index of the first of `options`, each (rows, letters), that no later one beats beyond noise.
+
+    With options in the order of their cost it is the cheapest that is good enough. Each is compared with all later
+    ones, since several small steps may be a gain together.
+    """
+    last = len(options) - 1
+    return next(
+        i
+        for i in range(last + 1)
+        if not any(compare(options[i], options[j], answers, clusters).better for j in range(last, i, -1))
+    )
+
+
+class ErrorOverlap(NamedTuple):
+    """How alike models are, each (models, models).
+
+    jaccard: rows that both models get wrong, divided by the rows that at least one of them gets wrong; 0 without any.
+    disagreement: the share of rows on which they predict different letters.
+    """
+
+    jaccard: np.ndarray
+    disagreement: np.ndarray
+
+    def describe(self, names: Sequence[str]) -> str:
+        """One sentence about the two models whose errors are least alike."""
+        first, second = min(itertools.combinations(range(len(names)), 2), key=self.jaccard.__getitem__)
+        return (
+            f"Least alike: {names[first]} and {names[second]}, Jaccard index of their errors "
+            f"{self.jaccard[first, second]:.2f}, other letters in {self.disagreement[first, second]:.1%} of the rows"
+        )
+
+
+def error_overlap(predictions: np.ndarray, answers: np.ndarray) -> ErrorOverlap:
+    """The overlap of models by their predicted letters (models, rows) and the answers (rows,), all indices."""
+    wrong = (predictions != answers).astype(float)
+    both, errors = wrong @ wrong.T, wrong.sum(1)
+    either = errors[:, None] + errors - both
+    return ErrorOverlap(both / np.maximum(either, 1), np.stack([(predictions != own).mean(1) for own in predictions]))
 
 
 def print_comparison(first: str, second: str, ids: Sequence[str], stack: np.ndarray, labels: Labels) -> None:

@@ -16,8 +16,8 @@ from vqa.data.rows import LETTERS, Row, read_rows
 from vqa.data.table import write_table
 from vqa.evaluation.metrics import NOISE, accuracy, row_log_loss
 from vqa.evaluation.reference import model_warning
-from vqa.evaluation.significance import compare, mean_loss
-from vqa.reports.charts import learning_curves, reliability_diagram
+from vqa.evaluation.significance import compare, error_overlap, mean_loss
+from vqa.reports.charts import heat_map, learning_curves, reliability_diagram
 from vqa.reports.diagnostics import find_label_issues, letter_bias, reliability
 from vqa.reports.groups import TYPE, group_table
 from vqa.reports.page import Page, card
@@ -97,7 +97,10 @@ def weights_section(results: Results, page: Page) -> list[dict]:
 
 
 def models_section(results: Results, rows: list[Row], page: Page) -> dict:
-    """Paired tests of each model against the first, and the rows on which models disagree most."""
+    """Paired tests of each model against the first, how alike the models are, the rows on which they disagree most.
+
+    Several models get two heat maps.
+    """
     tests = []
     for name in list(results.models)[1:]:
         test = compare(results.probs["M1"], results.probs[name], results.answers, results.clusters())
@@ -106,6 +109,11 @@ def models_section(results: Results, rows: list[Row], page: Page) -> dict:
         page.highlight("models", sentence)
     label_probs = np.stack([probs[np.arange(len(rows)), results.answers] for probs in results.probs.values()])
     predictions = np.stack([probs.argmax(1) for probs in results.probs.values()])
+    if tests:
+        overlap, names = error_overlap(predictions, results.answers), list(results.models)
+        page.highlight("models", overlap.describe(names))
+        page.add_figure("error_overlap", heat_map(overlap.jaccard, names, "Jaccard index of the errors"))
+        page.add_figure("disagreement", heat_map(overlap.disagreement, names, "share of rows with other letters"))
     disagree = np.flatnonzero((predictions != predictions[0]).any(0))
     widest = disagree[np.argsort(-np.ptp(label_probs, axis=0)[disagree], kind="stable")]
     return {"tests": tests, "disagree": len(disagree), "cards": cards(results, rows, widest[:MAX_DISAGREEMENTS])}

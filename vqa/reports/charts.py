@@ -58,6 +58,19 @@ def reliability_diagram(bins: Reliability) -> Figure:
     return figure
 
 
+def heat_map(values: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    """Values from 0 to 1 (names, names), each written into its cell."""
+    side = max(2.9, 0.55 * len(names))
+    figure, axes = new_figure(title, "", size=(side, side))
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    for row, column in np.ndindex(values.shape):
+        colour = "white" if values[row, column] > 0.6 else "black"
+        axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", color=colour)
+    return figure
+
+
 def learning_curves(curves: Mapping[str, Sequence[np.ndarray]], score: str) -> Figure:
     """A validation score against the step. `curves`: weights -> one array (validations, 2) for each fold."""
     figure, axes = new_figure(f"validation {score}; thin lines are folds", "step", score)
