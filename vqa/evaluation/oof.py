@@ -147,6 +147,11 @@ def _oof_file(file: str, given: Mapping[str, str] | None) -> Path:
         return with_views
     if card.get("weights") == "base":
         raise MissingOOFError(f"{file}: {with_views} is missing. Run `predict.py --base ARGS.json --oof`.")
+    if card.get("image_size"):
+        raise MissingOOFError(
+            f"{file}: predicted at image size {card['image_size']}, and no out-of-fold rows are. Run "
+            "`predict.py --oof` with the same flags."
+        )
     if not card.get("adapter"):
         raise MissingOOFError(f"{file}: no card beside it names its adapter. Give --oof FILES and --labels train.csv.")
     path = Path(card["adapter"], "oof.csv")

@@ -198,12 +198,9 @@ def check_cost(
     rate = measured_rate(setup) if gpu else T4_OPERATIONS
     if data.vision_cache:  # the vision tower does not run in training
         train, valid = replace(train, patches=0), valid and replace(valid, patches=0)
-    size = recipe.per_device_train_batch_size
+    setup, size = fit_batch(setup, recipe, train, room, rate)
     if recipe.auto_batch:
-        config = choose_micro_batch(setup, train, recipe, SLACK * room, rate)
-        size, batches = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
-        setup = replace(setup, checkpointing=bool(config["gradient_checkpointing"]))
-        how = "with" if setup.checkpointing else "without"
+        batches, how = recipe.rows_per_process() // size, "with" if setup.checkpointing else "without"
         split = f"{batches * size} rows is {batches} x {size}"
         print(f"auto_batch on {name}: a step of {split}, {how} gradient checkpointing")
     peaks = {"training": training_peak(setup, train.batch(size))}
@@ -228,6 +225,25 @@ def check_cost(
     fields = {"load_in_4bit": setup.load_in_4bit, "fp16": recipe.fp16, "bf16": recipe.bf16}
     if needed := [name for name, is_set in fields.items() if is_set]:
         report.warnings.append(f"this machine has no GPU; training needs one for {preview(needed)}")
+
+
+def fit_batch(setup: Setup, recipe: RecipeArguments, train: Lengths, room: float, rate: float) -> tuple[Setup, int]:
+    """(the setup, the rows at once) with which a GPU of `room` bytes and `rate` operations a second would train."""
+    if not recipe.auto_batch:
+        return setup, recipe.per_device_train_batch_size
+    config = choose_micro_batch(setup, train, recipe, SLACK * room, rate)
+    return replace(setup, checkpointing=bool(config["gradient_checkpointing"])), config["per_device_train_batch_size"]
+
+
+def t4_cost(setup: Setup, recipe: RecipeArguments, data: DataArguments, train: Lengths) -> tuple[float, float]:
+    """(hours, peak in GiB) of training on one 16 GB T4, without validation.
+
+    Hours are at the speed of the data sheet, which a T4 does not reach: they compare runs.
+    """
+    train = replace(train, patches=0) if data.vision_cache else train
+    setup, size = fit_batch(setup, recipe, train, T4_BYTES - CUDA_BYTES, T4_OPERATIONS)
+    seconds = training_seconds(setup, recipe, train.batch(size, np.median), len(train.tokens), T4_OPERATIONS)
+    return seconds / 3600, training_peak(setup, train.batch(size)) / GIB
 
 
 def training_seconds(setup: Setup, recipe: RecipeArguments, batch: Batch, rows: int, rate: float) -> float:
