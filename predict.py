@@ -38,6 +38,7 @@ from vqa.inference.checkpoints import (
     base_checkpoint,
     check_base_weights,
     check_same_settings,
+    check_score_head,
     fold_checkpoint,
 )
 from vqa.inference.jobs import make_jobs, read_oof_rows, read_test_rows, unfinished_jobs, write_outputs
@@ -60,7 +61,10 @@ def main() -> None:
     else:
         folds = [run_on_main_and_broadcast(lambda: read_test_rows(*source, reader))]
     predictor = Predictor(checkpoints[0], args.batch_size, args.workers)
-    permutations = args.num_permutations, args.permutation_set
+    is_suffix = checkpoints[0].model.score == "suffix"
+    if is_suffix and args.num_permutations > 1:
+        PartialState().print("score suffix does not depend on the choices' order: --num_permutations adds no view")
+    permutations = 1 if is_suffix else args.num_permutations, args.permutation_set
     options = predictor.collate, args.scales, *permutations, args.num_paraphrases, args.flip
     views = [make_views(rows, *options) for rows in folds]
     views = views if args.oof else views * len(checkpoints)
@@ -72,7 +76,7 @@ def main() -> None:
             predictions = predictor.predict(job)
             results.append(predictions)
             if PartialState().is_main_process:
-                checked = 0 if args.oof else args.check_generation
+                checked = 0 if args.oof or is_suffix else args.check_generation
                 generated = predictor.compare_with_generate(job, predictions, checked)
                 write_outputs(job, predictions, generated, cli_args)
     if args.oof and PartialState().is_main_process:
@@ -161,6 +165,8 @@ def load_checkpoints(args: argparse.Namespace) -> tuple[list[Checkpoint], str]:
     """(the checkpoints to predict with, the fingerprint of their common base model)."""
     checkpoints = [base_checkpoint(args.base, args.model, args.dtype)] if args.base else []
     checkpoints += [fold_checkpoint(folder, args.weights, args.model, args.dtype, args.args) for folder in args.folds]
+    for item in checkpoints:
+        check_score_head(item)
     check_same_settings(checkpoints, ("train_csv" if args.oof else "test_csv", "image_root"))
     for name in ("vision_cache", "vision_cache_dir", "vision_cache_gb"):
         if getattr(args, name) is not None:

@@ -19,12 +19,17 @@ from vqa.core.distributed import run_on_main_and_broadcast
 from vqa.core.errors import run_main
 from vqa.core.io import check_writable
 from vqa.core.workers import WorkerCollator
-from vqa.data.collator import Collator
-from vqa.data.images import all_images, check_images, oriented_sizes
+from vqa.data.images import all_images, check_images, oriented_sizes, with_crops
 from vqa.evaluation.reference import Reference
+from vqa.modeling.suffix_score import COLLATORS
 from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens
 from vqa.training.callbacks import EarlyStoppingCallback, EMACallback, FrozenWeightsCheck, SWACallback, WeightAverage
-from vqa.training.checkpointing import CheckpointMarkerCallback, TimeLimitCallback, checkpoint_to_resume
+from vqa.training.checkpointing import (
+    CheckpointMarkerCallback,
+    ScoreHeadCallback,
+    TimeLimitCallback,
+    checkpoint_to_resume,
+)
 from vqa.training.dataset import SetEpochCallback, TrainDataset
 from vqa.training.fold_run import FoldRun, parse_runs
 from vqa.training.preflight import check_before_training
@@ -79,12 +84,16 @@ def train(run: FoldRun, base: SharedBase) -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # an earlier run of this process had its own peak
     weight_averages = make_weight_averages(recipe)
+    score_head = [ScoreHeadCallback()] if run.model_args.score == "suffix" else []
     time_limit = make_time_limit(recipe, len(valid_rows) * (1 + len(weight_averages)))
     early_stopping = [EarlyStoppingCallback(patience)] if (patience := recipe.early_stopping_patience) else []
     show = PartialState().is_main_process and not recipe.disable_tqdm
+    if data.crops:
+        train_rows = with_crops(train_rows, data.image_size)
 
-    collate = Collator(base.processor, data.image_size, data.instruction, with_answer=True)
-    prompts = Collator(base.processor, data.image_size, data.instruction)
+    collator = COLLATORS[run.model_args.score]
+    collate = collator(base.processor, data.image_size, data.instruction, with_answer=True)
+    prompts = collator(base.processor, data.image_size, data.instruction)
     model = base.add_adapter(run.model_args, recipe)
     run_on_main_and_broadcast(
         lambda: check_before_training(model, collate, train_rows, valid_rows, run.model_args.lora_vision)
@@ -104,10 +113,10 @@ def train(run: FoldRun, base: SharedBase) -> None:
         data_collator=WorkerCollator(collate),
         train_dataset=dataset,
         eval_dataset=valid_rows,
-        # In this order: the limit may ask for a checkpoint, the averages write into it, the marker completes it.
+        # In this order: the limit may ask for a checkpoint, averages and head write into it, the marker completes it.
         callbacks=[
             *(SetEpochCallback(dataset), FrozenWeightsCheck(), *early_stopping, time_limit),
-            *(*weight_averages, CheckpointMarkerCallback()),
+            *(*weight_averages, *score_head, CheckpointMarkerCallback()),
         ],
         weight_averages=weight_averages,
         letter_ids=base.letter_ids,

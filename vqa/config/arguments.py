@@ -34,6 +34,12 @@ class ModelArguments:
     lora_options: dict | str | None = arg(
         None, 'Further options of PEFT\'s LoraConfig, such as {"use_rslora": true}. On the command line, as JSON.'
     )
+    score: str = arg(
+        "letter",
+        "letter: the probability of each choice's letter after a prompt that lists the choices; suffix: a trained "
+        "linear layer scores the text of each choice as the answer, so their order cannot matter. Try suffix for a "
+        "member of an ensemble. It does not use loss and instruction.",
+    )
     trust_remote_code: bool = arg(False, "Run code from the model's folder. No Qwen model needs it.")
 
 
@@ -62,6 +68,12 @@ class DataArguments:
     )
     image_size: int = arg(
         384, "Pixel budget: images are resized to at most image_size squared pixels, aspect kept; 784 pixels a token."
+    )
+    crops: bool = arg(
+        False,
+        "In half of the epochs, drawn for each row, show each image that image_size shrinks once more, in 2 x 2 parts "
+        "enlarged to image_size. Then `predict.py --crops` shows unsure rows in a form that the model knows. It takes "
+        "five times the image tokens and stored features. Off: nothing measured here says that it helps.",
     )
     instruction: str = arg(INSTRUCTION, "Last line of the prompt; prediction uses the one of training.")
     shuffle_choices: bool = arg(

@@ -43,6 +43,7 @@ LOWEST = {
 }
 BELOW_ONE = {"ema_decay": "such as 0.99, or to 0 for no EMA", "lora_dropout": "such as 0.05, or to 0 for no dropout"}
 CHOICES = {
+    "score": ("letter", "suffix"),
     "loss": ("token", "letter"),
     "metric_for_best_model": ("log_loss", "accuracy"),
     "train_sampling_strategy": ("group_by_length", "random"),

@@ -70,27 +70,34 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row]) -> dict:
         """The batch; the rows are not changed."""
+        letters = [LETTERS[shown_answer(row)] if self.with_answer else None for row in rows]
+        batch = self.encode(rows, letters)
+        if self.with_answer:
+            batch["labels"] = self.labels(batch["input_ids"], rows)
+            batch["answer_start"] = int((batch["labels"][0] != IGNORE).nonzero()[0])
+            batch |= right_answers(rows)
+        return batch
+
+    def encode(self, rows: Sequence[Row], answers: Sequence[str | None]) -> dict:
+        """The batch of the rows' chats, each up to its answer in `answers`, without labels."""
         use_features = self.features is not None and self.features.holds(rows) and any(row["images"] for row in rows)
         conversations = [self.conversation(row, decode=not use_features) for row in rows]
-        letters = [LETTERS[shown_answer(row)] if self.with_answer else None for row in rows]
-        texts = [render_chat(self.processor, c, letter) for c, letter in zip(conversations, letters)]
+        texts = [render_chat(self.processor, c, answer) for c, answer in zip(conversations, answers)]
 
         batch = self.with_features(texts, rows) if use_features else self.with_pixels(texts, conversations)
         batch["ids"] = [row["id"] for row in rows]
         batch["num_images"] = [len(row["images"]) for row in rows]
         batch["offered"] = torch.tensor([[i < len(row["choices"]) for i in range(len(LETTERS))] for row in rows])
-        if self.with_answer:
-            batch["labels"] = self.labels(batch["input_ids"], rows)
-            batch["answer_start"] = int((batch["labels"][0] != IGNORE).nonzero()[0])
-            batch["answer"] = torch.tensor([shown_answer(row) for row in rows])
-            if any("target" in row for row in rows):
-                batch["target"] = torch.tensor([shown_target(row) for row in rows], dtype=torch.float32)
         return batch
 
     def conversation(self, row: Row, decode: bool = True) -> list[dict]:
         """The row's chat messages without the answer; with `decode`, they hold the images."""
         items = [self.images.item(shown) for shown in shown_images(row)] if decode else None
         return build_messages(row, items, self.instruction, self.special)
+
+    def chat_text(self, row: Row) -> str:
+        """The row's chat with an answer, each image one token: its tokens are those of training."""
+        return render_chat(self.processor, self.conversation(row, decode=False), LETTERS[0])
 
     def with_pixels(self, texts: list[str], conversations: list[list[dict]]) -> dict:
         """The processor's output for texts and decoded images."""
@@ -146,3 +153,11 @@ class Collator:
     @cached_property
     def answers(self) -> list[list[int]]:
         return answer_ids(self.processor)
+
+
+def right_answers(rows: Sequence[Row]) -> dict:
+    """`answer`, and `target` if a row has a soft label: see the Collator's output keys."""
+    answers = {"answer": torch.tensor([shown_answer(row) for row in rows])}
+    if any("target" in row for row in rows):
+        answers["target"] = torch.tensor([shown_target(row) for row in rows], dtype=torch.float32)
+    return answers

@@ -26,12 +26,24 @@ def build_messages(
     `row["permutation"]`, if set, lists the choice shown at each letter: in `[2, 0, 1]` the third choice is a.
     `special` are the tokenizer's added tokens: where a question or choice spells one, it is kept as ordinary text.
     """
-    permutation = row.get("permutation") or range(len(row["choices"]))
-    lines = [row["question"]]
-    lines += [f"{letter}. {row['choices'][choice]}" for letter, choice in zip(LETTERS, permutation)]
-    text = escape_special_tokens("\n".join(lines), special) + f"\n{instruction}"
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, shown_choices(row))]
+    text = escape_special_tokens("\n".join([row["question"], *lines]), special) + f"\n{instruction}"
+    return _user_turn(row, images, text)
+
+
+def build_question(row: Row, images: Sequence[dict] | None = None, special: tuple[str, ...] = ()) -> list[dict]:
+    """Chat messages of a row as `build_messages`, but of the question alone: the answer is the text of a choice."""
+    return _user_turn(row, images, escape_special_tokens(row["question"], special))
+
+
+def _user_turn(row: Row, images: Sequence[dict] | None, text: str) -> list[dict]:
     items = [{"type": "image"} for _ in row["images"]] if images is None else images
     return [{"role": "user", "content": [*items, {"type": "text", "text": text}]}]
+
+
+def shown_choices(row: Row) -> list[str]:
+    """The texts of the choices in the order shown."""
+    return [row["choices"][choice] for choice in row.get("permutation") or range(len(row["choices"]))]
 
 
 def escape_special_tokens(text: str, special: tuple[str, ...]) -> str:

@@ -19,6 +19,7 @@ from vqa.core.io import hash_files, read_json, swap_root
 from vqa.evaluation.oof import WEIGHTS, weights_folder
 from vqa.modeling.base_checks import check_model_path
 from vqa.modeling.loading import is_adapter
+from vqa.modeling.suffix_score import COLLATORS, HEAD_FILE
 
 DTYPES = ("float32", "float16", "bfloat16")
 FORMAT = "1"  # part of every fingerprint: raise it when the same weights give other probabilities
@@ -59,6 +60,8 @@ def fold_checkpoint(
     weights: str = "best",
     model: str | None = None,
     dtype: str | None = None,
+        if self.model.score == "suffix" and self.adapter:
+            adapter += hash_files([str(self.adapter / HEAD_FILE)])
     args_file: str | Path | None = None,
 ) -> Checkpoint:
     """The checkpoint in a fold's folder. `model` and `dtype` override what it was trained with.
@@ -118,7 +121,7 @@ def check_same_settings(checkpoints: Sequence[Checkpoint], fields: Sequence[str]
     """Raise UserError unless all checkpoints can share the base model and the rows: these settings and `fields`."""
     first = checkpoints[0]
     for other in checkpoints[1:]:
-        for name in ("model", "load_in_4bit", "dtype", "image_size", "instruction", *fields):
+        for name in ("model", "load_in_4bit", "score", "dtype", "image_size", "instruction", *fields):
             a, b = (getattr(item.model, name, getattr(item.data, name, item.dtype)) for item in (first, other))
             if a != b:
                 raise UserError(f"{first.name} has {name} {a}, {other.name} {b}. Predict them in two commands.")
@@ -134,4 +137,19 @@ def check_base_weights(checkpoints: Sequence[Checkpoint]) -> str:
             f"{preview(others)}: not trained on the base weights in {model}. Give --model the folder of the right "
             "base, or predict folds of different bases in separate commands."
         )
+def check_score_head(item: Checkpoint) -> None:
+    """Raise UserError unless weights that score suffixes have their trained head, and others have none."""
+    if item.model.score not in COLLATORS:
+        raise UserError(f"score {item.model.score!r} does not exist. Set {' or '.join(COLLATORS)} in the args file.")
+    suffix = item.model.score == "suffix"
+    if item.adapter is None and suffix:
+        raise UserError("--base: score suffix needs a trained head, which the base model lacks. Set score to letter.")
+    if item.adapter and suffix and not (item.adapter / HEAD_FILE).is_file():
+        raise UserError(
+            f"{item.adapter}: score is suffix but {HEAD_FILE} is missing. Copy it from where it was trained."
+        )
+    if item.adapter and not suffix and (item.adapter / HEAD_FILE).is_file():
+        raise UserError(f"{item.adapter}: it has a {HEAD_FILE}, but score is letter. Set score to suffix in --args.")
+
+
     return fingerprint

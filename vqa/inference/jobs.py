@@ -145,7 +145,10 @@ def write_outputs(job: Job, predictions: ViewPredictions, generated: dict | None
     cost = f"{forwards:.2f} forwards a row, {card['seconds']} s"
     print(f"{path}: {len(job.rows)} rows, {card['weights']} weights, {cost}")
     agreement = f"; `generate` agrees in {generated['agreeing']} of {generated['rows']} rows" if generated else ""
-    print(f"  {card['letter_mass']:.2%} of the probability is on the offered letters{agreement}")
+    if job.checkpoint.model.score == "suffix":
+        print("  score suffix: the probabilities are among the choices; `generate` writes no such answers to compare")
+    else:
+        print(f"  {card['letter_mass']:.2%} of the probability is on the offered letters{agreement}")
     if without_image := card["without_image"]:
         print(f"  {len(without_image)} rows were answered without their unreadable image: {preview(without_image)}")
 
@@ -163,7 +166,7 @@ def _make_card(job: Job, predictions: ViewPredictions) -> dict:
         "views": predictions.names,
         "gate": job.gate,
         "seconds": round(float(predictions.seconds.sum()), 1),
-        "letter_mass": predictions.letter_mass,
+        "letter_mass": predictions.letter_mass if item.model.score == "letter" else None,
         "without_image": [row["id"] for row in job.rows if "note" in row],
     }
 

@@ -19,6 +19,7 @@ from vqa.inference.tta import View, ViewPredictions, group_by_image, rows_with_p
 from vqa.inference.view_cache import CachedView, ViewCache
 from vqa.modeling.feature_store import FeatureStore, open_feature_store
 from vqa.modeling.loading import load_adapter, load_base, load_processor
+from vqa.modeling.suffix_score import COLLATORS, load_score_head
 from vqa.modeling.vision import is_vision_frozen
 
 
@@ -35,7 +36,7 @@ class Predictor:
         processor = load_processor(first.model.model, first.model.trust_remote_code)
         self.first, self.batch_size, self.workers = first, batch_size or first.batch_size, workers
         self.letter_ids = letter_ids(processor)
-        self.collate = Collator(processor, first.data.image_size, first.data.instruction)
+        self.collate = COLLATORS[first.model.score](processor, first.data.image_size, first.data.instruction)
         self.collate_pixels = Collator(processor, first.data.image_size, first.data.instruction)
         self.model: torch.nn.Module | None = None
         self.features: FeatureStore | None = None
@@ -50,6 +51,8 @@ class Predictor:
         if checkpoint.adapter and self.adapters[-1:] != [checkpoint.adapter]:
             # PEFT allows no dot in a name.
             self.model = load_adapter(self.model, checkpoint.adapter, f"run{len(self.adapters)}")
+            if checkpoint.model.score == "suffix":
+                load_score_head(self.model, checkpoint.adapter)
             self.adapters.append(checkpoint.adapter)
         self.collate.features = self.features if is_vision_frozen(self.model) else None
         return self.model

@@ -1,4 +1,7 @@
-"""Score rows: the logits of the offered letters after one forward pass. Nothing is generated or parsed."""
+"""Score rows: the logits of the offered letters, or each choice's own score, after one forward pass.
+
+Nothing is generated or parsed. The collator decides which score it is (`vqa.modeling.suffix_score.COLLATORS`).
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -16,6 +19,7 @@ from vqa.data.collator import Collator
 from vqa.data.prompt import LETTERS
 from vqa.data.rows import Row
 from vqa.modeling.shared_prefix import PermutationCollator, permutation_logits
+from vqa.modeling.suffix_score import suffix_scores
 from vqa.modeling.vision import encode_images
 
 # Keys of a batch that are not the model's, which would ignore them silently.
@@ -41,7 +45,7 @@ def score_rows(
     """Probabilities, float64 (rows, 10), of each row's choices in the order of the CSV; 0 where none is offered.
 
     Args:
-        collate: the Collator of prompts.
+        collate: the Collator of prompts, or the SuffixCollator.
         letter_ids: the token id of each letter.
         batch_size: rows that go through the model at once.
         options: `label`, the progress bar's name (None: no bar), and `workers`, processes that decode images.
@@ -59,7 +63,8 @@ def choice_probs(
 ) -> np.ndarray:
     """Probability of each choice among the whole vocabulary, float64 (rows, 10), in the order of the CSV.
 
-    0 where no choice is offered. A row's sum is the probability that the model gives to the offered letters.
+    0 where no choice is offered. A row's sum is the probability that the model gives to the offered letters. With a
+    SuffixCollator the probabilities are among the choices, and their sum is 1.
     A row with a `permutation` is shown permuted, and its probabilities are mapped back. Rows of similar length share
     a batch. The arguments are those of `score_rows`.
     """
@@ -118,13 +123,17 @@ def _letter_probs(
         for batch in loader:
             batch = send_to_device(batch, device)
             row_index = batch.get("row_index", torch.arange(len(batch["ids"]), device=device))
+            is_suffix = "suffix_end" in batch
             with half_autocast(model):
-                logits = logits_of(model, batch)
-            letters = letter_logits(logits, letter_ids, batch["offered"][row_index]).double()
-            mass = (letters.logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()
-            # A mass of 0 would make all letters 0, and rounding can make it larger than 1.
-            probs = (letters.softmax(-1) * mass.clamp(1e-300, 1)).cpu().numpy()
-            for i, values in zip(row_index.tolist(), probs):
+                logits = suffix_scores(model, batch) if is_suffix else logits_of(model, batch)
+            if is_suffix:
+                probs = logits.double().softmax(-1)
+            else:
+                letters = letter_logits(logits, letter_ids, batch["offered"][row_index]).double()
+                mass = (letters.logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()
+                # A mass of 0 would make all letters 0, and rounding can make it larger than 1.
+                probs = letters.softmax(-1) * mass.clamp(1e-300, 1)
+            for i, values in zip(row_index.tolist(), probs.cpu().numpy()):
                 shown[by_length[done + i]].append(values)
             done += len(batch["ids"])
             bar.update(len(batch["ids"]))

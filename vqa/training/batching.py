@@ -147,8 +147,7 @@ def count_tokens(
     longest: Iterable[Row] = (
         {**row, "question": max([row["question"], *row.get("paraphrases", [])], key=len)} for row in bar
     )
-    chats = (build_messages(row, None, collate.instruction, collate.special) for row in longest)
-    texts = (render_chat(collate.processor, chat, LETTERS[0]) for chat in chats)
+    texts = map(collate.chat_text, longest)
     chunks = iter(lambda: list(itertools.islice(texts, 1000)), [])  # not all at once: only the counts are kept
     tokenizer = collate.processor.tokenizer
     text_tokens = np.array([len(ids) for chunk in chunks for ids in tokenizer(chunk).input_ids])

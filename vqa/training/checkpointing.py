@@ -8,7 +8,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from vqa.core.compat import extract_model_from_parallel
 from vqa.core.errors import UserError
+from vqa.modeling.suffix_score import load_score_head, save_score_head
 
 COMPLETE = "complete"  # written last into a checkpoint folder; without it, the checkpoint was cut off while written
 
@@ -37,6 +39,20 @@ class CheckpointMarkerCallback(TrainerCallback):
         if state.is_world_process_zero:
             marker = Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE)
             marker.write_text(f"effective_batch_size {args.effective_batch_size}")
+
+
+class ScoreHeadCallback(TrainerCallback):
+    """Writes the head of `score` suffix into every checkpoint, and reads it when a run resumes: the Trainer saves and
+    loads the adapter alone."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step:  # a resumed run
+            load_score_head(extract_model_from_parallel(model), args.resume_from_checkpoint)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            save_score_head(extract_model_from_parallel(model), folder)
 
 
 def checkpoint_to_resume(wanted: str | None, folder: str | Path, rows: int) -> str | None:

@@ -39,11 +39,15 @@ def letter_loss(
 
     `answer` (rows,) is the index of the right letter; a soft `target` (rows, 10) takes its place.
     """
-    letters = letter_logits(logits, letter_ids, offered)
+    return choice_loss(letter_logits(logits, letter_ids, offered), answer, target)
+
+
+def choice_loss(scores: torch.Tensor, answer: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+    """Cross-entropy (rows,) of scores (rows, letters), -inf where a row offers no choice; see `letter_loss`."""
     if target is None:
-        return cross_entropy(letters, answer, reduction="none")
-    letters = letters.clamp(min=torch.finfo(letters.dtype).min)  # 0 * log(0) has to be 0, not NaN
-    return cross_entropy(letters, target, reduction="none")
+        return cross_entropy(scores, answer, reduction="none")
+    scores = scores.clamp(min=torch.finfo(scores.dtype).min)  # 0 * log(0) has to be 0, not NaN
+    return cross_entropy(scores, target, reduction="none")
 
 
 def token_loss(

@@ -11,6 +11,7 @@ from vqa.data.prompt import build_messages, letter_ids, render_chat, shown_answe
 from vqa.data.rows import LETTERS, Row
 from vqa.data.splits import split_problems
 from vqa.modeling.families import vision_tower
+from vqa.modeling.suffix_score import SuffixCollator
 from vqa.modeling.vision import unwrap_base_model
 
 
@@ -35,7 +36,9 @@ def supervised_texts(collate: Collator, rows: list[Row]) -> list[str]:
 
 def label_problems(collate: Collator, rows: list[Row]) -> list[str]:
     """One line for each row whose labels do not cover exactly the right letter and the end of the turn."""
-    problems = []
+    problems: list[str] = []
+    if isinstance(collate, SuffixCollator):  # its rows have no labels
+        return problems
     for row, text in zip(rows, supervised_texts(collate, rows)):
         conversation, letter = build_messages(row), LETTERS[shown_answer(row)]
         prompt = render_chat(collate.processor, conversation)
@@ -55,7 +58,7 @@ def adapter_targets(model: PeftModel) -> dict[str, int]:
 
 def adapter_problems(model: PeftModel, lora_vision: bool = False) -> list[str]:
     """One line if nothing is trained, or if a trained parameter is in the vision tower without `lora_vision`."""
-    if not any(p.requires_grad for p in model.parameters()):
+    if not any(p.requires_grad for p in unwrap_base_model(model).parameters()):
         return ["nothing of the model is trained: no layer's name matches `lora_targets` (vqa/modeling/families)"]
     trained = [name for name, p in vision_tower(unwrap_base_model(model)).named_parameters() if p.requires_grad]
     if lora_vision or not trained:

@@ -16,6 +16,7 @@ from vqa.data.prompt import letter_ids
 from vqa.data.rows import Row
 from vqa.modeling.feature_store import FeatureStore, open_feature_store
 from vqa.modeling.loading import add_adapter, load_base, load_processor
+from vqa.modeling.suffix_score import add_score_head
 from vqa.modeling.vision import is_vision_frozen
 
 
@@ -44,12 +45,14 @@ class SharedBase:
         return letter_ids(self.processor)
 
     def add_adapter(self, args: ModelArguments, recipe: RecipeArguments) -> PeftModel:
-        """The base with a fresh adapter, drawn by the recipe's seed."""
+        """The base with a fresh adapter, drawn by the recipe's seed, and with the head of `score` suffix."""
         seed_everything(recipe)
         if self.base is None:
             self.base = load_base(args.model, args.load_in_4bit, self.dtype, args.trust_remote_code)
             set_seed(recipe.seed)  # whatever loading has drawn
         self.adapted = add_adapter(self.base, **adapter_options(args))
+        if args.score == "suffix":
+            add_score_head(self.adapted)
         return self.adapted
 
     def remove_adapter(self) -> None:

@@ -18,12 +18,13 @@ from vqa.data.collator import Collator
 from vqa.data.rows import Row
 from vqa.inference.scoring import answer_logits
 from vqa.modeling.families import language_model
+from vqa.modeling.suffix_score import suffix_scores
 from vqa.modeling.vision import unwrap_base_model
 from vqa.training.batching import MicroBatches
 from vqa.training.callbacks import LogCallback, ProgressBar, WeightAverage, swa_start_step, trainable_parameters
 from vqa.training.checkpointing import COMPLETE
 from vqa.training.dataset import LengthSortedSampler, TrainDataset
-from vqa.training.loss import FiniteLossCheck, answer_loss
+from vqa.training.loss import FiniteLossCheck, answer_loss, choice_loss
 from vqa.training.validation import Validator
 
 INITIAL_SCALE = 2.0**12  # of the fp16 loss scaler
@@ -105,13 +106,18 @@ class FoldTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean of `answer_loss` over the batch's rows, or this batch's part of the step's mean.
+        """The mean of `answer_loss` or `choice_loss` over the batch's rows, or this batch's part of the step's mean.
 
         `num_items_in_batch` is the step's number of rows. Logits are computed at the answer's tokens only.
         """
-        answer_tokens = inputs["labels"].shape[1] - inputs["answer_start"]
-        logits = answer_logits(model, inputs, keep=answer_tokens + 1)[:, :-1]  # each position predicts the next token
-        losses = answer_loss(logits, inputs, self.letter_ids, self.args.loss)
+        if "suffix_end" in inputs:
+            logits = suffix_scores(model, inputs)
+            losses = choice_loss(logits, inputs["answer"], inputs.get("target"))
+        else:
+            answer_tokens = inputs["labels"].shape[1] - inputs["answer_start"]
+            # Each position predicts the next token.
+            logits = answer_logits(model, inputs, keep=answer_tokens + 1)[:, :-1]
+            losses = answer_loss(logits, inputs, self.letter_ids, self.args.loss)
         if num_items_in_batch is None:
             loss = losses.mean()
         else:  # times the number of processes, since DDP averages their gradients
@@ -120,14 +126,14 @@ class FoldTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def create_optimizer(self, model=None):
-        """The Trainer's; parameters outside the language model get the rate `vision_learning_rate`, if it is set."""
+        """The Trainer's; the vision tower and its projector get the rate `vision_learning_rate`, if it is set."""
         optimizer = super().create_optimizer(model)
         if (rate := self.args.vision_learning_rate) is not None:
-            model = cast(torch.nn.Module, self.model)
-            decoder = set(language_model(unwrap_base_model(model)).parameters())
+            base = unwrap_base_model(cast(torch.nn.Module, self.model))
+            others = set(base.parameters()) - set(language_model(base).parameters())
             for group in list(optimizer.param_groups):
-                vision = [parameter for parameter in group["params"] if parameter not in decoder]
-                group["params"] = [parameter for parameter in group["params"] if parameter in decoder]
+                vision = [parameter for parameter in group["params"] if parameter in others]
+                group["params"] = [parameter for parameter in group["params"] if parameter not in others]
                 optimizer.add_param_group({**group, "params": vision, "lr": rate})
         return optimizer
 

@@ -23,6 +23,7 @@ from vqa.data.rows import Row
 from vqa.evaluation.metrics import accuracy_and_log_loss, soft_label_log_loss
 from vqa.evaluation.oof import weights_folder
 from vqa.inference.scoring import score_rows
+from vqa.modeling.suffix_score import save_score_head
 from vqa.training.callbacks import WeightAverage, trainable_parameters
 
 BEST = "best.json"  # in the fold's folder: the scores of the exported adapters
@@ -84,6 +85,8 @@ class Validator:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=".export-") as temporary:
             model.save_pretrained(temporary, state_dict=adapter, save_embedding_layers=False)
+            if hasattr(model, "score_head"):
+                save_score_head(model, temporary)
             if probabilities is not None:
                 write_predictions(Path(temporary, "oof.csv"), self.rows, probabilities)
             for file in Path(temporary).iterdir():
