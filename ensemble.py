@@ -26,14 +26,15 @@ from vqa.core.cli import add_hidden_alias, make_parser, non_default_args
 from vqa.core.errors import UserError, preview, run_main
 from vqa.data.answers import FORMS, AnswerForm
 from vqa.data.predictions import is_prediction_file, join, read_card, write_probabilities
-from vqa.data.rows import LETTERS, read_choices
+from vqa.data.rows import LETTERS, Row, read_questions
 from vqa.data.submission import check_offered, count_changes, read_previous, read_submission_form, write_submission
 from vqa.data.table import read_table
-from vqa.evaluation.ensembling import METHODS, choose_ensemble, ensemble_members, nested_scores
+from vqa.evaluation.ensembling import BY_TYPE, METHODS, TUNED, choose_ensemble, ensemble_members, nested_scores
 from vqa.evaluation.experiment_log import log_run
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import accuracy, row_log_loss
 from vqa.evaluation.oof import MissingOOFError, OOFPredictions, check_agreement, group_models, load_oof, run_args
+from vqa.evaluation.question_types import question_types
 from vqa.evaluation.reference import model_warning
 from vqa.evaluation.significance import error_overlap, print_comparison
 
@@ -51,7 +52,8 @@ def main() -> None:
     ids, stack = join(files)
     test_csv, sample = find_test_csv(files[0], args.sample)
     run = run_args(*files)
-    choices = read_choices(test_csv, run.get("columns")) if test_csv else {}
+    rows = read_questions(test_csv, run.get("columns")) if test_csv else {}
+    choices = {row_id: row["choices"] for row_id, row in rows.items()}
     if test_csv:
         check_offered(test_csv, ids, stack.max(0), choices)
     oof = find_oof(models, oof_files, args)
@@ -59,7 +61,7 @@ def main() -> None:
     if oof and len(models) > 1:
         check_agreement(names, members, oof)
     chosen = choose_ensemble(models, oof, args.method, args.temperature, args.weight_by)
-    probabilities = chosen(members)
+    probabilities = chosen(members, test_types(args.method, ids, rows))
     if args.known_answers:
         use_known_answers(args.known_answers, ids, probabilities)
     form = None
@@ -86,11 +88,12 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add("predictions", nargs="*", help="files that predict.py wrote; earlier submissions among them are ignored")
     add(
         "--method",
-        choices=("auto", *METHODS),
+        choices=("auto", *METHODS, BY_TYPE),
         default="auto",
         help="mean: of probabilities; geometric: of log-probabilities; weighted: mean, by out-of-fold score; greedy: "
         "mean of members selected one by one; stack: logistic regression on log-probabilities, a coefficient per "
-        "model; majority: of votes; auto: the one with the lowest out-of-fold log-loss (default: auto)",
+        "model; majority: of votes; stack_by_type: stack with coefficients for each question type, shrunk "
+        "towards those of all rows; auto: of the others, the one with the lowest out-of-fold log-loss (default: auto)",
     )
     add("--temperature", action="store_true", help="first calibrate each model's confidence on its out-of-fold rows")
     add(
@@ -163,7 +166,7 @@ def find_oof(models: dict, oof_files: dict | None, args: argparse.Namespace) -> 
     try:
         oof = load_oof(models, oof_files, args.labels, args.columns)
     except MissingOOFError as reason:
-        if oof_files or args.temperature or args.method in ("greedy", "stack"):
+        if oof_files or args.temperature or args.method in TUNED:
             raise
         print(f"no out-of-fold rows: {reason}")
         return None
@@ -176,6 +179,17 @@ def find_oof(models: dict, oof_files: dict | None, args: argparse.Namespace) -> 
     if len(models) > 1:
         print(error_overlap(oof.stack.argmax(-1), oof.answers).describe(list(models)))
     return oof
+
+
+def test_types(method: str, ids: list[str], rows: dict[str, Row]) -> np.ndarray | None:
+    """The question types (rows,) of the rows to predict, for a method that needs them."""
+    if method != BY_TYPE:
+        return None
+    if not rows:
+        raise UserError(
+            f"--method {BY_TYPE} reads the questions of the test CSV, which is missing. Use another method."
+        )
+    return question_types([rows[row_id] for row_id in ids])
 
 
 def use_known_answers(path: str, ids: list[str], probabilities: np.ndarray) -> None:

@@ -9,6 +9,8 @@ from sklearn.metrics import log_loss
 
 from vqa.evaluation.ensembling import METHODS, ensemble, fit, nested
 from vqa.evaluation.metrics import row_log_loss
+from vqa.evaluation.significance import paired_difference
+from vqa.evaluation.stacking import _fit_types
 
 
 def contest(skills, rows=400, letters=4, seed=0, ragged=False):
@@ -143,7 +145,7 @@ def test_rows_of_one_image_are_never_fitted_on_and_scored_at_once(monkeypatch):
 
     def spy(method, stack, *rest):
         seen.append(set(stack[0, :, 0]))
-        return lambda stack: held.append(set(stack[0, :, 0])) or stack.mean(0)
+        return lambda stack, types: held.append(set(stack[0, :, 0])) or stack.mean(0)
 
     monkeypatch.setattr("vqa.evaluation.ensembling.fit", spy)
     nested("mean", stack, answers, {"image": images})
@@ -158,3 +160,46 @@ def test_a_copy_and_noise_get_no_weight():
         weights = fit("stack", planted, answers).weights
         assert weights[3] == 0 and sorted(weights[:2])[0] == 0 and weights[2] > 0.1, weights
         assert fit("greedy", planted, answers).weights[3] <= 0.01
+
+
+def test_the_weights_of_a_type_are_scikit_learns_ridge_where_there_are_two_letters():
+    stack, answers = contest([1.5, 0.8], rows=400, letters=2)
+    types, odds = np.array(["count", "colour"] * 200), np.log(stack[..., 1] / stack[..., 0]).T
+    found = _fit_types(stack, answers, types, np.zeros(2), strength=20.0)
+    for name, weights in found.items():
+        oracle = LogisticRegression(C=1 / 20, fit_intercept=False, tol=1e-12).fit(
+            odds[types == name], answers[types == name]
+        )
+        assert weights == pytest.approx(oracle.coef_[0], abs=1e-4)
+    tight = _fit_types(stack, answers, types, np.array([0.9, 0.1]), strength=1e9)
+    assert tight["count"] == pytest.approx([0.9, 0.1], abs=1e-4)
+
+
+def gain_by_type(stack, answers, types):
+    """The nested log-loss of stack_by_type minus that of stack, with its interval."""
+    losses = [row_log_loss(nested(m, stack, answers, types=types), answers) for m in ("stack", "stack_by_type")]
+    return paired_difference(*losses)
+
+
+def test_weights_by_type_find_models_that_are_good_at_different_questions():
+    stack, answers = contest([1.8, 0.3], rows=400)
+    types = np.random.default_rng(1).choice(["colour", "count"], 400)
+    stack[:, types == "count"] = stack[::-1, types == "count"]
+    assert gain_by_type(stack, answers, types).high < -0.05
+    chosen = fit("stack_by_type", stack, answers, types=types)
+    assert chosen.by_type["colour"][0] > 3 * chosen.by_type["colour"][1]
+    assert chosen.by_type["count"][1] > 3 * chosen.by_type["count"][0]
+    unknown = chosen(stack, np.array(["never seen"] * 400))
+    assert unknown == pytest.approx(ensemble(stack, "stack", chosen.weights), abs=1e-15)
+
+
+@pytest.mark.parametrize("skills", [[1.5, 0.8], [1.2, 1.2]])
+def test_weights_by_type_gain_nothing_where_types_mean_nothing(skills):
+    """Three draws for each pair of skills; the types are random."""
+    gaps = []
+    for seed in range(3):
+        stack, answers = contest(skills, rows=150, seed=seed)
+        types = np.random.default_rng(100 + seed).choice(["colour", "count", "place"], 150)
+        gaps.append(gain_by_type(stack, answers, types))
+    assert not any(gap.high < 0 for gap in gaps), "no draw gains beyond noise"
+    assert -0.002 < np.mean([gap.value for gap in gaps]) < 0.01, "and they lose little"

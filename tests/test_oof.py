@@ -311,3 +311,31 @@ def test_an_ensembles_probabilities_are_the_mean_and_do_not_get_among_the_predic
     code, _, error = script("ensemble", *files, "--probabilities", among)
     assert (code, error.count("\n")) == (2, 1) and "is in the folder of the predictions" in error
     assert not among.exists()
+
+
+def test_weights_by_type_read_the_questions_of_both_files(planted, script):
+    """The first model is right about colours, the second one counts."""
+    count = np.arange(TRAIN + TEST) % 2 == 1
+    for name in ("train.csv", "test.csv"):
+        table = pd.read_csv(planted.folder / name, dtype=str)
+        odd = table["id"].str[1:].astype(int) % 2 == 1
+        table["question"] = np.where(odd, "How many are there?", "What colour is it?")
+        table.to_csv(planted.folder / name, index=False)
+    good, bad = planted.probabilities(2.0), planted.probabilities(0.2)
+    stack = np.stack([np.where(count[:, None], bad, good), np.where(count[:, None], good, bad)])
+    files = planted.model("a", stack[0]) + planted.model("b", stack[1])
+    output = planted.folder / "s.csv"
+    code, said, error = script("ensemble", *files, "--method", "stack_by_type", "--output", output)
+    assert code == 0, error
+    assert "log-loss of stack_by_type minus that of stack: -0." in said and "beyond noise at 600 rows" in said
+    types = np.where(count, "count", "colour")
+    best = fit("stack_by_type", stack[:, :TRAIN], planted.answers[:TRAIN], types=types[:TRAIN])
+    for name, (first, second) in best.by_type.items():
+        assert f"\n{name}: weights {first:.3f}, {second:.3f}\n" in said
+    expected = best(stack[:, TRAIN:], types[TRAIN:]).argmax(1)
+    assert list(pd.read_csv(output)["answer"][::-1]) == ["abcd"[i] for i in expected]
+    (planted.folder / "test.csv").unlink()
+    code, _, error = script("ensemble", *files, "--method", "stack_by_type", "--output", output)
+    assert (code, error.count("\n")) == (2, 1) and "reads the questions of the test CSV" in error
+    code, _, error = script("ensemble", *files[:3], "--method", "stack_by_type", "--output", output)
+    assert (code, error.count("\n")) == (2, 1) and "needs two models" in error

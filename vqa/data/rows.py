@@ -40,6 +40,7 @@ class Row(TypedDict, total=False):
     paraphrase: int  # which paraphrase replaces the question; 0: the question itself
     scale: float  # side of each image relative to the pixel budget's
     flip: bool  # mirror each image
+    crops: list[int]  # indices of the images that are shown once more in four parts, after all images
     image_hash: str | None  # SHA-256 of the image file; of several files, joined by spaces
     note: str  # remark for the prediction file, such as a broken image
 
@@ -72,12 +73,10 @@ def read_rows(path: str | Path, image_root: str | Path | None = None, with_answe
     return read_contest(path, image_root, with_answer, **form).rows
 
 
-def read_choices(path: str | Path, columns: Mapping | str | None = None) -> dict[str, list[str]]:
-    """id -> the choices that the row offers; images and answers are not looked at."""
+def read_questions(path: str | Path, columns: Mapping | str | None = None) -> dict[str, Row]:
+    """id -> row with its question and choices; images and answers are not looked at."""
     table = read_table(path, ())
-    return {
-        row["id"]: row["choices"] for row in read_texts(path, table, find_columns(path, list(table.columns), columns))
-    }
+    return {row["id"]: row for row in read_texts(path, table, find_columns(path, list(table.columns), columns))}
 
 
 def read_contest(

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.special import softmax
 
 from vqa.core.errors import UserError
 from vqa.data.predictions import validation_scores
 from vqa.evaluation.metrics import EPS, accuracy, row_log_loss, score_with_interval
 from vqa.evaluation.oof import OOFPredictions
 from vqa.evaluation.significance import paired_difference
+from vqa.evaluation.stacking import PARTS, fit_stack, fit_stack_by_type, log_opinion_pool, weights_of_rows
 
-METHODS = ("mean", "geometric", "weighted", "greedy", "stack", "majority")
-PARTS = 5  # of nested scores
+METHODS = ("mean", "geometric", "weighted", "greedy", "stack", "majority")  # among which "auto" chooses
+BY_TYPE = "stack_by_type"
+TUNED = ("greedy", "stack", BY_TYPE)  # on out-of-fold rows of several models
 NO_WEIGHT = 0.01
 ROUNDS = 50  # of greedy selection: weights in steps of 2 %
 MAX_FIT_ROWS = 100_000  # a few weights do not change with more
@@ -29,37 +30,38 @@ def ensemble(stack: np.ndarray, method: str, weights: Sequence[float] | np.ndarr
     """Probabilities (rows, letters) of an ensemble of `stack` (members, rows, letters).
 
     mean: of the probabilities. geometric: of their logarithms. weighted, greedy: mean with `weights` (members,).
-    stack: softmax of the sum of log-probabilities times `weights`. majority: the share of the members' votes; ties go
-    to the letter of the larger mean probability.
+    stack, stack_by_type: softmax of the sum of log-probabilities times `weights`; the latter's are (members, rows).
+    majority: the share of the members' votes; ties go to the letter of the larger mean probability.
     """
     if method == "majority":
         votes = (stack.argmax(-1)[..., None] == np.arange(stack.shape[-1])).mean(0)
         # Votes are multiples of 1 / members, so a share this small only breaks ties.
         share = 1e-3 / len(stack)
         return (1 - share) * votes + share * stack.mean(0)
-    if method in ("geometric", "stack"):
+    if method in ("geometric", "stack", BY_TYPE):
         equal = np.full(len(stack), 1 / len(stack))
         return log_opinion_pool(stack, equal if method == "geometric" or weights is None else weights)
     return np.average(stack, axis=0, weights=None if method == "mean" else weights)
 
 
-def log_opinion_pool(stack: np.ndarray, weights: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Softmax, over the letters that a row offers, of the log-probabilities summed with `weights` (members,)."""
-    offered = (stack > 0).any(0)
-    pooled = sum(weight * np.log(np.maximum(member, EPS)) for weight, member in zip(weights, stack))
-    return softmax(np.where(offered, pooled, -np.inf), axis=1)
-
-
 @dataclass(frozen=True)
 class Ensemble:
-    """A method with its weights (members,) and, if members are scaled first, their 1 / temperature (members,)."""
+    """A method with its weights (members,) and, if members are scaled first, their 1 / temperature (members,).
+
+    by_type: question type -> weights (members,), for BY_TYPE.
+    """
 
     method: str
     weights: np.ndarray | None = None
     inverse_temperature: np.ndarray | None = None
+    by_type: Mapping[str, np.ndarray] | None = None
 
-    def __call__(self, stack: np.ndarray) -> np.ndarray:
-        return ensemble(apply_temperature(stack, self.inverse_temperature), self.method, self.weights)
+    def __call__(self, stack: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
+        """Probabilities (rows, letters) of `stack` (members, rows, letters); BY_TYPE needs their question types."""
+        weights = self.weights
+        if types is not None and weights is not None and self.by_type is not None:
+            weights = weights_of_rows(types, weights, self.by_type)
+        return ensemble(apply_temperature(stack, self.inverse_temperature), self.method, weights)
 
     def describe(self, names: Sequence[str]) -> str:
         """Lines with the method, the members `names`, their weights and their temperatures."""
@@ -69,7 +71,14 @@ class Ensemble:
         if self.inverse_temperature is not None:
             temperatures = 1 / np.maximum(self.inverse_temperature, 1e-9)
             lines.append("temperatures: " + ", ".join(f"{name} {x:.3g}" for name, x in zip(names, temperatures)))
-        useless = [name for name, weight in zip(names, weights) if weight <= NO_WEIGHT]
+        kinds = self.by_type or {}
+        lines += [f"{kind}: weights {', '.join(f'{x:.3f}' for x in own)}" for kind, own in kinds.items()]
+        if self.by_type is not None and not kinds:
+            lines.append(
+                "all question types get these weights: in cross-validation, others did not lower the log-loss"
+            )
+        most = np.max(np.stack([weights, *kinds.values()]), axis=0)
+        useless = [name for name, weight in zip(names, most) if weight <= NO_WEIGHT]
         lines += [f"{name} gets no weight: it does not improve the out-of-fold score" for name in useless]
         return "\n".join(lines)
 
@@ -82,14 +91,22 @@ def apply_temperature(stack: np.ndarray, inverse_temperature: np.ndarray | None)
 
 
 def fit(
-    method: str, stack: np.ndarray, answers: np.ndarray, temperature: bool = False, weight_by: str = "log_loss"
+    method: str,
+    stack: np.ndarray,
+    answers: np.ndarray,
+    temperature: bool = False,
+    weight_by: str = "log_loss",
+    types: np.ndarray | None = None,
 ) -> Ensemble:
-    """The ensemble `method` of `stack` (members, rows, letters), fitted on the answers' indices (rows,)."""
+    """The ensemble `method` of `stack` (members, rows, letters), fitted on the answers' indices (rows,).
+
+    `types`: the question type of each row (rows,), for BY_TYPE.
+    """
     if len(answers) > MAX_FIT_ROWS:
         drawn = np.random.default_rng(0).choice(len(answers), MAX_FIT_ROWS, replace=False)
-        stack, answers = stack[:, drawn], answers[drawn]
+        stack, answers, types = stack[:, drawn], answers[drawn], None if types is None else types[drawn]
     inverse_temperature = np.array([fit_stack(member[None], answers)[0] for member in stack]) if temperature else None
-    stack, weights = apply_temperature(stack, inverse_temperature), None
+    stack, weights, by_type = apply_temperature(stack, inverse_temperature), None, None
     if method == "weighted":
         scores = [row_log_loss(member, answers).mean() for member in stack]
         if weight_by == "accuracy":
@@ -97,7 +114,9 @@ def fit(
         weights = score_weights(scores, weight_by)
     elif method in ("greedy", "stack"):
         weights = (fit_greedy if method == "greedy" else fit_stack)(stack, answers)
-    return Ensemble(method, weights, inverse_temperature)
+    elif method == BY_TYPE and types is not None:
+        weights, by_type = fit_stack_by_type(stack, answers, types)
+    return Ensemble(method, weights, inverse_temperature, by_type)
 
 
 def score_weights(scores: Sequence[float] | np.ndarray, by: str) -> np.ndarray:
@@ -125,73 +144,6 @@ def fit_greedy(stack: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return best_counts / best_counts.sum()
 
 
-def fit_stack(stack: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """Coefficients (members,), none below 0, of a stack on log-probabilities.
-
-    This is multinomial logistic regression in its conditional form (McFadden 1974): one coefficient a member, shared
-    by all letters, and no intercepts. A letter has no meaning of its own (choices are shuffled in training), so a
-    matrix of members x letters x letters would only overfit, and a row with fewer choices is a softmax over fewer.
-    With two letters it is scikit-learn's LogisticRegression without intercept or penalty on the members' log-odds.
-    One member's coefficient is its inverse temperature.
-
-    Members are dropped one by one, weakest first, while their coefficient is not above 0 or gains less likelihood than
-    the BIC charges for it, log(rows) / 2: a copy and a model of noise end with exactly 0.
-    """
-    members, rows = list(range(len(stack))), len(answers)
-    fitted = _fit_coefficients(stack, answers)
-    while len(members) > 1:
-        weakest = int(np.argmin(fitted.z))
-        others = members[:weakest] + members[weakest + 1 :]
-        without = _fit_coefficients(stack[others], answers)
-        if fitted.z[weakest] > 0 and rows * (without.loss - fitted.loss) > np.log(rows) / 2:
-            break
-        members, fitted = others, without
-    coefficients = np.zeros(len(stack))
-    coefficients[members] = np.maximum(fitted.coefficients, 0)
-    return coefficients
-
-
-@dataclass(frozen=True)
-class _Fit:
-    coefficients: np.ndarray
-    z: np.ndarray  # coefficients in standard errors
-    loss: float
-
-
-def _fit_coefficients(stack: np.ndarray, answers: np.ndarray) -> _Fit:
-    """Maximum likelihood by a trust-region Newton method: the loss is convex and has few coefficients."""
-    from scipy.optimize import minimize  # takes a third of a second to import
-
-    offered = (stack > 0).any(0).T
-    logs = np.where(offered, np.log(np.maximum(stack, EPS)).transpose(0, 2, 1), 0.0)  # sums along rows are fast
-    logs_right = logs[:, answers, np.arange(len(answers))]
-
-    def pool(coefficients):
-        """(probabilities of the letters (letters, rows), loss)."""
-        values = np.where(offered, np.tensordot(coefficients, logs, 1), -np.inf)
-        top = values.max(0)
-        probs = np.exp(values - top)
-        total = probs.sum(0)
-        return probs / total, float((top + np.log(total) - coefficients @ logs_right).mean())
-
-    def loss_and_gradient(coefficients):
-        probs, loss = pool(coefficients)
-        return loss, ((logs * probs).sum((1, 2)) - logs_right.sum(1)) / len(answers)
-
-    def hessian(coefficients):
-        probs = pool(coefficients)[0]
-        spread = (logs - (logs * probs).sum(1, keepdims=True)) * np.sqrt(probs)
-        flat = spread.reshape(len(logs), -1)
-        return flat @ flat.T / len(answers)
-
-    start = np.full(len(stack), 1 / len(stack))
-    result = minimize(loss_and_gradient, start, jac=True, hess=hessian, method="trust-exact", options={"gtol": 1e-10})
-    # A tiny ridge makes the error of a coefficient that two copies share large instead of undefined.
-    information = hessian(result.x) + 1e-9 * np.eye(len(stack))
-    errors = np.sqrt(np.diag(np.linalg.inv(information)) / len(answers))
-    return _Fit(result.x, result.x / errors, float(result.fun))
-
-
 def nested(
     method: str,
     stack: np.ndarray,
@@ -199,6 +151,7 @@ def nested(
     clusters: Mapping[str, np.ndarray] | None = None,
     temperature: bool = False,
     weight_by: str = "log_loss",
+    types: np.ndarray | None = None,
 ) -> np.ndarray:
     """Probabilities (rows, letters) of rows by ensembles that were fitted without them.
 
@@ -209,7 +162,10 @@ def nested(
     result = np.empty(stack.shape[1:])
     for part in range(PARTS):
         held = parts == part
-        result[held] = fit(method, stack[:, ~held], answers[~held], temperature, weight_by)(stack[:, held])
+        own, others = (None, None) if types is None else (types[held], types[~held])
+        result[held] = fit(method, stack[:, ~held], answers[~held], temperature, weight_by, others)(
+            stack[:, held], own
+        )
     return result
 
 
@@ -217,11 +173,16 @@ def nested_scores(chosen: Ensemble, oof: OOFPredictions, weight_by: str) -> dict
     """The scores of an ensemble on out-of-fold rows that it was not fitted on, as `log_run` takes them."""
     method = chosen.method if len(oof.stack) > 1 else "mean"  # of one model, each row has one prediction
     temperature = chosen.inverse_temperature is not None
-    values = nested(method, oof.stack, oof.answers, oof.clusters, temperature, weight_by)
+    values = nested(method, oof.stack, oof.answers, oof.clusters, temperature, weight_by, oof_types(method, oof))
     scores = score_with_interval(values, oof.answers, oof.clusters) | {"text_only": oof.reference.text_only}
     if method == "majority":  # shares of votes are not probabilities
         del scores["log_loss"]
     return {"scores": scores, "labels": oof.labels.path, "out_of_fold": (oof.ids, values)}
+
+
+def oof_types(method: str, oof: OOFPredictions) -> np.ndarray | None:
+    """The question types of the out-of-fold rows (rows,), for a method that needs them."""
+    return oof.labels.question_types(oof.ids) if method == BY_TYPE else None
 
 
 def ensemble_members(
@@ -248,12 +209,14 @@ def choose_ensemble(
     table of methods and the reason.
     """
     if len(models) > 1 and oof:
+        if method == BY_TYPE:
+            show_gain_by_type(oof, temperature, weight_by, show)
         method = select_method(oof, temperature, weight_by, show) if method == "auto" else method
-        return fit(method, oof.stack, oof.answers, temperature, weight_by)
+        return fit(method, oof.stack, oof.answers, temperature, weight_by, oof_types(method, oof))
     members: list[Sequence[str]] = list(models.values())
     if len(models) == 1:
         members = [[file] for file in members[0]]
-        if method in ("greedy", "stack"):
+        if method in TUNED:
             raise UserError(
                 f"--method {method} needs two models: the folds of one model have no out-of-fold rows in common. Use "
                 "--method mean, or add another model's predictions."
@@ -273,16 +236,7 @@ def choose_ensemble(
 
 def select_method(oof: OOFPredictions, temperature: bool, weight_by: str, show: Callable[[str], None] = print) -> str:
     """The method with the lowest nested log-loss. `show` gets a table of all methods and the gain over the mean."""
-    losses, table = {}, []
-    for method in METHODS:
-        values = nested(method, oof.stack, oof.answers, oof.clusters, temperature, weight_by)
-        correct = accuracy(values.argmax(1) == oof.answers, oof.clusters)
-        table.append({"method": method, "accuracy": correct.value, "low": correct.low, "high": correct.high})
-        if method != "majority":  # shares of votes are not probabilities
-            losses[method] = row_log_loss(values, oof.answers)
-            table[-1]["log_loss"] = losses[method].mean()
-    show(f"\nnested scores on {len(oof.answers)} out-of-fold rows of {oof.labels.path}:")
-    show(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-") + "\n")
+    losses = nested_losses(METHODS, oof, temperature, weight_by, show)
     best = min(losses, key=lambda method: losses[method].mean())
     if best == "mean":
         show("mean is chosen: no other method has a lower log-loss")
@@ -293,3 +247,31 @@ def select_method(oof: OOFPredictions, temperature: bool, weight_by: str, show: 
         f"{gain.high:.4f}), {'beyond' if gain.beyond_noise else 'within'} noise at {len(oof.answers)} rows"
     )
     return best
+
+
+def show_gain_by_type(oof: OOFPredictions, temperature: bool, weight_by: str, show: Callable[[str], None]) -> None:
+    """Show how BY_TYPE compares with the same weights for all types, by nested scores."""
+    losses = nested_losses(("mean", "stack", BY_TYPE), oof, temperature, weight_by, show)
+    gap = paired_difference(losses["stack"], losses[BY_TYPE], oof.clusters)
+    show(
+        f"log-loss of {BY_TYPE} minus that of stack: {gap.value:+.4f} (95 % interval {gap.low:+.4f} to "
+        f"{gap.high:+.4f}), {'beyond' if gap.beyond_noise else 'within'} noise at {len(oof.answers)} rows"
+    )
+
+
+def nested_losses(
+    methods: Sequence[str], oof: OOFPredictions, temperature: bool, weight_by: str, show: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    """Method -> nested log-loss of each row (rows,), without majority's. `show` gets a table of all methods."""
+    losses, table = {}, []
+    for method in methods:
+        types = oof_types(method, oof)
+        values = nested(method, oof.stack, oof.answers, oof.clusters, temperature, weight_by, types)
+        correct = accuracy(values.argmax(1) == oof.answers, oof.clusters)
+        table.append({"method": method, "accuracy": correct.value, "low": correct.low, "high": correct.high})
+        if method != "majority":  # shares of votes are not probabilities
+            losses[method] = row_log_loss(values, oof.answers)
+            table[-1]["log_loss"] = losses[method].mean()
+    show(f"\nnested scores on {len(oof.answers)} out-of-fold rows of {oof.labels.path}:")
+    show(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-") + "\n")
+    return losses

@@ -11,6 +11,7 @@ from vqa.data.answers import AnswerForm
 from vqa.data.columns import find_columns
 from vqa.data.rows import LETTERS, Row, add_answers, read_texts
 from vqa.data.table import check_ids, read_table
+from vqa.evaluation.question_types import question_types
 
 # Fewer clusters are kinds of rows that every sample has, such as ten question templates, and their variance is too
 # uncertain to widen an interval by.
@@ -57,6 +58,12 @@ class Labels:
     def soft_labels(self, ids: Sequence[str]) -> np.ndarray | None:
         """The share of each row's annotators that chose each letter (rows, letters); None without annotators."""
         return None if self._soft_labels is None else self._soft_labels[self._positions(ids)]
+
+    def question_types(self, ids: Sequence[str]) -> np.ndarray:
+        """The question type of each row, str (rows,). Raises UserError where the CSV has no questions or choices."""
+        if not self.columns.question or not self.columns.choices:
+            raise UserError(f"{self.path}: it has no questions or no choices, so their types are unknown. Give both.")
+        return question_types(read_texts(self.path, self.table.iloc[self._positions(ids)], self.columns))
 
     def clusters(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
         """ "image" and "question" -> cluster of each row, int (rows,) from 0 on, where several rows share one."""

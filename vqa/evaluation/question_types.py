@@ -8,7 +8,10 @@ rules for them here. tests/test_question_types.py measures the rules on labelled
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from vqa.data.answers import clean
+from vqa.data.rows import Row
 
 OTHER = "other"
 YES_NO = "yes or no"
@@ -80,6 +83,11 @@ def question_type(question: str, choices: Sequence[str]) -> str:
     if not WH_WORD.search(question) and sum(map(is_yes_or_no, choices)) > 1:
         return YES_NO
     return next((name for name, rule in COMPILED.items() if rule.search(question)), OTHER)
+
+
+def question_types(rows: Sequence[Row]) -> np.ndarray:
+    """The type of each row's question, str (rows,)."""
+    return np.array([question_type(row["question"], row["choices"]) for row in rows])
 
 
 def is_yes_or_no(choice: str) -> bool:

@@ -10,7 +10,7 @@ import pandas as pd
 from vqa.data.images import all_images, oriented_sizes
 from vqa.data.rows import Row
 from vqa.evaluation.metrics import accuracy, row_log_loss
-from vqa.evaluation.question_types import question_type
+from vqa.evaluation.question_types import question_types
 from vqa.evaluation.significance import mean_loss
 from vqa.reports.results import Results
 
@@ -25,7 +25,7 @@ def group_rows(rows: Sequence[Row]) -> dict[str, pd.Series]:
     sides = [round(math.sqrt(sum(areas[path] for path in row["images"]))) for row in rows]
     lengths = [len(row["question"]) for row in rows]
     return {
-        TYPE: pd.Series([question_type(row["question"], row["choices"]) for row in rows], ids, dtype="category"),
+        TYPE: pd.Series(question_types(rows), ids, dtype="category"),
         "image size (square root of the pixels)": quartile_groups(sides, ids),
         "question length (characters)": quartile_groups(lengths, ids),
         "distractor similarity (0 to 100)": quartile_groups([distractor_similarity(row) for row in rows], ids),
