@@ -13,8 +13,8 @@ import sys
 from vqa.config.parser import parse_arguments
 from vqa.core.dtypes import model_dtype
 from vqa.core.errors import run_main
-from vqa.data.collator import Collator
 from vqa.modeling.loading import load_processor
+from vqa.modeling.suffix_score import COLLATORS
 from vqa.training import doctor
 from vqa.training.batching import make_setup
 from vqa.training.dataset import TrainDataset
@@ -26,7 +26,7 @@ def main() -> None:
     report = doctor.Report()
     contest = doctor.read_contest(report, data, recipe.seed)
     processor = load_processor(model_args.model, model_args.trust_remote_code)
-    collate = Collator(processor, data.image_size, data.instruction, with_answer=True)
+    collate = COLLATORS[model_args.score](processor, data.image_size, data.instruction, with_answer=True)
     model = meta_model(model_args, model_dtype(recipe.fp16, recipe.bf16))
     doctor.check_labels(report, collate, TrainDataset(contest.train, data.shuffle_choices, recipe.seed))
     doctor.check_model(report, model_args, model)

@@ -22,6 +22,7 @@ from vqa.core.workers import WorkerCollator
 from vqa.data.images import all_images, check_images, oriented_sizes, with_crops
 from vqa.evaluation.reference import Reference
 from vqa.modeling.suffix_score import COLLATORS
+from vqa.modeling.tree_attention import check_tree_attention
 from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens
 from vqa.training.callbacks import EarlyStoppingCallback, EMACallback, FrozenWeightsCheck, SWACallback, WeightAverage
 from vqa.training.checkpointing import (
@@ -56,6 +57,8 @@ def main() -> None:
 def read_and_check(run: FoldRun) -> bool:
     """Read the run's rows and find the checkpoint to resume. Returns whether the fold is finished already."""
     recipe, checkpoint = run.recipe, run.recipe.resume_from_checkpoint
+    if (args := run.model_args).score == "suffix":
+        run_on_main_and_broadcast(lambda: check_tree_attention(args.model, "score suffix", args.trust_remote_code))
     run.train_rows, run.valid_rows = run_on_main_and_broadcast(run.read_rows)
     if run_on_main_and_broadcast(run.is_finished):
         print_on_main(f"{run.folder} is finished; nothing to train")

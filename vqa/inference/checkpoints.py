@@ -51,6 +51,8 @@ class Checkpoint:
         """16 hex digits of all that decides a row's probabilities: adapter, base model, dtype, image size, prompt."""
         names = ("adapter_config.json", "adapter_model.safetensors")
         adapter = hash_files([str(self.adapter / name) for name in names]) if self.adapter else []
+        if self.model.score == "suffix" and self.adapter:
+            adapter += hash_files([str(self.adapter / HEAD_FILE)])
         settings = [self.model.load_in_4bit, str(self.dtype), self.data.image_size, self.data.instruction]
         return hashlib.sha256(json.dumps([FORMAT, base_fingerprint, *adapter, *settings]).encode()).hexdigest()[:16]
 
@@ -60,8 +62,6 @@ def fold_checkpoint(
     weights: str = "best",
     model: str | None = None,
     dtype: str | None = None,
-        if self.model.score == "suffix" and self.adapter:
-            adapter += hash_files([str(self.adapter / HEAD_FILE)])
     args_file: str | Path | None = None,
 ) -> Checkpoint:
     """The checkpoint in a fold's folder. `model` and `dtype` override what it was trained with.
@@ -127,16 +127,6 @@ def check_same_settings(checkpoints: Sequence[Checkpoint], fields: Sequence[str]
                 raise UserError(f"{first.name} has {name} {a}, {other.name} {b}. Predict them in two commands.")
 
 
-def check_base_weights(checkpoints: Sequence[Checkpoint]) -> str:
-    """The fingerprint of the base model's files. Raises UserError where a checkpoint was trained on others."""
-    model = checkpoints[0].model.model
-    check_model_path(model)
-    fingerprint = checkpoint_fingerprint(model)
-    if others := [item.name for item in checkpoints if item.base_fingerprint not in (None, fingerprint)]:
-        raise UserError(
-            f"{preview(others)}: not trained on the base weights in {model}. Give --model the folder of the right "
-            "base, or predict folds of different bases in separate commands."
-        )
 def check_score_head(item: Checkpoint) -> None:
     """Raise UserError unless weights that score suffixes have their trained head, and others have none."""
     if item.model.score not in COLLATORS:
@@ -152,4 +142,14 @@ def check_score_head(item: Checkpoint) -> None:
         raise UserError(f"{item.adapter}: it has a {HEAD_FILE}, but score is letter. Set score to suffix in --args.")
 
 
+def check_base_weights(checkpoints: Sequence[Checkpoint]) -> str:
+    """The fingerprint of the base model's files. Raises UserError where a checkpoint was trained on others."""
+    model = checkpoints[0].model.model
+    check_model_path(model)
+    fingerprint = checkpoint_fingerprint(model)
+    if others := [item.name for item in checkpoints if item.base_fingerprint not in (None, fingerprint)]:
+        raise UserError(
+            f"{preview(others)}: not trained on the base weights in {model}. Give --model the folder of the right "
+            "base, or predict folds of different bases in separate commands."
+        )
     return fingerprint

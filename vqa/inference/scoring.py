@@ -123,7 +123,7 @@ def _letter_probs(
         for batch in loader:
             batch = send_to_device(batch, device)
             row_index = batch.get("row_index", torch.arange(len(batch["ids"]), device=device))
-            is_suffix = "suffix_end" in batch
+            is_suffix = "choice_end" in batch
             with half_autocast(model):
                 logits = suffix_scores(model, batch) if is_suffix else logits_of(model, batch)
             if is_suffix:

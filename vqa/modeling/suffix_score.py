@@ -30,8 +30,10 @@ HEAD_FILE = "score_head.safetensors"  # beside the adapter's files, which stay a
 class SuffixCollator(Collator):
     """Rows -> a batch of `pack_suffixes`: the prefix of a row is its question, the suffixes are its choices.
 
-    Args and output keys are those of the Collator, without labels and answer_start. The instruction is not used. The
-    suffixes are sorted, so that not even rounding depends on the order of the choices; `suffix_end` has them as shown.
+    Args and output keys are those of the Collator, without labels and answer_start. The instruction is not used. In
+    place of suffix_end:
+        choice_end: int64 (rows, most choices), the column of the last token of each choice as shown, -1 where a row
+            has fewer. The suffixes themselves are sorted, so that not even rounding depends on the order shown.
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict:
@@ -39,7 +41,8 @@ class SuffixCollator(Collator):
         lengths = batch["attention_mask"].sum(1).tolist()
         choices = [self.choice_ids(row) for row in rows]
         batch = pack_suffixes(batch, lengths, list(map(sorted, choices)), self.processor.tokenizer.pad_token_id)
-        for ends, ids in zip(batch["suffix_end"], choices):
+        batch["choice_end"] = batch.pop("suffix_end")
+        for ends, ids in zip(batch["choice_end"], choices):
             ends[: len(ids)] = ends[[sorted(ids).index(choice) for choice in ids]]
         return batch | right_answers(rows) if self.with_answer else batch
 
@@ -53,6 +56,7 @@ class SuffixCollator(Collator):
         return self.processor.tokenizer(texts, add_special_tokens=False).input_ids
 
     def chat_text(self, row: Row) -> str:
+        """The question and all choices. Line breaks keep the choices' tokens apart: at most one more for each."""
         return "\n".join([render_chat(self.processor, self.conversation(row, decode=False)), *row["choices"]])
 
 
@@ -61,7 +65,7 @@ COLLATORS = {"letter": Collator, "suffix": SuffixCollator}  # by the field `scor
 
 def suffix_scores(model: nn.Module, batch: dict) -> torch.Tensor:
     """Scores of a SuffixCollator's batch, float32 (rows, letters), as shown; -inf where a row offers no choice."""
-    ends = batch["suffix_end"]
+    ends = batch["choice_end"]
     hidden = tree_hidden_states(model, batch, ends)
     with torch.autocast(hidden.device.type, enabled=False):
         scores = extract_model_from_parallel(model).score_head(hidden)[..., 0]

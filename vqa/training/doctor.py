@@ -27,8 +27,10 @@ from vqa.data.images import (
 )
 from vqa.data.prompt import letter_ids, shown_answer
 from vqa.data.rows import LETTERS, Row, read_rows, rows_with_equal_choices
-from vqa.data.splits import images_across_folds, shared_images, split_problems, split_rows
+from vqa.data.splits import images_across_folds, shared_images, split_problems
 from vqa.modeling.base_checks import check_base, saved_quantization
+from vqa.modeling.suffix_score import SuffixCollator
+from vqa.modeling.tree_attention import check_tree_attention
 from vqa.training.batching import (
     SLACK,
     Lengths,
@@ -109,6 +111,9 @@ def read_contest(report: Report, data: DataArguments, seed: int) -> Contest:
 def check_labels(report: Report, collate: Collator, rows: TrainDataset) -> None:
     """Whether the labels of three rows cover the right letter, and whether each letter is one token."""
     report.section("Prompt and labels")
+    if isinstance(collate, SuffixCollator):
+        print("score suffix: each choice is scored as the answer to the question, so no letter is needed")
+        return
     try:
         ids = letter_ids(collate.processor)
     except UserError as error:
@@ -135,6 +140,8 @@ def check_model(report: Report, args: ModelArguments, model: PeftModel) -> None:
     report.blockers += problems
     try:
         config = check_base(args.model, args.load_in_4bit, args.trust_remote_code)
+        if args.score == "suffix":
+            check_tree_attention(args.model, "score suffix", args.trust_remote_code)
         print(f"all files of weights are complete; quantization: {saved_quantization(config) or 'none'}")
     except UserError as error:
         report.blockers.append(str(error))

@@ -53,6 +53,8 @@ def default_space(values: Mapping) -> dict[str, list | dict]:
     }
     if (values.get("max_steps") or 0) > 0:  # then the number of epochs has no effect
         del space["num_train_epochs"]
+    if values.get("score") == "suffix":  # nor these two
+        del space["loss"], space["shuffle_choices"]
     return {name: sorted(set(choices)) if isinstance(choices, list) else choices for name, choices in space.items()}
 
 

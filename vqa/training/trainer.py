@@ -110,7 +110,7 @@ class FoldTrainer(Trainer):
 
         `num_items_in_batch` is the step's number of rows. Logits are computed at the answer's tokens only.
         """
-        if "suffix_end" in inputs:
+        if "choice_end" in inputs:
             logits = suffix_scores(model, inputs)
             losses = choice_loss(logits, inputs["answer"], inputs.get("target"))
         else:
