@@ -5,16 +5,21 @@
     python predict.py checkpoints/fold? --num_permutations 4 --scales 0.9 1.0 1.1 --oof    # which views help?
     python predict.py --base args/fold0.json             # the untrained base model, as a baseline
     python predict.py --base args/fold0.json --oof       # its out-of-fold file, to make it a member of an ensemble
+    python predict.py checkpoints/fold? --oof --image_sizes 384 512 768 1024       # which image size to train with?
+    python predict.py checkpoints/fold? --crops --gate 0.5       # a second, closer look where the plain view is unsure
     accelerate launch predict.py checkpoints/fold?       # on several GPUs
 
 Each fold predicts with the prompt, image size and base model that it was trained with. Test-time augmentation (TTA)
 averages the plain view with one view for each further permutation of the choices, paraphrase of the question and scale
-of the image. The plain view alone is written to plain/.
+of the image, a mirrored view and one with enlarged parts of the image. The plain view alone is written to plain/.
 
 --oof predicts each fold's validation rows and prints what each view gains: accuracy with its 95 % interval (low,
 high), log-loss, the p-value of McNemar's test against the line above, and the flags to use. ensemble.py tunes on these
 files if a prediction was made in the same views. The base model was trained on no row, so its out-of-fold rows are all
 rows of the training CSV.
+
+Several --image_sizes with --oof print the accuracy at each size, what training at it takes on a T4, and the size where
+the gain ends. One size is used instead of training's, for --oof and for prediction.
 
 An interrupted run continues with the view at which it stopped. A finished file is not predicted again.
 """
@@ -45,6 +50,7 @@ from vqa.inference.jobs import make_jobs, read_oof_rows, read_test_rows, unfinis
 from vqa.inference.predictor import Predictor
 from vqa.inference.tta import PERMUTATION_SETS, make_views
 from vqa.inference.tta_report import write_tta_report
+from vqa.training.image_sizes import compare_image_sizes
 
 RENAMED = {"num_permutations": "orders", "permutation_set": "order_set", "num_paraphrases": "wordings"}
 
@@ -61,11 +67,15 @@ def main() -> None:
     else:
         folds = [run_on_main_and_broadcast(lambda: read_test_rows(*source, reader))]
     predictor = Predictor(checkpoints[0], args.batch_size, args.workers)
+    if len(args.image_sizes) > 1:
+        return compare_image_sizes(
+            predictor, checkpoints, folds, args.image_sizes, csv, base_fingerprint, args.output_dir
+        )
     is_suffix = checkpoints[0].model.score == "suffix"
     if is_suffix and args.num_permutations > 1:
         PartialState().print("score suffix does not depend on the choices' order: --num_permutations adds no view")
     permutations = 1 if is_suffix else args.num_permutations, args.permutation_set
-    options = predictor.collate, args.scales, *permutations, args.num_paraphrases, args.flip
+    options = predictor.collate, args.scales, *permutations, args.num_paraphrases, args.flip, args.crops
     views = [make_views(rows, *options) for rows in folds]
     views = views if args.oof else views * len(checkpoints)
     jobs = make_jobs(checkpoints, views, base_fingerprint, csv, args.oof, args.gate, args.output_dir)
@@ -98,6 +108,14 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add("--model", help="folder of the base model, if it has moved since training")
     add("--dtype", choices=DTYPES, help="dtype of the base model (default: as in training)")
     add("--scales", type=float, nargs="+", default=[1.0], help="image scales (default: 1.0)")
+    add(
+        "--image_sizes",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="PIXELS",
+        help="predict at this image_size instead of training's; several, with --oof: compare them and recommend one",
+    )
     add("--num_permutations", type=int, default=1, metavar="N", help="permutations of the choices (default: 1)")
     add(
         "--permutation_set",
@@ -114,6 +132,12 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
         "data/paraphrase.py can write (default: 1)",
     )
     add("--flip", action="store_true", help="add a mirrored view (text in images too: check it with --oof)")
+    add(
+        "--crops",
+        action="store_true",
+        help="add a view that shows each image a second time, in 2 x 2 enlarged parts, where image_size shrinks it; "
+        "five times the image tokens, so use it with --gate",
+    )
     add(
         "--gate",
         type=float,
@@ -147,6 +171,14 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
         raise UserError("no folds given. Name the folders that train_fold.py wrote, such as checkpoints/fold0.")
     if min(args.scales) <= 0 or min(args.num_permutations, args.num_paraphrases) < 1:
         raise UserError("--scales must be above 0; --num_permutations and --num_paraphrases must be at least 1.")
+    if min(args.image_sizes, default=28) < 28:
+        raise UserError("--image_sizes must be at least 28.")
+    if len(args.image_sizes) > 1 and not args.oof:
+        raise UserError("--image_sizes: several sizes are compared on out-of-fold rows. Add --oof, or give one size.")
+    if len(args.image_sizes) > 1 and (
+        args.flip or args.crops or max(args.num_permutations, args.num_paraphrases) > 1 or set(args.scales) != {1.0}
+    ):
+        raise UserError("--image_sizes compares sizes in the plain view. Leave out the flags of other views.")
     check_workers(args.workers, "--workers")
     if args.oof and args.base and args.folds:
         raise UserError("--oof predicts all training rows with the base model. Predict the folds in another command.")
@@ -168,6 +200,8 @@ def load_checkpoints(args: argparse.Namespace) -> tuple[list[Checkpoint], str]:
     for item in checkpoints:
         check_score_head(item)
     check_same_settings(checkpoints, ("train_csv" if args.oof else "test_csv", "image_root"))
+    if len(args.image_sizes) == 1:
+        checkpoints = [item.at_image_size(args.image_sizes[0]) for item in checkpoints]
     for name in ("vision_cache", "vision_cache_dir", "vision_cache_gb"):
         if getattr(args, name) is not None:
             setattr(checkpoints[0].data, name, getattr(args, name))

@@ -186,9 +186,10 @@ def test_every_script_takes_a_contest_of_all_three_kinds_in_columns_of_its_own(s
     args |= {"columns": mapping, "max_steps": 2, "effective_batch_size": 4, "ema_decay": 0.0}
     args |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "disable_tqdm": True}
     args |= {"vision_cache_dir": str(tmp_path / "cache"), "output_dir": str(tmp_path / "checkpoints" / "fold0")}
+    args |= {"crops": True}
     (tmp_path / "fold0.json").write_text(json.dumps(args))
     fold, outputs = tmp_path / "checkpoints" / "fold0", ["--output_dir", tmp_path / "outputs"]
-    views = ["--num_permutations", "2", "--scales", "1.4", "--flip"]
+    views = ["--num_permutations", "2", "--scales", "1.4", "--flip", "--crops"]
     said = {}
     for name, *words in (
         ("make_folds", tmp_path / "fold0.json", "--folds", "2"),

@@ -44,6 +44,16 @@ class ImageInputs:
         factor = scale * min(1.0, self.image_size / (width * height) ** 0.5)
         return max(1, round(width * factor)), max(1, round(height * factor))
 
+    def shown_size(self, shown: ShownImage, width: int, height: int) -> tuple[int, int]:
+        """`size` of what is shown of an upright image of this (width, height): of a part, after it was enlarged."""
+        if self.resized_here:
+            return shown.size(width, height, self.image_size, self.patch)
+        if shown.crop is None:
+            return self.size(width, height, shown.scale)
+        left, top, right, bottom = shown.box(width, height)
+        factor = shown.scale * self.image_size / ((right - left) * (bottom - top)) ** 0.5
+        return max(1, round((right - left) * factor)), max(1, round((bottom - top) * factor))
+
     def tokens(self, sizes: Iterable[tuple[int, int]]) -> list[int]:
         """Image tokens of images of these `size`s."""
         if self.resized_here:
@@ -55,5 +65,7 @@ class ImageInputs:
         if self.resized_here:
             return image_item(shown, self.image_size, self.patch)
         image = on_white(open_image(shown.path), shown.flip)
-        size = self.size(*image.size, shown.scale)
+        size = self.shown_size(shown, *image.size)
+        if shown.crop is not None:
+            image = image.crop(shown.box(*image.size))
         return {"type": "image", "image": image if size == image.size else image.resize(size)}

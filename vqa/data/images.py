@@ -1,6 +1,7 @@
 """From an image file to the pixels that the model sees: one way for training and prediction."""
 
 import io
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from vqa.data.rows import Row
 MAX_PIXELS = 100_000_000  # a photo has ten million; a decompression bomb has billions in a few kilobytes
 MAX_ASPECT = 200  # qwen_vl_utils refuses anything longer
 MIN_TOKENS = 4  # Qwen's lower bound
+PARTS = ((0, 0), (1, 0), (0, 1), (1, 1))  # column and line of the crops of an image
+PART_SIDE = 0.55  # of the image's side: neighbours overlap by a tenth, so that a cut letter is complete in one of them
 NO_IMAGE = "image unreadable, answered from the text alone"
 LESS_IMAGES = "image unreadable, answered from the other images"
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -137,16 +140,46 @@ def on_white(image: Image.Image, flip: bool = False) -> Image.Image:
 
 
 class ShownImage(NamedTuple):
-    """An image file as a row shows it: its side relative to the pixel budget's, and whether it is mirrored."""
+    """An image file as a row shows it: its side relative to the pixel budget's, and whether it is mirrored.
+
+    crop: which of its PARTS is shown, enlarged to the pixel budget; None: all of it.
+    """
 
     path: str
     scale: float
     flip: bool
+    crop: int | None = None
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) in pixels of what is shown of an upright image, mirrored if `flip` says so."""
+        if self.crop is None:
+            return 0, 0, width, height
+        column, line = PARTS[self.crop]
+        part = math.ceil(width * PART_SIDE), math.ceil(height * PART_SIDE)
+        left, top = column * (width - part[0]), line * (height - part[1])
+        return left, top, left + part[0], top + part[1]
+
+    def size(self, width: int, height: int, image_size: int, patch: int) -> tuple[int, int]:
+        """`target_size` of what is shown of an upright image: of a part, after it was enlarged to the pixel budget."""
+        left, top, right, bottom = self.box(width, height)
+        width, height = right - left, bottom - top
+        if self.crop is not None:
+            factor = max(1.0, image_size / math.sqrt(width * height))
+            width, height = round(width * factor), round(height * factor)
+        return target_size(width, height, image_size, self.scale, patch)
 
 
 def shown_images(row: Row) -> list[ShownImage]:
-    """The images of a row, in order."""
-    return [ShownImage(path, row.get("scale", 1.0), row.get("flip", False)) for path in row["images"]]
+    """The images of a row, in order, and then the parts of those that are cropped."""
+    images = [ShownImage(path, row.get("scale", 1.0), row.get("flip", False)) for path in row["images"]]
+    return images + [images[i]._replace(crop=crop) for i in row.get("crops", ()) for crop in range(len(PARTS))]
+
+
+def with_crops(rows: Sequence[Row], image_size: int) -> list[Row]:
+    """The rows with `crops`: the images that the pixel budget shrinks. The parts of others would show nothing new."""
+    sizes = oriented_sizes(all_images(rows))
+    shrunk = {path for path, (width, height) in sizes.items() if width * height > image_size**2}
+    return [row | Row(crops=[i for i, path in enumerate(row["images"]) if path in shrunk]) for row in rows]
 
 
 def all_images(rows: Iterable[Row]) -> list[str]:
@@ -159,7 +192,9 @@ def image_item(shown: ShownImage, image_size: int, patch: int) -> dict:
     image = open_image(shown.path)
     if shown.flip:
         image = ImageOps.mirror(image)
-    width, height = target_size(*image.size, image_size, shown.scale, patch)
+    width, height = shown.size(*image.size, image_size, patch)
+    if shown.crop is not None:
+        image = image.crop(shown.box(*image.size))
     return {"type": "image", "image": image, "resized_width": width, "resized_height": height}
 
 

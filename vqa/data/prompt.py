@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from vqa.config.arguments import INSTRUCTION
 from vqa.core.errors import UserError
+from vqa.data.images import shown_images
 from vqa.data.rows import LETTERS, Row
 
 
@@ -37,7 +38,7 @@ def build_question(row: Row, images: Sequence[dict] | None = None, special: tupl
 
 
 def _user_turn(row: Row, images: Sequence[dict] | None, text: str) -> list[dict]:
-    items = [{"type": "image"} for _ in row["images"]] if images is None else images
+    items = [{"type": "image"} for _ in shown_images(row)] if images is None else images
     return [{"role": "user", "content": [*items, {"type": "text", "text": text}]}]
 
 

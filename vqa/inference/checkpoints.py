@@ -31,7 +31,8 @@ class Checkpoint:
 
     weights: "raw", "ema", "swa" or "base". output_dir: where predictions go by default. validation: the scores that
     training measured. base_fingerprint: of the base model's files in training. run_id: in the experiment log.
-    data_fingerprint: of the rows that it was trained and validated on.
+    data_fingerprint: of the rows that it was trained and validated on. args_file: the settings of its training.
+    image_size: of prediction, where it is not that of training.
     """
 
     name: str
@@ -46,6 +47,14 @@ class Checkpoint:
     base_fingerprint: str | None = None
     run_id: str = ""
     data_fingerprint: str = ""
+    args_file: str | Path = ""
+    image_size: int | None = None
+
+    def at_image_size(self, size: int) -> "Checkpoint":
+        """The same weights for prediction at another image size, without the scores that training measured."""
+        if size == self.data.image_size:
+            return self
+        return replace(self, data=replace(self.data, image_size=size), validation=None, image_size=size)
 
     def fingerprint(self, base_fingerprint: str) -> str:
         """16 hex digits of all that decides a row's probabilities: adapter, base model, dtype, image size, prompt."""
@@ -114,6 +123,7 @@ def base_checkpoint(args_file: str | Path, model: str | None = None, dtype: str 
         data=build_dataclass(DataArguments, values, args_file),
         dtype=getattr(torch, dtype) if dtype else model_dtype(bool(values.get("fp16")), bool(values.get("bf16"))),
         batch_size=int(values.get("per_device_eval_batch_size", RecipeArguments.per_device_eval_batch_size)),
+        args_file=args_file,
     )
 
 

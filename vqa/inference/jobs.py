@@ -168,6 +168,7 @@ def _make_card(job: Job, predictions: ViewPredictions) -> dict:
         "seconds": round(float(predictions.seconds.sum()), 1),
         "letter_mass": predictions.letter_mass if item.model.score == "letter" else None,
         "without_image": [row["id"] for row in job.rows if "note" in row],
+        **({"image_size": item.image_size} if item.image_size else {}),
     }
 
 

@@ -1,6 +1,7 @@
 """The model in memory that predicts: it loads a checkpoint, scores views, and compares them with `generate`."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate import PartialState
 
 from vqa.core.distributed import distributed_map, run_on_main_and_broadcast
 from vqa.data.collator import Collator
+from vqa.data.images import shown_images
 from vqa.data.prompt import LETTERS, letter_ids
 from vqa.data.rows import Row
 from vqa.inference.checkpoints import Checkpoint
@@ -43,11 +45,17 @@ class Predictor:
         self.adapters: list[Path] = []  # in the order of loading; the last one is active
 
     def load(self, checkpoint: Checkpoint) -> torch.nn.Module:
-        """The model with the checkpoint's weights."""
+        """The model with the checkpoint's weights; rows are collated at the checkpoint's image size from now on."""
+        data, processor = replace(self.first.data, image_size=checkpoint.data.image_size), self.collate.processor
+        is_first = self.model is None
         if self.model is None:
-            args, processor = self.first.model, self.collate.processor
+            args = self.first.model
             self.model = load_base(args.model, args.load_in_4bit, self.first.dtype, args.trust_remote_code)
-            self.features = open_feature_store(self.model, processor, self.first.data, [])
+        if is_first or data.image_size != self.collate.image_size:
+            self.collate, self.collate_pixels = (
+                kind(processor, data.image_size, data.instruction) for kind in (type(self.collate), Collator)
+            )
+            self.features = open_feature_store(self.model, processor, data, [])
         if checkpoint.adapter and self.adapters[-1:] != [checkpoint.adapter]:
             # PEFT allows no dot in a name.
             self.model = load_adapter(self.model, checkpoint.adapter, f"run{len(self.adapters)}")
@@ -100,7 +108,9 @@ class Predictor:
         if self.features and self.collate.features:
             self.features.add(model, [rows[i] for i in changed], is_main)
         label = f"{checkpoint.name}, {' + '.join(view.name for view in views)}" if is_main else None
-        fixed = self.collate, self.letter_ids, self.batch_size
+        # Rows with crops are as many times longer, and take as many times the memory.
+        longer = max(len(shown_images(rows[i])) // max(1, len(rows[i]["images"])) for i in changed)
+        fixed = self.collate, self.letter_ids, max(1, self.batch_size // max(1, longer))
         options: dict[str, Any] = {"label": label, "workers": self.workers}
         if len(views) == 1:
             rows = [rows[i] for i in changed]

@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import PartialState
 
 from vqa.data.collator import Collator
-from vqa.data.images import all_images, oriented_sizes
+from vqa.data.images import all_images, oriented_sizes, with_crops
 from vqa.data.rows import Row
 from vqa.inference.scoring import normalize
 from vqa.inference.view_cache import CachedView
@@ -92,8 +92,9 @@ def make_views(
     permutation_set: str = "cyclic",
     num_paraphrases: int = 1,
     flip: bool = False,
+    crops: bool = False,
 ) -> list[View]:
-    """The plain view, then one view for each further permutation, paraphrase and scale, and the mirrored one.
+    """The plain view, one for each further permutation, paraphrase and scale, the mirrored one, and one with crops.
 
     Every view changes one thing: scales are not combined with permutations. With `num_permutations` 4, each of four
     choices is once at every letter. A scale that leaves an image's grid of tokens as it was in an earlier view adds
@@ -104,12 +105,13 @@ def make_views(
     views += [_paraphrased(rows, number) for number in range(1, num_paraphrases)]
     views += _scaled(rows, scales, collate)
     views += [_flipped(rows)] if flip else []
+    views += [_cropped(rows, collate)] if crops else []
     return [view for view in views if view.changed]
 
 
 def group_by_image(views: Sequence[View]) -> list[list[View]]:
     """The views in their order, grouped so that those of a group differ in the permutation only."""
-    groups = groupby(views, lambda view: [view.rows[0].get(key) for key in ("paraphrase", "scale", "flip")])
+    groups = groupby(views, lambda view: [view.rows[0].get(key) for key in ("paraphrase", "scale", "flip", "crops")])
     return [list(group) for _, group in groups]
 
 
@@ -167,6 +169,17 @@ def _flipped(rows: list[Row]) -> View:
     )
     changed = [i for i, row in enumerate(rows) if row["images"] and not sided[i]]
     return View("flip", [row | Row(flip=True) for row in rows], changed)
+
+
+def _cropped(rows: list[Row], collate: Collator) -> View:
+    """Each image that the pixel budget shrinks, followed by its parts."""
+    cropped = with_crops(rows, collate.image_size)
+    changed = [i for i, row in enumerate(cropped) if row["crops"]]
+    PartialState().print(
+        f"crops: {len(changed)} of {len(rows)} rows have an image with more pixels than image size "
+        f"{collate.image_size} shows"
+    )
+    return View("crops", cropped, changed)
 
 
 def _scaled(rows: list[Row], scales: Iterable[float], collate: Collator) -> list[View]:

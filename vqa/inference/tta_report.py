@@ -163,6 +163,6 @@ def flags(names: Sequence[str], gate: float | None) -> str:
         result.append(f"--num_paraphrases {counts['paraphrase'] + 1}")
     if scales := [kind[1] for kind in kinds if kind[0] == "scale"]:
         result.append(f"--scales 1.0 {' '.join(scales)}")
-    result += ["--flip"] if ["flip"] in kinds else []
+    result += [f"--{kind}" for kind in ("flip", "crops") if [kind] in kinds]
     result += [f"--gate {gate:g}"] if gate is not None else []
     return " ".join(result)

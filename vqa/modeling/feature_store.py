@@ -3,7 +3,7 @@
     checkpoints/vision_cache/vision-<hash of tower, preprocessing and dtype>-<dtype>/<shard>.safetensors
 
 A shard (feature_shards.py) holds the features of some images. The key of each is `<SHA-256 of the image
-file>_<width>x<height>`, with `_flipped` where the image is mirrored.
+file>_<width>x<height>`, with `_flipped` where the image is mirrored, and with the box of a crop in pixels.
 """
 
 import hashlib
@@ -32,7 +32,6 @@ from vqa.data.images import (
     image_tokens,
     oriented_sizes,
     shown_images,
-    target_size,
 )
 from vqa.data.rows import Row
 from vqa.modeling.families import vision_tower
@@ -91,12 +90,14 @@ class FeatureStore:
 
     def size(self, image: ShownImage) -> tuple[int, int]:
         """(width, height) in pixels that the image is resized to."""
-        return target_size(*self.images[image.path][1], self.image_size, image.scale, self.patch)
+        return image.size(*self.images[image.path][1], self.image_size, self.patch)
 
     def key(self, image: ShownImage) -> str:
         """What identifies the features of the image in this store."""
         width, height = self.size(image)
-        return f"{self.images[image.path][0]}_{width}x{height}{'_flipped' if image.flip else ''}"
+        sha, natural = self.images[image.path]
+        crop = "" if image.crop is None else "_crop{}-{}-{}-{}".format(*image.box(*natural))
+        return f"{sha}_{width}x{height}{'_flipped' if image.flip else ''}{crop}"
 
     def grids(self, images: Sequence[ShownImage]) -> torch.Tensor:
         """int64 (images, 3): frames, rows and columns of patches of each image, from its file's header."""

@@ -20,7 +20,7 @@ from vqa.config.recipe import RecipeArguments
 from vqa.core.dtypes import model_dtype
 from vqa.core.io import read_json, write_json
 from vqa.data.collator import Collator
-from vqa.data.prompt import LETTERS, build_messages, render_chat
+from vqa.data.images import shown_images
 from vqa.data.rows import Row
 from vqa.modeling.base_checks import BNB_4BIT, saved_quantization
 from vqa.modeling.vision import unwrap_base_model
@@ -140,9 +140,12 @@ def count_tokens(
     """The tokens of each row with its answer, counted without decoding an image.
 
     `sizes` has the upright (width, height) of every image of the rows. Of a question and its paraphrases the longest
-    counts, since each epoch draws one.
+    counts, since each epoch draws one, and crops count, which half of the epochs draw.
     """
-    image_tokens = count_image_tokens(sizes, collate)
+    images = {
+        image: collate.images.shown_size(image, *sizes[image.path]) for row in rows for image in shown_images(row)
+    }
+    image_tokens = dict(zip(images, collate.images.tokens(images.values())))
     bar = tqdm(rows, desc="counting tokens", unit=" rows", leave=False, disable=None if show else True)
     longest: Iterable[Row] = (
         {**row, "question": max([row["question"], *row.get("paraphrases", [])], key=len)} for row in bar
@@ -151,8 +154,8 @@ def count_tokens(
     chunks = iter(lambda: list(itertools.islice(texts, 1000)), [])  # not all at once: only the counts are kept
     tokenizer = collate.processor.tokenizer
     text_tokens = np.array([len(ids) for chunk in chunks for ids in tokenizer(chunk).input_ids])
-    num_images = np.array([len(row["images"]) for row in rows])  # each is one <|image_pad|> in the text
-    of_images = np.array([sum(image_tokens[path] for path in row["images"]) for row in rows])
+    num_images = np.array([len(shown_images(row)) for row in rows])  # each is one <|image_pad|> in the text
+    of_images = np.array([sum(image_tokens[image] for image in shown_images(row)) for row in rows])
     return Lengths(text_tokens - num_images + of_images, of_images, collate.images.patches_per_token)
 
 

@@ -13,7 +13,8 @@ from vqa.data.rows import Row
 class TrainDataset(torch.utils.data.Dataset):
     """Training rows, augmented by draws from seed, row id and epoch alone.
 
-    Each epoch draws one of a row's question and paraphrases, and with `shuffle` a permutation of its choices.
+    Each epoch draws one of a row's question and paraphrases, with `shuffle` a permutation of its choices, and whether
+    its `crops` are shown: the model learns both forms, and prediction can choose the longer one for unsure rows.
     """
 
     def __init__(self, rows: list[Row], shuffle: bool, seed: int):
@@ -31,6 +32,8 @@ class TrainDataset(torch.utils.data.Dataset):
             draw.shuffle(row["permutation"])
         if row.get("paraphrases"):
             row["question"] = draw.choice([row["question"], *row["paraphrases"]])
+        if row.get("crops") and draw.random() < 0.5:
+            row["crops"] = []
         return row
 
 
