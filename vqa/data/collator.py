@@ -86,7 +86,7 @@ class Collator:
 
         batch = self.with_features(texts, rows) if use_features else self.with_pixels(texts, conversations)
         batch["ids"] = [row["id"] for row in rows]
-        batch["num_images"] = [len(row["images"]) for row in rows]
+        batch["num_images"] = [len(shown_images(row)) for row in rows]
         batch["offered"] = torch.tensor([[i < len(row["choices"]) for i in range(len(LETTERS))] for row in rows])
         return batch
 

@@ -23,6 +23,7 @@ from vqa.data.images import (
     check_images,
     find_bad_images,
     oriented_size,
+    with_crops,
     without_bad_images,
 )
 from vqa.data.prompt import letter_ids, shown_answer
@@ -105,7 +106,9 @@ def read_contest(report: Report, data: DataArguments, seed: int) -> Contest:
     folds = None
     if data.fold is not None:
         folds = read_folds(folds_file(data), [row["id"] for row in rows], data.train_csv)
-    return Contest(rows, folds, *split_rows(rows, data, seed, folds), test)
+    train, valid = read_split(data, seed, rows, folds)
+    train = with_crops(train, data.image_size) if data.crops else train
+    return Contest(rows, folds, train, valid, test)
 
 
 def check_labels(report: Report, collate: Collator, rows: TrainDataset) -> None:
