@@ -288,7 +288,7 @@ class DrawnBatches(torch.utils.data.Dataset):
         text, answer = question, None
         if rng.random() < 0.7:  # the others are answered in a word, which teaches vision sooner
             choices, answer = four_choices(rng, right, wrong)
-            text = build_messages({"question": question, "choices": choices}, {})[0]["content"][1]["text"]
+            text = build_messages({"question": question, "choices": choices}, [])[0]["content"][0]["text"]
             right = LETTERS[answer]
         prompt = self.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}])
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * image_tokens)
