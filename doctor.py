@@ -18,6 +18,7 @@ from vqa.modeling.suffix_score import COLLATORS
 from vqa.training import doctor
 from vqa.training.batching import make_setup
 from vqa.training.dataset import TrainDataset
+from vqa.training.earlier_runs import check_init_adapter
 from vqa.training.memory import meta_model
 
 
@@ -25,6 +26,8 @@ def main() -> None:
     model_args, data, recipe, _ = parse_arguments(sys.argv[1:], __doc__, trains=False)
     report = doctor.Report()
     contest = doctor.read_contest(report, data, recipe.seed)
+    if model_args.init_adapter:
+        check_init_adapter(model_args, contest.valid)
     processor = load_processor(model_args.model, model_args.trust_remote_code)
     collate = COLLATORS[model_args.score](processor, data.image_size, data.instruction, with_answer=True)
     model = meta_model(model_args, model_dtype(recipe.fp16, recipe.bf16))

@@ -40,6 +40,11 @@ class ModelArguments:
         "linear layer scores the text of each choice as the answer, so their order cannot matter. Try suffix for a "
         "member of an ensemble. It does not use loss and instruction.",
     )
+    init_adapter: str | None = arg(
+        None,
+        "Folder of an earlier run's adapter to start from, such as checkpoints/stage1/fold0; null: a new one. That "
+        "run must have the same LoRA settings, and no validation row in its training rows: use its same fold.",
+    )
     trust_remote_code: bool = arg(False, "Run code from the model's folder. No Qwen model needs it.")
 
 
@@ -91,6 +96,23 @@ class DataArguments:
         "--probabilities) validation is too optimistic: other members were trained on this fold's validation rows.",
     )
     pseudo_min_confidence: float = arg(0.9, "Minimum probability of the likeliest choice to use a row of pseudo_csv.")
+    extra_csv: list[str] | None = arg(
+        None,
+        "Further files of training rows, in the form of train_csv; image paths are relative to each file's folder. No "
+        "row of them is validated on, and rows with the image of a validation row are left out. Worth a try where "
+        "train_csv is small, best followed by a run on train_csv alone that starts from it (init_adapter).",
+    )
+    extra_weight: float = arg(
+        1.0, "Weight of the loss of each row of extra_csv; a row of train_csv has 1. Below 1 where they differ much."
+    )
+    teacher: list[str] | None = arg(
+        None,
+        "Finished folds of another run (checkpoints/7b/fold0 ...) or out-of-fold files. Training rows get soft "
+        "labels: teacher_weight times the probabilities of the fold that was not trained on the row, plus the rest of "
+        "the label. The other folds were trained on this fold's validation rows, so the validation score is slightly "
+        "too optimistic; rows of test_csv are not affected. Off: nothing measured here says that it helps.",
+    )
+    teacher_weight: float = arg(0.5, "Share of the teacher in the soft labels, from 0 to 1; the label has the rest.")
     vision_cache: bool = arg(
         True, "Compute the vision tower's features once per image and size, and store them on disk for all runs."
     )

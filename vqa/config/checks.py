@@ -40,6 +40,8 @@ LOWEST = {
     "max_valid_rows": 1,
     "early_stopping_patience": 1,
     "pseudo_min_confidence": 0,
+    "extra_weight": 0,
+    "teacher_weight": 0,
 }
 BELOW_ONE = {"ema_decay": "such as 0.99, or to 0 for no EMA", "lora_dropout": "such as 0.05, or to 0 for no dropout"}
 CHOICES = {
@@ -82,6 +84,8 @@ def check_recipe(values: dict) -> None:
     for name, example in BELOW_ONE.items():
         if values[name] >= 1:
             raise UserError(f"{name} is {values[name]}. Set it below 1, {example}.")
+    if not values["teacher_weight"] <= 1:
+        raise UserError(f"teacher_weight is {values['teacher_weight']}. Set it from 0 to 1.")
     for name, why in REFUSED.items():
         if values[name]:
             raise UserError(f"{name} does not work with this recipe: {why}. Leave it out.")

@@ -48,6 +48,8 @@ def parse_arguments(
         values["output_dir"] = str(swap_root("checkpoints", Path(path).with_suffix(""), below="args"))
     parser.set_defaults(**values)
     given, unknown = parser.parse_known_args(argv[1:] if path else argv)
+    for name in [name for name, value in vars(given).items() if value == [None]]:  # `--teacher null`
+        setattr(given, name, None)
     if unknown:
         raise_unknown_field(unknown[0].lstrip("-").split("=")[0], "the command line", field_names())
     if not given.output_dir:

@@ -36,7 +36,8 @@ class Collator:
     Input keys of a row (`vqa.data.rows.Row`):
         id, question, choices; images: paths, none for a prompt without an image;
         answer: index of the right choice (only needed with answers);
-        optional: permutation (choice shown at each letter), scale and flip (of the images), target (soft label).
+        optional: permutation (choice shown at each letter), scale and flip (of the images), target (soft label),
+        weight (of the loss).
 
     Output keys:
         what the processor returns: input_ids, attention_mask, mm_token_type_ids and, of all images one after another,
@@ -49,7 +50,8 @@ class Collator:
         labels: int64 (rows, tokens), the token id at the answer's letter and the end of the turn, IGNORE elsewhere;
         answer_start: int, the column of the answer's letter, the same in every row;
         answer: int64 (rows,), index of the right letter;
-        target: float32 (rows, letters), probability of each letter, if a row has a soft label.
+        target: float32 (rows, letters), probability of each letter, if a row has a soft label;
+        weight: float32 (rows,), if a row has a weight.
 
     Example: the labels of a row whose answer is b, in Qwen's vocabulary.
 
@@ -156,8 +158,10 @@ class Collator:
 
 
 def right_answers(rows: Sequence[Row]) -> dict:
-    """`answer`, and `target` if a row has a soft label: see the Collator's output keys."""
+    """`answer`, and `target` and `weight` if a row has one: see the Collator's output keys."""
     answers = {"answer": torch.tensor([shown_answer(row) for row in rows])}
     if any("target" in row for row in rows):
         answers["target"] = torch.tensor([shown_target(row) for row in rows], dtype=torch.float32)
+    if any("weight" in row for row in rows):
+        answers["weight"] = torch.tensor([row.get("weight", 1.0) for row in rows])
     return answers

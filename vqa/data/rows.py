@@ -34,6 +34,7 @@ class Row(TypedDict, total=False):
     paraphrases: list[str]  # other ways to ask the question
 
     target: list[float]  # soft label: probability of each choice
+    weight: float  # of the row's loss; 1 if not given
     permutation: list[int]  # index of the choice shown at each letter; [2, 0, 1] shows the third choice at letter a
     permutations: list[list[int]]  # several of them, scored in one pass that shares the prompt's beginning
     views: list[int]  # the test-time view that each of `permutations` belongs to

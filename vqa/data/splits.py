@@ -1,4 +1,4 @@
-"""The rows that a run trains on and validates on: the split, soft and pseudo labels, checks for leaks between both."""
+"""The rows that a run trains on and validates on: the split, soft and pseudo labels, rows of further files, leaks."""
 
 import hashlib
 import json
@@ -22,8 +22,8 @@ def split_rows(
 ) -> tuple[list[Row], list[Row]]:
     """(training rows, validation rows) of the rows of train_csv; no validation rows where fold is null.
 
-    `folds` is the fold of each row, read from the folds file where it is None. Pseudo-labelled test rows are added to
-    the training rows; max_train_rows does not count them.
+    `folds` is the fold of each row, read from the folds file where it is None. Pseudo-labelled test rows and the rows
+    of extra_csv are added to the training rows; max_train_rows does not count them.
     """
     train, valid = np.arange(len(rows)), np.array([], dtype=int)
     if data.fold is not None:
@@ -36,7 +36,7 @@ def split_rows(
     train_rows, valid_rows = [rows[i] for i in train], [rows[i] for i in valid]
     if data.soft_labels:
         train_rows = with_soft_labels(train_rows, data.train_csv)
-    return train_rows + pseudo_rows(data, valid_rows), valid_rows
+    return train_rows + pseudo_rows(data, valid_rows) + extra_rows(data, valid_rows), valid_rows
 
 
 def draw_rows(indices: np.ndarray, most: int | None, seed: int, field: str) -> np.ndarray:
@@ -77,8 +77,7 @@ def pseudo_rows(data: DataArguments, valid_rows: list[Row]) -> list[Row]:
         )
     least = data.pseudo_min_confidence
     rows = [pseudo_label(test[i], values.tolist()) for i, values in zip(ids, probabilities) if values.max() >= least]
-    leaks = {row_id for row_id, _ in shared_images(rows, valid_rows)}
-    used = [row for row in rows if row["id"] not in leaks]
+    used = without_images_of(valid_rows, rows)
     if not used:
         raise UserError(
             f"{data.pseudo_csv}: no rows with a confidence of {least:g} or more to train on. "
@@ -86,7 +85,7 @@ def pseudo_rows(data: DataArguments, valid_rows: list[Row]) -> list[Row]:
         )
     print(
         f"{data.pseudo_csv}: {len(used)} of {len(ids)} rows become training rows (confidence {least:g} or more)"
-        + (f"; {len(leaks)} are left out because a validation row has the same image" if leaks else "")
+        + left_out(len(rows) - len(used))
     )
     return used
 
@@ -95,6 +94,35 @@ def pseudo_label(row: Row, probabilities: list[float]) -> Row:
     """A test row as a training row, from the probabilities of its letters."""
     target = probabilities[: len(row["choices"])]
     return {**row, "id": f"pseudo {row['id']}", "answer": target.index(max(target)), "target": target}
+
+
+def extra_rows(data: DataArguments, valid_rows: list[Row]) -> list[Row]:
+    """The rows of extra_csv with their `weight`; those with the image of a validation row are left out.
+
+    Their ids get a prefix, since each file has its own. Prints how many rows are used.
+    """
+    extra: list[Row] = []
+    for number, path in enumerate(data.extra_csv or [], start=1):
+        rows = read_rows(path, with_answer=True)
+        if data.extra_weight != 1:
+            rows = [{**row, "weight": data.extra_weight} for row in rows]
+        used = without_images_of(valid_rows, [{**row, "id": f"extra{number} {row['id']}"} for row in rows])
+        print(
+            f"{path}: {len(used)} of {len(rows)} rows become training rows (weight {data.extra_weight:g})"
+            + left_out(len(rows) - len(used))
+        )
+        extra += used
+    return extra
+
+
+def without_images_of(valid_rows: list[Row], rows: list[Row]) -> list[Row]:
+    """`rows` without those that have the image of a validation row, byte for byte."""
+    leaks = {row_id for row_id, _ in shared_images(rows, valid_rows)}
+    return [row for row in rows if row["id"] not in leaks]
+
+
+def left_out(count: int) -> str:
+    return f"; {count} are left out because a validation row has the same image" if count else ""
 
 
 def split_problems(train_rows: list[Row], valid_rows: list[Row]) -> list[str]:

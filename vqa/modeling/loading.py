@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -39,6 +39,7 @@ from vqa.modeling.fused_lora import fuse_adapters, fuse_norms
 from vqa.modeling.vision import check_accepts_features, guard_fp16, unwrap_base_model
 
 PREFIX = "base_model.model."  # of the names in an adapter's file
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 DOES_NOT_FIT = "does not fit this base model; give --model the one that it was trained on"
 
@@ -156,6 +157,21 @@ def add_adapter(
     return fuse_adapters(get_peft_model(base, config))
 
 
+def start_from(model: PeftModel, folder: str | Path) -> None:
+    """Give the model's adapter the weights in `folder`. Raises UserError where they are of other layers or shapes."""
+    weights, own = adapter_weights(folder, unwrap_base_model(model).config), get_peft_model_state_dict(model)
+    if differing := sorted(
+        name
+        for name in weights.keys() | own.keys()
+        if name not in weights or name not in own or weights[name].shape != own[name].shape
+    ):
+        raise UserError(
+            f"init_adapter: {len(differing)} weights of {folder} do not fit this run's adapter: {preview(differing)}. "
+            "Use the same model, lora_first_layer and lora_vision in both runs."
+        )
+    set_peft_model_state_dict(model, weights)
+
+
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> PeftModel:
     """Attach the adapter in `folder` as `name`, in place of any other. Weights that do not fit are an error."""
     weights = adapter_weights(folder, unwrap_base_model(model).config)
@@ -199,7 +215,7 @@ def adapter_weights(folder: str | Path, config: PretrainedConfig) -> dict[str, t
 
 def is_adapter(folder: str | Path) -> bool:
     """Whether the folder holds an adapter in PEFT's form."""
-    return all((Path(folder) / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors"))
+    return all((Path(folder) / name).is_file() for name in ADAPTER_FILES)
 
 
 def attention_for_device() -> str:

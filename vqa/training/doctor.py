@@ -41,6 +41,7 @@ from vqa.training.batching import (
     count_tokens,
 )
 from vqa.training.dataset import TrainDataset
+from vqa.training.earlier_runs import read_split
 from vqa.training.memory import (
     CUDA_BYTES,
     GIB,

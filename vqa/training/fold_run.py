@@ -4,20 +4,22 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-from vqa.config.arguments import DataArguments, ModelArguments, reader_options
+from vqa.config.arguments import DataArguments, ModelArguments
 from vqa.config.parser import field_names, non_default_fields, parse_arguments
 from vqa.config.recipe import RecipeArguments, rows_of_step
 from vqa.core.errors import UserError, preview
-from vqa.core.io import read_json, write_json
+from vqa.core.io import hash_files, read_json, write_json
 from vqa.data.predictions import join
-from vqa.data.rows import Row, read_rows
-from vqa.data.splits import rows_fingerprint, split_rows
+from vqa.data.rows import Row
+from vqa.data.splits import rows_fingerprint
 from vqa.evaluation.experiment_log import log_run
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import score_with_interval
 from vqa.evaluation.oof import weights_folder
 from vqa.evaluation.reference import Reference, model_warning
+from vqa.modeling.loading import ADAPTER_FILES
 from vqa.training.checkpointing import checkpoint_to_resume
+from vqa.training.earlier_runs import check_init_adapter, read_split
 
 # Fields that may differ when a run is resumed: they change where and how fast it runs, not its result.
 RESUME_SAFE_FIELDS = {
@@ -66,11 +68,18 @@ class FoldRun:
 
     def read_rows(self) -> tuple[list[Row], list[Row]]:
         """(training rows, validation rows), read from train_csv."""
-        rows = read_rows(self.data.train_csv, self.data.image_root, with_answer=True, **reader_options(self.data))
-        return split_rows(rows, self.data, self.recipe.seed)
+        train_rows, valid_rows = read_split(self.data, self.recipe.seed)
+        if self.model_args.init_adapter:
+            check_init_adapter(self.model_args, valid_rows)
+        return train_rows, valid_rows
 
     def rows_fingerprint(self) -> str:
         return rows_fingerprint(self.train_rows, self.valid_rows)
+
+    def init_adapter_hashes(self) -> list[str] | None:
+        """The hashes of the files of init_adapter; None without it."""
+        folder = self.model_args.init_adapter
+        return hash_files([f"{folder}/{name}" for name in ADAPTER_FILES]) if folder else None
 
     def is_finished(self) -> bool:
         """Whether the folder has this very run, complete. Raises UserError where it has another one."""
@@ -85,6 +94,7 @@ class FoldRun:
             rows = read_json(self.folder / "rows.json")  # an older release's has no version: it hashed image paths
             same_rows = "version" not in rows or rows["fingerprint"] == self.rows_fingerprint()
             changed = [] if same_rows else ["split or other rows"]
+            changed += ["init_adapter"] if rows.get("init_adapter") != self.init_adapter_hashes() else []
         if changed:
             raise UserError(
                 f"{self.folder} already contains a run with a different {preview(changed)}. Resume it with its "
@@ -115,7 +125,8 @@ class FoldRun:
         """Write what `is_finished` compares with. A fold that is trained for longer is unfinished again."""
         (self.folder / "metrics.json").unlink(missing_ok=True)
         write_json(self.folder / "args.json", self.config)
-        write_json(self.folder / "rows.json", {"version": 2, "fingerprint": self.rows_fingerprint()})
+        start = {"init_adapter": hashes} if (hashes := self.init_adapter_hashes()) else {}
+        write_json(self.folder / "rows.json", {"version": 2, "fingerprint": self.rows_fingerprint(), **start})
 
     def write_metrics(self, metrics: dict) -> str | None:
         """Add the run to the experiment log and write metrics.json, the last file: it marks the fold as complete.

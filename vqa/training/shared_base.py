@@ -15,7 +15,7 @@ from vqa.core.hashing import checkpoint_fingerprint, frozen_fingerprint, trainab
 from vqa.data.prompt import letter_ids
 from vqa.data.rows import Row
 from vqa.modeling.feature_store import FeatureStore, open_feature_store
-from vqa.modeling.loading import add_adapter, load_base, load_processor
+from vqa.modeling.loading import add_adapter, load_base, load_processor, start_from
 from vqa.modeling.suffix_score import add_score_head
 from vqa.modeling.vision import is_vision_frozen
 
@@ -45,7 +45,10 @@ class SharedBase:
         return letter_ids(self.processor)
 
     def add_adapter(self, args: ModelArguments, recipe: RecipeArguments) -> PeftModel:
-        """The base with a fresh adapter, drawn by the recipe's seed, and with the head of `score` suffix."""
+        """The base with a fresh adapter, or that of init_adapter, and with the head of `score` suffix.
+
+        What is random is drawn by the recipe's seed.
+        """
         seed_everything(recipe)
         if self.base is None:
             self.base = load_base(args.model, args.load_in_4bit, self.dtype, args.trust_remote_code)
@@ -53,6 +56,8 @@ class SharedBase:
         self.adapted = add_adapter(self.base, **adapter_options(args))
         if args.score == "suffix":
             add_score_head(self.adapted)
+        if args.init_adapter:
+            start_from(self.adapted, args.init_adapter)
         return self.adapted
 
     def remove_adapter(self) -> None:

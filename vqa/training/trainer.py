@@ -85,8 +85,10 @@ class FoldTrainer(Trainer):
 
         Where an epoch's rows do not divide evenly among the processes, accelerate fills the last batches with the
         epoch's first rows. Those get `weight` 0: every row counts once an epoch, whatever the number of processes.
+        The number of rows does not depend on the rows' own weights, so the run minimises the weighted sum of losses.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own_weights = [batch.get("weight") for batch in batches]
         for batch in batches:
             batch["weight"] = torch.ones(len(batch["ids"]), device=device)
         if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
@@ -94,6 +96,9 @@ class FoldTrainer(Trainer):
             first = first_repeated_row(num_rows, size, self.accelerator.num_processes, self.accelerator.process_index)
             batches[-1]["weight"][first:] = 0
         rows = torch.stack([batch["weight"].sum() for batch in batches]).sum()
+        for batch, weights in zip(batches, own_weights):
+            if weights is not None:
+                batch["weight"] *= weights.to(device)
         return batches, self.accelerator.reduce(rows)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
