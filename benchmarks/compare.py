@@ -12,9 +12,13 @@ adapter rank and the same effective batches:
     ours    this project with `auto_batch`; "not stored" uses no stored vision features, "sizes" uses several image
             sizes
 
-The adapters of `plain` and `trl` also cover the MLPs of the vision tower: see the correction in EXPERIMENTS.md.
-Every measurement is appended to compare.jsonl in the output folder. summary.json and compare.png are made of them at
-the end (`--summary` makes only these two).
+All have adapters on the language model only. "plain bare" and "trl bare" name the layers as most notebooks do, by bare
+names, which also match the MLPs of the vision tower. Unsloth and ms-swift need other packages: see peers.py, which
+appends to the same file.
+
+Every measurement is appended to compare.jsonl in the output folder: rows per second, and what carries over to a slower
+GPU, the time of its kernels and the arithmetic. summary.json, summary.md and compare.png are made of them at the end
+(`--summary` makes only these).
 """
 
 import argparse
@@ -62,8 +66,9 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", type=Path, help="folder of config_3B.json, ... and Qwen's vocabulary")
-    parser.add_argument("--models", nargs="+", help="names in it (default: the tiny model)")
-    parser.add_argument("--contestants", nargs="+", default=["plain", "trl", "ours", "not stored", "sizes"])
+    parser.add_argument("--models", nargs="+", help="names in it, or model folders (default: the tiny model)")
+    usual = ["plain", "trl", "ours", "not stored", "sizes", "plain bare", "trl bare"]
+    parser.add_argument("--contestants", nargs="+", default=usual, choices=usual, help="(default: all)")
     parser.add_argument("--effective", type=int, nargs="+", help="rows per step (default: 4 32, on a CPU 4 16)")
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="(default: 1 4 8 16 32)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[384, 512, 768, 1024], help="for the memory table")
@@ -102,14 +107,15 @@ def write_rows(folder: Path, count: int, enlarged: int = 1) -> Path:
 
 
 def measure(name: str, args: argparse.Namespace, temporary: Path, output: Path) -> None:
-    model, tiny = temporary / name.replace("/", "_"), Path(name, "config.json").is_file()
-    if not tiny:
+    tiny, ready = Path(name).resolve() == TINY, Path(name, "config.json").is_file()
+    model = Path(name) if ready else temporary / name
+    if not ready:
         write_random_model(args.configs / f"config_{name}.json", model)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     plan = {
         "name": Path(name).name,
-        "model": name if tiny else str(model),
+        "model": str(model),
         "csv": str(write_rows(temporary / "rows", args.rows)),
         "image_size": 126 if tiny else 384,
         "effective": args.effective,
@@ -120,6 +126,7 @@ def measure(name: str, args: argparse.Namespace, temporary: Path, output: Path) 
         "workers": args.workers,
         "cap_gib": args.cap_gib,
         "stored": True,
+        "bare_names": False,
         "cache": str(temporary / "cache"),
         "folder": str(temporary),
         "predict_rows": 2 * args.rows if tiny else 6 * args.rows,  # a GPU is soon waiting for the workers to start
@@ -137,8 +144,8 @@ def measure(name: str, args: argparse.Namespace, temporary: Path, output: Path) 
             if not tiny:  # its positions end at 384 px
                 large = write_rows(temporary / "large", 32, enlarged=2)  # 720 px would not fill the larger budgets
                 start(contestant, plan | {"csv": str(large), "sizes": args.sizes, "seconds": 3})
-        elif contestant != "trl" or importlib.util.find_spec("trl"):
-            start(contestant, plan)
+        elif "trl" not in contestant or importlib.util.find_spec("trl"):
+            start(contestant.removesuffix(" bare"), plan | {"bare_names": contestant.endswith(" bare")})
 
 
 def start(contestant: str, plan: dict) -> None:

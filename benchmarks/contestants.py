@@ -6,21 +6,18 @@ A contestant gets a plan (see compare.py) and writes one JSON line per measureme
 with the same rank, optimiser and effective batch. They differ in how the rows go through the model.
 """
 
-import gc
-import json
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from clock import ON_GPU, Clock, adapted, limit_memory, measured, peak, timed, write_line
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Trainer, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Trainer
 from transformers import TrainingArguments as PlainArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
@@ -39,14 +36,13 @@ from vqa.modeling.loading import add_adapter, load_base, load_processor  # noqa:
 from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens  # noqa: E402
 from vqa.training.callbacks import EMACallback, SWACallback  # noqa: E402
 from vqa.training.dataset import SetEpochCallback, TrainDataset  # noqa: E402
-from vqa.training.memory import GIB, Setup, linear_parameters, meta_model  # noqa: E402
 from vqa.training.trainer import FoldTrainer  # noqa: E402
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# As in most notebooks. These names also match the MLPs of the vision tower: see the correction in EXPERIMENTS.md.
+# Most notebooks give PEFT these bare names, which also match the MLPs of the vision tower.
+LANGUAGE_MODEL = rf".*language_model.*\.({'|'.join(NAMES)})"
 ADAPTER = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
 MOST_STEPS = 500
-ON_GPU = torch.cuda.is_available()
 
 
 def main() -> None:
@@ -56,24 +52,8 @@ def main() -> None:
     rows = read_rows(plan["csv"], with_answer=True)
     for line in CONTESTANTS[sys.argv[1]](plan, rows):
         shape = {"model": plan["name"], "image_size": plan["image_size"], "contestant": sys.argv[1]}
+        shape |= {"bare_names": True} if plan["bare_names"] else {}
         write_line(shape | line, plan["output"])
-
-
-def limit_memory(gib: float) -> None:
-    """Let this process have at most `gib` GiB of the GPU, if there is one."""
-    if ON_GPU:
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
-
-
-def write_line(line: dict, output: str | Path | None) -> None:
-    """Print a measurement as one line of JSON, and append it to the file `output`, if any."""
-    text = json.dumps(line)
-    print(text, flush=True)
-    if output:
-        with open(output, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
 
 
 def plain_trainer(plan: dict, rows: list[dict]) -> Iterator[dict]:
@@ -84,7 +64,7 @@ def plain_trainer(plan: dict, rows: list[dict]) -> Iterator[dict]:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     model = prepare_model_for_kbit_training(load_as_usual(plan, torch.float16))
-    model = get_peft_model(model, LoraConfig(target_modules=NAMES, **ADAPTER))
+    model = get_peft_model(model, LoraConfig(target_modules=targets(plan), **ADAPTER))
     processor = processor_as_usual(plan)
 
     def trainer(effective: int, micro: int) -> Trainer:
@@ -92,6 +72,8 @@ def plain_trainer(plan: dict, rows: list[dict]) -> Iterator[dict]:
         return Trainer(model, args, UsualCollator(processor), rows)
 
     yield from trained(plan, trainer)
+    if plan["bare_names"]:
+        return
     model.gradient_checkpointing_disable()
     yield {"answers_per_second": generated(model.eval(), processor, rows), "how": "generate, batch 1"}
 
@@ -112,7 +94,7 @@ def trl(plan: dict, rows: list[dict]) -> Iterator[dict]:
     }
     features = Features({"prompt": List(text), "completion": List(text), "images": List(ImageFeature())})
     dataset = Dataset.from_dict(table, features=features)
-    model, adapter = load_as_usual(plan, torch.bfloat16), LoraConfig(target_modules=NAMES, **ADAPTER)
+    model, adapter = load_as_usual(plan, torch.bfloat16), LoraConfig(target_modules=targets(plan), **ADAPTER)
 
     def trainer(effective: int, micro: int) -> Trainer:
         nonlocal model, adapter
@@ -186,19 +168,10 @@ class Ours:
             prompts=self.prompts,
             lengths=np.tile(self.lengths.tokens, epochs),
         )
-        line = measured(trainer, effective, recipe.per_device_train_batch_size, self.plan)
+        line = train_and_measure(trainer, effective, recipe.per_device_train_batch_size, self.plan)
         line |= {"stored": self.plan["stored"], "checkpointing": bool(recipe.gradient_checkpointing)}
         self.base = model.unload()
-        return line | self.share_of_matrix_rate(line)
-
-    def share_of_matrix_rate(self, line: dict) -> dict:
-        """Rate of the language model's matrix products, with recomputed ones, relative to one large fp16 product."""
-        if not ON_GPU or "rows_per_second" not in line:
-            return {}
-        weights, rate = linear_parameters(Setup(meta_model(self.model_args, self.dtype), True, True)), matrix_rate()
-        tokens, passes = float(self.lengths.tokens.mean()), 3 if line["checkpointing"] else 2
-        share = 2 * weights * tokens * passes * line["rows_per_second"] / rate
-        return {"tokens": round(tokens, 1), "tflops": round(rate / 1e12, 1), "share_of_matrix_rate": round(share, 3)}
+        return line | {"tokens": round(float(self.lengths.tokens.mean()), 1)}
 
     def answered(self) -> Iterator[dict]:
         model, count, workers = self.adapted(0.0), self.plan["predict_rows"], self.plan["workers"]
@@ -221,6 +194,11 @@ class Ours:
 
 
 CONTESTANTS: dict[str, Callable] = {"plain": plain_trainer, "trl": trl, "ours": ours, "sizes": sizes}
+
+
+def targets(plan: dict) -> list[str] | str:
+    """The layers with an adapter: those of the language model only, unless the plan asks for PEFT's bare names."""
+    return NAMES if plan["bare_names"] else LANGUAGE_MODEL
 
 
 def load_as_usual(plan: dict, dtype: torch.dtype) -> torch.nn.Module:
@@ -296,71 +274,17 @@ def trained(plan: dict, make: Callable[[int, int], Trainer]) -> Iterator[dict]:
         for micro in sorted((size for size in plan["micro"] if effective % size == 0), reverse=True):
             if micro == 1 and not smallest:
                 continue
-            line = measured(make(effective, micro), effective, micro, plan)
+            line = train_and_measure(make(effective, micro), effective, micro, plan)
             yield line
             slower, best = line.get("rows_per_second", best) < best, max(best, line.get("rows_per_second", 0))
             if slower and not smallest:
                 break
 
 
-def measured(trainer: Trainer, effective: int, micro: int, plan: dict) -> dict:
-    """Rows per second of the median step (without the first), and the peak memory that torch allocated, in GiB."""
-    line, clock = {"effective": effective, "micro": micro}, Clock(plan["steps"], plan["seconds"])
+def train_and_measure(trainer: Trainer, effective: int, micro: int, plan: dict) -> dict:
+    clock, proof = Clock(plan["steps"], plan["seconds"]), adapted(trainer.model)
     trainer.add_callback(clock)
-    with fresh_memory():
-        try:
-            trainer.train()
-        except torch.OutOfMemoryError:
-            return line | {"failed": "out of memory"}
-        seconds = statistics.median(clock.steps())
-        return line | {"rows_per_second": round(effective / seconds, 2), "peak_gib": peak(), "steps": len(clock.ends)}
-
-
-class Clock(TrainerCallback):
-    """Stops training after `steps` steps, but not before `seconds` have passed since the first step."""
-
-    def __init__(self, steps: int, seconds: float):
-        self.least, self.seconds = steps, seconds
-        self.ends: list[float] = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if ON_GPU:
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-        if len(self.ends) >= self.least and self.ends[-1] - self.ends[0] >= self.seconds:
-            control.should_training_stop = True
-
-    def steps(self) -> list[float]:
-        return [b - a for a, b in zip(self.ends, self.ends[1:])]
-
-
-@contextmanager
-def fresh_memory() -> Iterator[None]:
-    gc.collect()
-    if ON_GPU:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    yield
-
-
-def peak() -> float | None:
-    return round(torch.cuda.max_memory_allocated() / GIB, 2) if ON_GPU else None
-
-
-def timed(work: Callable) -> float:
-    with fresh_memory():
-        start = time.perf_counter()
-        work()
-        if ON_GPU:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-
-def matrix_rate(size: int = 8192) -> float:
-    """Operations per second of this GPU for a large fp16 matrix product."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.float16) for _ in range(2))
-    timed(lambda: [a @ b for _ in range(3)])
-    return 2 * size**3 * 20 / timed(lambda: [a @ b for _ in range(20)])
+    return {"effective": effective, "micro": micro} | measured(trainer.train, clock, effective) | proof
 
 
 if __name__ == "__main__":

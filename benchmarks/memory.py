@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
-from contestants import write_line  # noqa: E402
+from clock import write_line  # noqa: E402
 from random_model import write_random_model  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 

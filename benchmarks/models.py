@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
+from clock import limit_memory, write_line  # noqa: E402
 from compare import write_rows  # noqa: E402
-from contestants import Ours, limit_memory, write_line  # noqa: E402
+from contestants import Ours  # noqa: E402
 from random_model import write_random_model  # noqa: E402
 
 from vqa.core.cli import make_parser  # noqa: E402

@@ -1,0 +1,193 @@
+"""What every contestant of a benchmark is measured with: a clock for training steps, a limit of memory, JSON lines.
+
+It needs torch and transformers alone, in any version: the trainers of peers.py run with others than this project.
+"""
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
+
+GIB = 2**30
+ON_GPU = torch.cuda.is_available()
+PROFILED = 2  # steps
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # the profiler's categories of what a GPU does
+
+
+def limit_memory(gib: float) -> None:
+    """Let this process have at most `gib` GiB of the GPU, if there is one."""
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
+
+
+def write_line(line: dict, output: str | Path | None) -> None:
+    """Print a measurement as one line of JSON, and append it to the file `output`, if any."""
+    text = json.dumps(line)
+    print(text, flush=True)
+    if output:
+        with open(output, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+class Clock(TrainerCallback):
+    """Times training steps, then profiles two of them and counts the arithmetic of one more, and ends the training.
+
+    It times `steps` steps or more, until `seconds` have passed since the first one.
+    """
+
+    def __init__(self, steps: int, seconds: float, count: bool = True):
+        self.least, self.seconds, self.count = steps, seconds, count
+        self.ends: list[float] = []
+        self.left = PROFILED if ON_GPU else 0
+        self.kernels: list[tuple[float, float]] = []
+        self.operations = 0
+        self.profiler: profile | None = None
+        self.counter: FlopCounterMode | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if ON_GPU:
+            torch.cuda.synchronize()
+        if self.counter:
+            self.counter.__exit__(None, None, None)
+            self.operations = self.counter.get_total_flops()
+            control.should_training_stop = True
+        elif self.profiler:
+            self.left -= 1
+            if self.left == 0:
+                self.profiler.stop()
+                self.kernels = kernels(self.profiler)
+                self.profiler = None
+                self.count_next_step(control)
+        else:
+            self.ends.append(time.perf_counter())
+            if len(self.ends) >= self.least and self.ends[-1] - self.ends[0] >= self.seconds:
+                if self.left:
+                    self.profiler = profile(activities=[ProfilerActivity.CUDA])
+                    self.profiler.start()
+                else:
+                    self.count_next_step(control)
+
+    def count_next_step(self, control) -> None:
+        if self.count:
+            self.counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product})
+            self.counter.__enter__()
+        else:
+            control.should_training_stop = True
+
+    def times(self) -> list[float]:
+        """Seconds of each step without the first."""
+        return [b - a for a, b in zip(self.ends, self.ends[1:])]
+
+
+def added_product(total, a, b, **kwargs) -> int:
+    """Operations of `total.addmm_(a, b)`, which torch does not count. Takes shapes."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def kernels(profiler: profile) -> list[tuple[float, float]]:
+    """Start and end, in seconds, of everything that the GPU did while the profiler ran."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return device_intervals(json.loads(path.read_text())["traceEvents"])
+
+
+def device_intervals(events: list[dict]) -> list[tuple[float, float]]:
+    """Start and end, in seconds, of the kernels, copies and fills among the events of a Chrome trace."""
+    found = [event for event in events if event.get("cat") in ON_DEVICE]
+    return [(event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6) for event in found]
+
+
+def busy_seconds(intervals: list[tuple[float, float]]) -> float:
+    """Seconds that the intervals cover; where several overlap, they count once."""
+    total, covered = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, covered))
+        covered = max(covered, end)
+    return total
+
+
+def measured(train: Callable[[], object], clock: Clock, effective: int) -> dict:
+    """Rows per second of the median step, kernel time and arithmetic of a row, peak memory that torch allocated.
+
+    `train` runs a training that `clock` ends, with `effective` rows per step. `kernel_ms_per_row`: milliseconds that
+    the GPU works; `tflop_per_row`: 10^12 operations, as torch counts them.
+    """
+    with fresh_memory():
+        try:
+            train()
+        except torch.OutOfMemoryError:
+            return {"failed": "out of memory"}
+    times = clock.times()
+    line = {"rows_per_second": round(effective / statistics.median(times), 2), "peak_gib": peak()}
+    line |= {"steps": len(clock.ends), "slowest": round(effective / max(times), 2)}
+    line |= {"fastest": round(effective / min(times), 2)}
+    if clock.kernels:
+        rows = PROFILED * effective
+        line["kernel_ms_per_row"] = round(1000 * busy_seconds(clock.kernels) / rows, 3)
+        line["kernels_per_step"] = len(clock.kernels) // PROFILED
+    if clock.operations:
+        line["tflop_per_row"] = round(clock.operations / effective / 1e12, 6)
+    return line | shares(line)
+
+
+def shares(line: dict) -> dict:
+    """The arithmetic over wall time and over kernel time, as shares of what one large fp16 product reaches."""
+    if not ON_GPU or "tflop_per_row" not in line:
+        return {}
+    rate = matrix_rate() / 1e12
+    wall = line["tflop_per_row"] * line["rows_per_second"]
+    found = {"matrix_tflops": round(rate, 1), "share_of_rate": round(wall / rate, 3)}
+    if "kernel_ms_per_row" in line:
+        found["kernel_share_of_rate"] = round(line["tflop_per_row"] / line["kernel_ms_per_row"] * 1000 / rate, 3)
+    return found
+
+
+@contextmanager
+def fresh_memory() -> Iterator[None]:
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    yield
+
+
+def peak() -> float | None:
+    return round(torch.cuda.max_memory_allocated() / GIB, 2) if ON_GPU else None
+
+
+def timed(work: Callable) -> float:
+    with fresh_memory():
+        start = time.perf_counter()
+        work()
+        if ON_GPU:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def matrix_rate(size: int = 8192) -> float:
+    """Operations per second of this GPU for a large fp16 matrix product."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.float16) for _ in range(2))
+    timed(lambda: [a @ b for _ in range(3)])
+    return 2 * size**3 * 20 / timed(lambda: [a @ b for _ in range(20)])
+
+
+def adapted(model: torch.nn.Module) -> dict:
+    """What was trained: it proves that every contestant trains the same layers over the same 4-bit weights."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {
+        "adapted": len({name.split(".lora_")[0] for name in trained}),
+        "trainable_vision": sum("visual" in name for name in trained),
+        "linear_4bit": sum(type(module).__name__.endswith("4bit") for module in model.modules()),
+    }
