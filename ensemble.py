@@ -16,6 +16,7 @@ order of the sample submission.
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from vqa.data.predictions import is_prediction_file, join, read_card, write_prob
 from vqa.data.rows import LETTERS, Row, read_questions
 from vqa.data.submission import check_offered, count_changes, read_previous, read_submission_form, write_submission
 from vqa.data.table import read_table
+from vqa.evaluation.all_rows import print_estimates
 from vqa.evaluation.ensembling import BY_TYPE, METHODS, TUNED, choose_ensemble, ensemble_members, nested_scores
 from vqa.evaluation.experiment_log import log_run
 from vqa.evaluation.labels import Labels
@@ -169,6 +171,7 @@ def find_oof(models: dict, oof_files: dict | None, args: argparse.Namespace) -> 
         if oof_files or args.temperature or args.method in TUNED:
             raise
         print(f"no out-of-fold rows: {reason}")
+        print_estimates(list(itertools.chain(*models.values())))
         return None
     for name, member in zip(models, oof.stack):
         score = accuracy(member.argmax(1) == oof.answers, oof.clusters)

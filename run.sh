@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A whole contest: folds, training, prediction, ensemble, scores, for all fold*.json in a folder of args files.
+# A whole contest: folds, training, prediction, ensemble, scores, for all fold*.json and seed*.json in a folder of args.
 #   bash run.sh args                               # the 3B in three folds
+#   bash run.sh args/all_rows                      # the 3B on all rows, with three seeds
 #   bash run.sh args/7b --num_train_epochs 5       # flags of the training override the args files
 #   bash run.sh args args/qwen35_4b                # two models, each as above, and one submission of both in outputs/mixed
 #   bash run.sh args --max_hours 11                # stop training with a checkpoint after 11 hours, for 12-hour notebooks
@@ -30,7 +31,9 @@ if [ ${#folders[@]} -gt 1 ]; then
   predictions=()
   for folder in "${folders[@]}"; do
     bash "$0" "$folder" "$@"
-    predictions+=("outputs${folder#args}"/fold*.csv)
+    shopt -s nullglob
+    predictions+=("outputs${folder#args}"/fold*.csv "outputs${folder#args}"/seed*.csv)
+    shopt -u nullglob
   done
   mkdir -p outputs/mixed
   exec python ensemble.py "${predictions[@]}" --output outputs/mixed/submission.csv
@@ -38,7 +41,10 @@ fi
 args=${folders[0]}
 outputs=outputs${args#args}
 checkpoints=checkpoints${args#args}
-files=("$args"/fold*.json)
+shopt -s nullglob
+files=("$args"/fold*.json "$args"/seed*.json)
+shopt -u nullglob
+[ ${#files[@]} -gt 0 ] || files=("$args/fold0.json") # make_folds.py says that it is missing
 names=("${files[@]##*/}")
 names=("${names[@]%.json}")
 [ -t 2 ] || export HF_HUB_DISABLE_PROGRESS_BARS=1

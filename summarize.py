@@ -19,10 +19,12 @@ from vqa.core.errors import UserError, run_main
 from vqa.core.io import write_json
 from vqa.data.predictions import join, read_card, read_predictions, validation_scores
 from vqa.data.table import read_table
+from vqa.evaluation.all_rows import print_estimates
 from vqa.evaluation.ensembling import ensemble, score_weights
 from vqa.evaluation.experiment_log import SCORES
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import score_with_interval
+from vqa.evaluation.oof import is_of_all_rows
 from vqa.evaluation.reference import REMEDY, Reference, pooled_reference
 
 METHODS = ("mean", "majority", "weighted")
@@ -32,9 +34,9 @@ BASE = "base model, untrained"
 def main() -> None:
     args = parse_args()
     folder = Path(args.folder)
-    folds = sorted(folder.glob("fold*.csv"))
+    folds = find_files(folder)
     if not folds:
-        raise UserError(f"{folder}: no fold*.csv in it. Predict with predict.py first.")
+        raise UserError(f"{folder}: no fold*.csv or seed*.csv in it. Predict with predict.py first.")
     table = test_table(folder, folds, Labels(args.labels)) if args.labels else validation_table(folds)
     seconds = read_seconds(folder / "seconds.txt")
     print_table(pd.DataFrame(table))
@@ -42,6 +44,7 @@ def main() -> None:
         if line["low"] is not None and line["step"] != BASE:
             if not Reference(line["chance"], line["text_only"]).is_below(line["low"]):
                 print(f"warning: the accuracy of {line['step']} is not above chance and text_only. {REMEDY}")
+    print_estimates(folds)
     if seconds:
         print("\nseconds: " + ", ".join(f"{stage} {value}" for stage, value in seconds.items()))
     write_json(folder / "scores.json", {"scores": table, "seconds": seconds})
@@ -55,6 +58,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def find_files(folder: Path) -> list[Path]:
+    """The predictions of folds, and of models that were trained on all rows with several seeds."""
+    return sorted(folder.glob("fold*.csv")) + sorted(folder.glob("seed*.csv"))
+
+
 def validation_table(folds: list[Path]) -> list[dict]:
     """Each fold's out-of-fold accuracy and log-loss, as training measured them."""
     scores = [read_card(path).get("validation") or {} for path in folds]
@@ -63,16 +71,19 @@ def validation_table(folds: list[Path]) -> list[dict]:
 
 def test_table(folder: Path, folds: list[Path], labels: Labels) -> list[dict]:
     """A line for the untrained base model, each fold and each ensemble; the latter two without and with TTA."""
-    table, base, plain = [], folder / "base" / "base.csv", sorted((folder / "plain").glob("fold*.csv"))
+    table, base, plain = [], folder / "base" / "base.csv", find_files(folder / "plain")
     if base.is_file():
         table.append(score_step(BASE, *read_predictions(base), labels))
+    methods = METHODS[:2] if any(map(is_of_all_rows, folds)) else METHODS  # weights need validation scores
     for suffix, files in (("", plain), (" + TTA", folds)) if plain else (("", folds),):
         table += [score_step(path.stem + suffix, *read_predictions(path), labels) for path in files]
         if len(files) > 1:
             ids, stack = join(files)
-            weights = score_weights(validation_scores(files, "log_loss"), "log_loss")
-            table += [score_step(f"{name}{suffix}", ids, ensemble(stack, name, weights), labels) for name in METHODS]
-            table[-2]["log_loss"] = None  # majority: shares of votes are not probabilities
+            weights = None
+            if "weighted" in methods:
+                weights = score_weights(validation_scores(files, "log_loss"), "log_loss")
+            table += [score_step(f"{name}{suffix}", ids, ensemble(stack, name, weights), labels) for name in methods]
+            table[1 - len(methods)]["log_loss"] = None  # majority: shares of votes are not probabilities
     validation = [read_card(path).get("validation") or {} for path in folds]
     text_only = pooled_reference(validation, chance=0.0).text_only
     return [line | {"text_only": text_only} for line in table]

@@ -134,7 +134,8 @@ def check_command(line: str) -> None:
         if rest[0] == "run.sh":
             folders = list(takewhile(lambda word: word.split("/")[0] == "args", rest[1:]))
             for folder in set(folders) - WRITTEN_BY_USERS:
-                parse_arguments([str(ROOT / folder / "fold0.json"), *rest[1 + len(folders) :]], "", trains=False)
+                first = min((ROOT / folder).glob("[fs]*[0-9].json"))  # fold0.json or seed42.json
+                parse_arguments([str(first), *rest[1 + len(folders) :]], "", trains=False)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         wanted = [word for word in rest if "=" not in word]

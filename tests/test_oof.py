@@ -339,3 +339,36 @@ def test_weights_by_type_read_the_questions_of_both_files(planted, script):
     assert (code, error.count("\n")) == (2, 1) and "reads the questions of the test CSV" in error
     code, _, error = script("ensemble", *files[:3], "--method", "stack_by_type", "--output", output)
     assert (code, error.count("\n")) == (2, 1) and "needs two models" in error
+
+
+def test_models_of_all_rows_get_the_score_of_the_folds_with_the_same_settings(planted, script):
+    values = planted.probabilities(1.0)
+    files, parent = planted.model("m", values), planted.folder / "checkpoints" / "m"
+    for file in files:
+        loss = json.loads(file.with_suffix(".json").read_text())["validation"]["log_loss"]
+        metrics = {"best": "raw", "weights": {"raw": {"log_loss": loss}}}
+        planted.oof(file).with_name("metrics.json").write_text(json.dumps(metrics))
+    args, own = json.loads((parent / "fold0" / "args.json").read_text()), []
+    for seed in (42, 43):
+        run, file = parent / "all_rows" / f"seed{seed}", planted.folder / "outputs" / "all_rows" / f"seed{seed}.csv"
+        run.mkdir(parents=True)
+        (run / "args.json").write_text(json.dumps(args | {"fold": None, "seed": seed}))
+        own.append(write(file, planted.ids[TRAIN:], values[TRAIN:]) or file)
+        card = {"adapter": str(run), "validation": None, "test_csv": str(planted.folder / "test.csv")}
+        file.with_suffix(".json").write_text(json.dumps(card))
+    right = (values.argmax(1) == planted.answers)[:TRAIN].mean()
+    told = f"{parent}/all_rows: estimate from the folds {parent}/fold*: accuracy {right:.4f} (95 % interval"
+    code, said, error = script("ensemble", *own)
+    assert code == 0 and told in said and "those of all rows have no validation rows" in said, error
+    assert "mean is used" in said and "its model was trained on all rows" in said
+    code, said, error = script("summarize", own[0].parent)
+    assert code == 0 and told in said, error
+    labels = write_csv(planted.folder / "labels.csv", [[i, "a"] for i in planted.ids[TRAIN:]], ["id", "answer"])
+    code, said, error = script("summarize", own[0].parent, "--labels", labels)
+    assert code == 0 and told in said and "majority" in said and "weighted" not in said, error
+    (parent / "fold2" / "args.json").write_text(json.dumps(args | {"fold": 2, "learning_rate": 1e-3}))
+    said = script("ensemble", *own)[1]
+    assert "fold2 was trained with a different learning_rate than seed42" in said and "estimate from" not in said
+    for fold in range(FOLDS):
+        (parent / f"fold{fold}" / "metrics.json").unlink()
+    assert f"no estimate, because {parent} has no folds with the same settings" in script("ensemble", *own)[1]

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from vqa.training import fold_run
-from vqa.training.fold_run import changed_fields
+from vqa.config import same_run
+from vqa.config.same_run import changed_fields
 
 RELEASE = ROOT / "tests" / "data" / "previous_release"
 FOLD = RELEASE / "checkpoints" / "fold0"
@@ -38,7 +38,7 @@ def test_a_field_that_a_later_release_adds_does_not_make_it_another_run(monkeypa
     assert changed_fields(older, config | {"soft_labels": True}) == ["soft_labels"]
     assert changed_fields(config, config | {"seed": 1, "save_total_limit": 5, "output_dir": "moved"}) == ["seed"]
     assert changed_fields(config, config | {"warmup_steps": None}) == ["warmup_steps"]
-    monkeypatch.setattr(fold_run, "OLD_DEFAULTS", {"soft_labels": True})  # what that release did without the field
+    monkeypatch.setattr(same_run, "OLD_DEFAULTS", {"soft_labels": True})  # what that release did without the field
     assert changed_fields(older, config) == ["soft_labels"]
 
 

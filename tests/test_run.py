@@ -66,6 +66,19 @@ def test_several_folders_are_trained_one_after_the_other_and_ensembled(loop):
     assert calls[-1] == mixed
 
 
+def test_all_rows_are_trained_with_each_seed_and_ensembled_with_folds(loop):
+    (loop.folder / "outputs" / "all_rows").mkdir(parents=True)
+    for name in ("fold0.csv", "all_rows/seed42.csv", "all_rows/seed43.csv"):
+        (loop.folder / "outputs" / name).touch()
+    code, calls, error = loop("args", "args/all_rows")
+    assert code == 0, error
+    files = " ".join(f"args/all_rows/seed{seed}.json" for seed in (42, 43, 44))
+    assert f"python train_fold.py {files} --resume_from_checkpoint auto" in calls
+    assert any("ensemble.py outputs/all_rows/seed42.csv outputs/all_rows/seed43.csv" in call for call in calls)
+    mixed = "outputs/fold0.csv outputs/all_rows/seed42.csv outputs/all_rows/seed43.csv --output outputs/mixed"
+    assert mixed in calls[-1]
+
+
 def test_with_jobs_every_fold_has_a_process_of_its_own(loop):
     code, calls, error = loop("args/7b", "--seed", "1", JOBS="2")
     assert code == 0, error

@@ -147,14 +147,17 @@ def _oof_file(file: str, given: Mapping[str, str] | None) -> Path:
         return with_views
     if card.get("weights") == "base":
         raise MissingOOFError(f"{file}: {with_views} is missing. Run `predict.py --base ARGS.json --oof`.")
-    if card.get("image_size"):
-        raise MissingOOFError(
-            f"{file}: predicted at image size {card['image_size']}, and no out-of-fold rows are. Run "
-            "`predict.py --oof` with the same flags."
-        )
+    for key, how in {"image_size": "at image size {}", "cascade": "by a cascade"}.items():
+        if card.get(key):
+            raise MissingOOFError(
+                f"{file}: predicted {how.format(card[key])}, and no out-of-fold rows are. Run `predict.py --oof` with "
+                "the same flags."
+            )
     if not card.get("adapter"):
         raise MissingOOFError(f"{file}: no card beside it names its adapter. Give --oof FILES and --labels train.csv.")
     path = Path(card["adapter"], "oof.csv")
+    if not path.is_file() and is_of_all_rows(file):
+        raise MissingOOFError(f"{file}: its model was trained on all rows. Use --method mean, geometric or majority.")
     if not path.is_file():
         raise MissingOOFError(f"{path}: no such file. Give the out-of-fold files with --oof, and --labels train.csv.")
     return path
@@ -171,6 +174,12 @@ def run_args(*files: str | Path) -> dict:
             if path.is_file():
                 return read_json(path)
     return {}
+
+
+def is_of_all_rows(file: str | Path) -> bool:
+    """Whether the model of a prediction file was trained on all rows, so that it has no out-of-fold rows."""
+    args = run_args(file)
+    return "fold" in args and args["fold"] is None
 
 
 def _read_labels(oof_files: Sequence[Path], csv: str | None, columns: Mapping | str | None) -> Labels:
@@ -196,6 +205,16 @@ def _read_checked(file: str, oof: Path, labels: Labels) -> tuple[list[str], np.n
     if scores and scores.get("log_loss") is not None:
         check_measured(oof, probabilities, labels.answers(ids), scores["log_loss"], labels.path)
     return ids, probabilities
+
+
+def read_fold_oof(folder: Path, weights: str, labels: Labels) -> tuple[list[str], np.ndarray]:
+    """(ids, probabilities (rows, ten letters)) of a finished fold, checked: its rows, and the measured log-loss."""
+    path = weights_folder(folder, weights) / "oof.csv"
+    ids, probs = read_predictions(path)
+    check_fold(ids, path)
+    measured = read_json(folder / "metrics.json")["weights"][weights]["log_loss"]
+    check_measured(path, probs, labels.answers(ids), measured, labels.path)
+    return ids, probs
 
 
 def check_measured(

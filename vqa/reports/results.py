@@ -9,10 +9,9 @@ import pandas as pd
 
 from vqa.core.errors import UserError, preview
 from vqa.core.io import read_json
-from vqa.data.predictions import read_predictions
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.metrics import chance_accuracy
-from vqa.evaluation.oof import WEIGHTS, check_fold, check_measured, model_name, weights_folder
+from vqa.evaluation.oof import WEIGHTS, model_name, read_fold_oof, weights_folder
 from vqa.evaluation.reference import Reference, pooled_reference
 
 
@@ -155,11 +154,8 @@ def read_fold(folder: Path, labels: Labels) -> Fold:
     scores = metrics["weights"]
     oof = {}
     for name in WEIGHTS:
-        path = weights_folder(folder, name) / "oof.csv"
-        if name in scores and path.is_file():
-            ids, probs = read_predictions(path)
-            check_fold(ids, path)
-            check_measured(path, probs, labels.answers(ids), scores[name]["log_loss"], labels.path)
+        if name in scores and (weights_folder(folder, name) / "oof.csv").is_file():
+            ids, probs = read_fold_oof(folder, name, labels)
             oof[name] = pd.DataFrame(probs, index=ids)
     if metrics["best"] not in oof:
         raise UserError(f"{folder}: the out-of-fold file of its {metrics['best']} weights is missing. Train it again.")

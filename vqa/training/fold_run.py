@@ -5,8 +5,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from vqa.config.arguments import DataArguments, ModelArguments
-from vqa.config.parser import field_names, non_default_fields, parse_arguments
-from vqa.config.recipe import RecipeArguments, rows_of_step
+from vqa.config.parser import non_default_fields, parse_arguments
+from vqa.config.recipe import RecipeArguments
+from vqa.config.same_run import changed_fields
 from vqa.core.errors import UserError, preview
 from vqa.core.io import hash_files, read_json, write_json
 from vqa.data.predictions import join
@@ -21,32 +22,6 @@ from vqa.modeling.loading import ADAPTER_FILES
 from vqa.training.checkpointing import checkpoint_to_resume
 from vqa.training.earlier_runs import check_init_adapter, read_split
 
-# Fields that may differ when a run is resumed: they change where and how fast it runs, not its result.
-RESUME_SAFE_FIELDS = {
-    "activation_checkpointing",
-    "auto_batch",
-    "disable_tqdm",
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "logging_steps",
-    "max_hours",
-    "output_dir",
-    "per_device_eval_batch_size",
-    "per_device_train_batch_size",
-    "report_to",
-    "resume_from_checkpoint",
-    "save_total_limit",
-    "test_csv",
-    "vision_cache",
-    "vision_cache_dir",
-    "vision_cache_gb",
-}
-# What releases before a field existed did, where that is not the field's default. Add to it with such a field.
-OLD_DEFAULTS: dict = {}
 # Fields that the runs of one command have in common, since they share the loaded base model.
 SHARED_FIELDS = ("model", "load_in_4bit", "trust_remote_code", "fp16", "bf16", "use_cpu", "full_determinism")
 
@@ -164,19 +139,6 @@ def parse_runs(argv: list[str], description: str) -> list[FoldRun]:
     for run in runs:
         run.config |= {"resume_from_checkpoint": None, "max_hours": None}  # of this session, not of the run
     return runs
-
-
-def changed_fields(before: dict, config: dict) -> list[str]:
-    """Names of the fields that differ between two configs, except those of RESUME_SAFE_FIELDS.
-
-    Either may come from an earlier release. A field that it lacks counts as OLD_DEFAULTS says, or as the default;
-    fields that do not exist any more are left out.
-    """
-    known = field_names() - RESUME_SAFE_FIELDS
-    configs = [OLD_DEFAULTS | c | {"effective_batch_size": rows_of_step(c)} for c in (before, config)]
-    configs = [{key: value for key, value in c.items() if key in known} for c in configs]
-    old, new = (non_default_fields(c) for c in configs)
-    return sorted(key for key in old.keys() | new.keys() if (key in old, old.get(key)) != (key in new, new.get(key)))
 
 
 def log_training(folder: Path, metrics: dict, config: dict, text_only: float | None) -> tuple[str, str | None]:
