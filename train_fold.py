@@ -22,7 +22,7 @@ from vqa.core.workers import WorkerCollator
 from vqa.data.images import all_images, check_images, oriented_sizes, with_crops
 from vqa.evaluation.reference import Reference
 from vqa.modeling.suffix_score import COLLATORS
-from vqa.modeling.tree_attention import check_tree_attention
+from vqa.modeling.tree_attention import TreeCollator, check_tree_attention
 from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens
 from vqa.training.callbacks import EarlyStoppingCallback, EMACallback, FrozenWeightsCheck, SWACallback, WeightAverage
 from vqa.training.checkpointing import (
@@ -59,6 +59,9 @@ def read_and_check(run: FoldRun) -> bool:
     recipe, checkpoint = run.recipe, run.recipe.resume_from_checkpoint
     if (args := run.model_args).score == "suffix":
         run_on_main_and_broadcast(lambda: check_tree_attention(args.model, "score suffix", args.trust_remote_code))
+    if recipe.permutations_per_step > 1:
+        field = "permutations_per_step"
+        run_on_main_and_broadcast(lambda: check_tree_attention(args.model, field, args.trust_remote_code))
     run.train_rows, run.valid_rows = run_on_main_and_broadcast(run.read_rows)
     if run_on_main_and_broadcast(run.is_finished):
         print_on_main(f"{run.folder} is finished; nothing to train")
@@ -102,18 +105,19 @@ def train(run: FoldRun, base: SharedBase) -> None:
         lambda: check_before_training(model, collate, train_rows, valid_rows, run.model_args.lora_vision)
     )
     collate.features = prompts.features = base.features(data, train_rows + valid_rows, show)
-    lengths = count_tokens(train_rows, collate, oriented_sizes(all_images(train_rows)), show)
+    permutations = recipe.permutations_per_step
+    lengths = count_tokens(train_rows, collate, oriented_sizes(all_images(train_rows)), show, permutations)
     encodes_images = collate.features is None
     set_batches(
         recipe, run_on_main_and_broadcast(lambda: choose_batch_config(recipe, run.model_args, lengths, encodes_images))
     )
-    dataset = TrainDataset(train_rows, data.shuffle_choices, recipe.seed)
+    dataset = TrainDataset(train_rows, data.shuffle_choices, recipe.seed, permutations)
     if recipe.dataloader_persistent_workers:
         dataset.epoch.share_memory_()
     trainer = FoldTrainer(
         model,
         recipe,
-        data_collator=WorkerCollator(collate),
+        data_collator=WorkerCollator(TreeCollator(collate) if permutations > 1 else collate),
         train_dataset=dataset,
         eval_dataset=valid_rows,
         # In this order: the limit may ask for a checkpoint, averages and head write into it, the marker completes it.

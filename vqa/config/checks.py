@@ -40,6 +40,8 @@ LOWEST = {
     "max_valid_rows": 1,
     "early_stopping_patience": 1,
     "pseudo_min_confidence": 0,
+    "permutations_per_step": 1,
+    "consistency_weight": 0,
     "extra_weight": 0,
     "teacher_weight": 0,
 }
@@ -91,6 +93,7 @@ def check_recipe(values: dict) -> None:
             raise UserError(f"{name} does not work with this recipe: {why}. Leave it out.")
     if values["vision_learning_rate"] is not None and not values["lora_vision"]:
         raise UserError("vision_learning_rate is set but lora_vision is false. Set lora_vision, or leave it out.")
+    check_permutations(values)
     check_reports(values["report_to"])
     if values["effective_batch_size"] and values["gradient_accumulation_steps"]:
         raise UserError(
@@ -104,6 +107,16 @@ def check_recipe(values: dict) -> None:
         raise UserError("swa_lr is set but swa_start is null. Set swa_start, or leave swa_lr out.")
     if values["swa_lr"] is not None and values["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy"):
         raise UserError(f"swa_lr needs a schedule by steps, not {values['lr_scheduler_type']}. Use cosine.")
+
+
+def check_permutations(values: dict) -> None:
+    """Raise UserError where permutations_per_step or consistency_weight would do nothing."""
+    if values["permutations_per_step"] > 1 and not values["shuffle_choices"]:
+        raise UserError("permutations_per_step permutes the choices, but shuffle_choices is false. Set it to true.")
+    if values["permutations_per_step"] > 1 and values["score"] == "suffix":
+        raise UserError("score suffix does not depend on the order of the choices. Leave permutations_per_step out.")
+    if values["consistency_weight"] and values["permutations_per_step"] == 1:
+        raise UserError("consistency_weight compares permutations of a step. Set permutations_per_step to 2 or more.")
 
 
 def check_reports(report_to: str | list[str]) -> None:

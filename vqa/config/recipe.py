@@ -29,6 +29,17 @@ class RecipeArguments(TrainingArguments):
         "token: cross-entropy over the vocabulary at the answer's letter and the end of the turn, as in language "
         "modelling; letter: cross-entropy over the letters that the row offers, as in scoring.",
     )
+    permutations_per_step: int = arg(
+        1,
+        "Show each row with this many permutations of its choices in one step: the one drawn and its rotations. With as "
+        "many as there are choices, the answer is at every letter once. They share image and question, so they cost less "
+        "than as many rows. The row's loss is their mean.",
+    )
+    consistency_weight: float = arg(
+        0.0,
+        "With permutations_per_step: add this times the KL divergence between the permutations' probabilities of the "
+        "choices. 0: do not.",
+    )
     ema_decay: float = arg(
         0.0, "Decay of the EMA of the adapter per optimiser step, with warm-up; for example 0.99. 0: no EMA, faster."
     )

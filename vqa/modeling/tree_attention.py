@@ -11,12 +11,17 @@ from transformers import AutoConfig
 
 from vqa.core.compat import rope_positions
 from vqa.core.errors import UserError
+from vqa.data.collator import Collator
+from vqa.data.prompt import render_chat, shown_answer, shown_target
+from vqa.data.rows import LETTERS, Row
+from vqa.modeling.base_checks import check_model_path
 from vqa.modeling.families import FAMILIES, family_of_type
-from vqa.modeling.shared_prefix import head_reads, pad
+from vqa.modeling.shared_prefix import common_length, head_reads, pad
 from vqa.modeling.vision import encode_images, unwrap_base_model
 
 TOKEN_KEYS = ("input_ids", "mm_token_type_ids")  # of the Collator's batch, with one entry for each token
 MODEL_KEYS = (*TOKEN_KEYS, "image_grid_thw")
+ANSWER_TOKENS = 2  # that have a label: the letter and the end of the turn
 ALIGNMENT = 8  # SDPA's memory-efficient kernel copies a mask whose rows do not begin at multiples of 8 numbers
 
 
@@ -46,6 +51,72 @@ def pack_suffixes(batch: dict, prefix_lengths: list[int], suffixes: list[list[li
     padding = {"input_ids": pad_token_id, "segment": -1, "suffix_end": -1}
     kept = {name: values for name, values in batch.items() if name != "attention_mask"}
     return kept | {name: pad(values, padding.get(name, 0), "right") for name, values in packed.items()}
+
+
+class TreeCollator:
+    """Turn rows with `permutations` into a batch of `pack_suffixes`: a suffix for each permutation of the choices.
+
+    The Collator's keys stay, of the first permutation where they differ, except labels and answer_start. New ones:
+        read: int64 (rows, permutations, tokens), the columns whose logits are needed: the last of each prompt, and
+            with answers that of the letter, which predicts the end of the turn;
+    and with answers:
+        labels: int64 (rows, permutations, 2), the token ids of letter and end of the turn;
+        answer: int64 (rows, permutations), index of the right letter;
+        target: float32 (rows, permutations, letters), if a row has a soft label;
+        letter_of: int64 (rows, permutations, letters), the letter at which each choice is shown.
+    A row with fewer permutations than another repeats its first one in them; `suffix_end` is -1 there.
+    """
+
+    def __init__(self, collate: Collator):
+        self.collate = collate
+
+    def __call__(self, rows: list[Row]) -> dict:
+        views: list[list[Row]] = [[{**row, "permutation": p} for p in row["permutations"]] for row in rows]
+        batch = self.collate([permuted[0] for permuted in views])
+        lengths, suffixes, labels = [], [], []
+        for permuted, mask in zip(views, batch["attention_mask"]):
+            tokens, answers = self.tokens(permuted)
+            shared = common_length([ids[: len(ids) - len(answer)] for ids, answer in zip(tokens, answers)])
+            unread = max(len(answers[0]) - 1, 0)  # nothing is predicted from what follows the letter
+            lengths.append(int(mask.sum()) - len(tokens[0]) + shared)
+            suffixes.append([ids[shared : len(ids) - unread] for ids in tokens])
+            labels.append([answer[:ANSWER_TOKENS] for answer in answers])
+        packed = pack_suffixes(batch, lengths, suffixes, self.collate.processor.tokenizer.pad_token_id)
+        before = 1 if self.collate.with_answer else 0
+        packed["read"] = packed["suffix_end"][..., None] + torch.arange(-before, 1)
+        if self.collate.with_answer:
+            del packed["answer_start"]
+            packed["labels"] = repeat_first(labels)
+            packed["answer"] = repeat_first([[shown_answer(row) for row in permuted] for permuted in views])
+            packed["letter_of"] = repeat_first([[letter_of(row) for row in permuted] for permuted in views])
+            if "target" in batch:
+                targets = [[shown_target(row) for row in permuted] for permuted in views]
+                packed["target"] = repeat_first(targets).float()
+        return packed
+
+    def tokens(self, views: list[Row]) -> tuple[list[list[int]], list[list[int]]]:
+        """Of each permutation of a row the token ids, its image one token, and those of its answer, if any."""
+        collate = self.collate
+        letters = [shown_answer(row) if collate.with_answer else None for row in views]
+        answers = [[] if letter is None else collate.answers[letter] for letter in letters]
+        chats = [collate.conversation(row, decode=False) for row in views]
+        texts = [
+            render_chat(collate.processor, chat, None if letter is None else LETTERS[letter])
+            for chat, letter in zip(chats, letters)
+        ]
+        return collate.processor.tokenizer(texts).input_ids, answers
+
+
+def repeat_first(values: list[list]) -> torch.Tensor:
+    """A tensor of the lists of all rows, where a shorter list repeats its first entry."""
+    most = max(map(len, values))
+    return torch.tensor([of_row + of_row[:1] * (most - len(of_row)) for of_row in values])
+
+
+def letter_of(row: Row) -> list[int]:
+    """The letter at which each choice is shown, (10,); those that the row does not offer stay where they are."""
+    shown = [*row["permutation"], *range(len(row["permutation"]), len(LETTERS))]
+    return sorted(range(len(shown)), key=shown.__getitem__)
 
 
 def tree_logits(model: nn.Module, batch: dict, columns: torch.Tensor) -> torch.Tensor:
@@ -95,7 +166,11 @@ def tree_positions(base: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def check_tree_attention(model: str, field: str, trust_remote_code: bool = False) -> None:
-    """Raise UserError where the model's own attention rules do not allow it; reads the config alone."""
+    """Raise UserError where the model's own attention rules do not allow it; reads the config alone.
+
+    `field` is the argument that needs it.
+    """
+    check_model_path(model)
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     of_layers = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
     if not family_of_type(config.model_type).tree_attention or of_layers != {"full_attention"}:

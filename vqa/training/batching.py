@@ -6,7 +6,7 @@ out where its memory is not needed. The mean over the step's rows stays the same
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from vqa.data.collator import Collator
 from vqa.data.images import shown_images
 from vqa.data.rows import Row
 from vqa.modeling.base_checks import BNB_4BIT, saved_quantization
+from vqa.modeling.shared_prefix import common_length
 from vqa.modeling.vision import unwrap_base_model
+from vqa.training.dataset import rotations
 from vqa.training.memory import CUDA_BYTES, Batch, Setup, meta_model, training_peak
 from vqa.training.speed import measured_rate, seconds_a_batch
 
@@ -128,19 +130,27 @@ class Lengths:
     tokens: np.ndarray
     image_tokens: np.ndarray
     patches: int
+    permutations: int = 1  # of the choices, that share a row's first tokens
 
     def batch(self, rows: int, statistic: Callable[[np.ndarray], float] = np.max) -> Batch:
         """A batch of `rows` rows, all as long as the longest row (or another statistic of the lengths)."""
-        return Batch(rows, int(statistic(self.tokens)), self.patches * int(statistic(self.image_tokens)))
+        return Batch(
+            rows, int(statistic(self.tokens)), self.patches * int(statistic(self.image_tokens)), self.permutations
+        )
 
 
 def count_tokens(
-    rows: Sequence[Row], collate: Collator, sizes: Mapping[str, tuple[int, int]], show: bool = True
+    rows: Sequence[Row],
+    collate: Collator,
+    sizes: Mapping[str, tuple[int, int]],
+    show: bool = True,
+    permutations: int = 1,
 ) -> Lengths:
     """The tokens of each row with its answer, counted without decoding an image.
 
     `sizes` has the upright (width, height) of every image of the rows. Of a question and its paraphrases the longest
-    counts, since each epoch draws one, and crops count, which half of the epochs draw.
+    counts, since each epoch draws one, and crops count, which half of the epochs draw. With several `permutations` of
+    the choices, what they share counts once.
     """
     images = {
         image: collate.images.shown_size(image, *sizes[image.path]) for row in rows for image in shown_images(row)
@@ -150,13 +160,23 @@ def count_tokens(
     longest: Iterable[Row] = (
         {**row, "question": max([row["question"], *row.get("paraphrases", [])], key=len)} for row in bar
     )
-    texts = map(collate.chat_text, longest)
+    texts = (
+        [collate.chat_text({**row, "permutation": p}) for p in rotations([*range(len(row["choices"]))], permutations)]
+        for row in longest
+    )
     chunks = iter(lambda: list(itertools.islice(texts, 1000)), [])  # not all at once: only the counts are kept
-    tokenizer = collate.processor.tokenizer
-    text_tokens = np.array([len(ids) for chunk in chunks for ids in tokenizer(chunk).input_ids])
+    text_tokens = np.array([count for chunk in chunks for count in count_shared(collate.processor.tokenizer, chunk)])
     num_images = np.array([len(shown_images(row)) for row in rows])  # each is one <|image_pad|> in the text
     of_images = np.array([sum(image_tokens[image] for image in shown_images(row)) for row in rows])
-    return Lengths(text_tokens - num_images + of_images, of_images, collate.images.patches_per_token)
+    return Lengths(text_tokens - num_images + of_images, of_images, collate.images.patches_per_token, permutations)
+
+
+def count_shared(tokenizer, texts: list[list[str]]) -> Iterator[int]:
+    """For each list of texts, the number of their tokens where those that all begin with count once."""
+    encoded = iter(tokenizer([text for of_row in texts for text in of_row]).input_ids)
+    for of_row in texts:
+        tokens = [next(encoded) for _ in of_row]
+        yield sum(map(len, tokens)) - (len(tokens) - 1) * common_length(tokens)
 
 
 def count_image_tokens(sizes: Mapping[str, tuple[int, int]], collate: Collator) -> dict[str, int]:

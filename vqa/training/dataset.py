@@ -15,10 +15,11 @@ class TrainDataset(torch.utils.data.Dataset):
 
     Each epoch draws one of a row's question and paraphrases, with `shuffle` a permutation of its choices, and whether
     its `crops` are shown: the model learns both forms, and prediction can choose the longer one for unsure rows.
+    With more than one of `num_permutations`, a row has `permutations`: the one drawn and its next rotations.
     """
 
-    def __init__(self, rows: list[Row], shuffle: bool, seed: int):
-        self.rows, self.shuffle, self.seed = rows, shuffle, seed
+    def __init__(self, rows: list[Row], shuffle: bool, seed: int, num_permutations: int = 1):
+        self.rows, self.shuffle, self.seed, self.num_permutations = rows, shuffle, seed, num_permutations
         self.epoch = torch.zeros((), dtype=torch.int64)  # workers that outlive an epoch need it in shared memory
 
     def __len__(self) -> int:
@@ -30,11 +31,18 @@ class TrainDataset(torch.utils.data.Dataset):
         if self.shuffle:
             row["permutation"] = list(range(len(row["choices"])))
             draw.shuffle(row["permutation"])
+            if self.num_permutations > 1:
+                row["permutations"] = rotations(row["permutation"], self.num_permutations)
         if row.get("paraphrases"):
             row["question"] = draw.choice([row["question"], *row["paraphrases"]])
         if row.get("crops") and draw.random() < 0.5:
             row["crops"] = []
         return row
+
+
+def rotations(permutation: list[int], count: int) -> list[list[int]]:
+    """The first `count` rotations of a permutation; all, where it has fewer. In all, a choice has every letter once."""
+    return [permutation[start:] + permutation[:start] for start in range(min(count, len(permutation)))]
 
 
 class SetEpochCallback(TrainerCallback):

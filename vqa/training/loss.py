@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from vqa.core.errors import UserError, preview
 from vqa.data.collator import IGNORE
@@ -26,6 +26,42 @@ def answer_loss(
     if kind == "letter":
         return letter_loss(logits[:, 0], batch["offered"], letter_ids, batch["answer"], batch.get("target"))
     return token_loss(logits, batch["labels"][:, -logits.shape[1] :], letter_ids, batch.get("target"))
+
+
+def permutation_loss(
+    logits: torch.Tensor,
+    batch: Mapping[str, torch.Tensor],
+    letter_ids: torch.Tensor,
+    kind: str,
+    consistency_weight: float = 0.0,
+) -> torch.Tensor:
+    """Mean of `answer_loss` over a row's permutations, float32 (rows,), for a batch of the TreeCollator.
+
+    `logits` are float32 (rows, permutations, answer tokens, vocabulary). `consistency_weight` times the `disagreement`
+    of the permutations is added.
+    """
+    shown = batch["suffix_end"] >= 0
+    offered = batch["offered"][:, None].expand(-1, shown.shape[1], -1)
+    names = [name for name in ("labels", "answer", "target") if name in batch]
+    each = {name: batch[name].flatten(0, 1) for name in names} | {"offered": offered.flatten(0, 1)}
+    losses = answer_loss(logits.flatten(0, 1), each, letter_ids, kind).view(shown.shape)
+    mean = losses.masked_fill(~shown, 0).sum(1) / shown.sum(1)
+    if not consistency_weight:
+        return mean
+    letters = letter_logits(logits[:, :, 0].flatten(0, 1), letter_ids, each["offered"]).view(offered.shape)
+    choices = letters.gather(-1, batch["letter_of"])
+    return mean + consistency_weight * disagreement(choices, offered, shown)
+
+
+def disagreement(scores: torch.Tensor, offered: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """KL divergence between the probabilities of two permutations, as the mean (rows,) over all ordered pairs.
+
+    `scores` and `offered` are (rows, permutations, choices), `shown` is (rows, permutations).
+    """
+    log_probs = scores.log_softmax(-1).masked_fill(~offered, 0)
+    divergence = kl_div(log_probs[:, None], log_probs[:, :, None], reduction="none", log_target=True).sum(-1)
+    pairs, count = shown[:, None] & shown[:, :, None], shown.sum(1)
+    return divergence.masked_fill(~pairs, 0).sum((1, 2)) / (count * (count - 1)).clamp(min=1)
 
 
 def letter_loss(

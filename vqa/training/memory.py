@@ -19,6 +19,7 @@ from vqa.core.compat import adapted_module_names
 from vqa.modeling.base_checks import check_model_path
 from vqa.modeling.families import patch_embedding, vision_blocks, vision_tower
 from vqa.modeling.loading import add_adapter
+from vqa.modeling.tree_attention import ANSWER_TOKENS
 from vqa.modeling.vision import unwrap_base_model
 
 GIB = 2**30
@@ -55,11 +56,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Batch:
-    """Number of rows, tokens of each row with padding, and patches of each image (four make an image token)."""
+    """Number of rows, tokens of each row with padding, and patches of each image (four make an image token).
+
+    With several `permutations` of the choices, a row's tokens are those of all of them, and what they share.
+    """
 
     rows: int
     tokens: int
     patches: int
+    permutations: int = 1
 
 
 def meta_model(args: ModelArguments, dtype: torch.dtype) -> PeftModel:
@@ -84,7 +89,11 @@ def training_peak(setup: Setup, batch: Batch) -> int:
     kept = checkpoint_bytes(setup, batch) if setup.checkpointing else of_layers
     one_layer = layer_bytes(setup, batch) + linear_attention_bytes(setup, batch) if setup.checkpointing else 0
     in_layer = one_layer + backward_bytes(setup, batch)
-    return resident_bytes(setup) + max(vision_bytes(setup, batch), kept + max(logit_bytes(setup, batch), in_layer))
+    logits = logit_bytes(setup, batch)
+    if batch.permutations > 1:
+        kept += batch.rows * batch.tokens**2 * element(setup)  # the mask
+        logits = logit_bytes(setup, batch, positions=ANSWER_TOKENS * batch.permutations)
+    return resident_bytes(setup) + max(vision_bytes(setup, batch), kept + max(logits, in_layer))
 
 
 def validation_peak(setup: Setup, batch: Batch) -> int:

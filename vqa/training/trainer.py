@@ -19,12 +19,13 @@ from vqa.data.rows import Row
 from vqa.inference.scoring import answer_logits
 from vqa.modeling.families import language_model
 from vqa.modeling.suffix_score import suffix_scores
+from vqa.modeling.tree_attention import tree_logits
 from vqa.modeling.vision import unwrap_base_model
 from vqa.training.batching import MicroBatches
 from vqa.training.callbacks import LogCallback, ProgressBar, WeightAverage, swa_start_step, trainable_parameters
 from vqa.training.checkpointing import COMPLETE
 from vqa.training.dataset import LengthSortedSampler, TrainDataset
-from vqa.training.loss import FiniteLossCheck, answer_loss, choice_loss
+from vqa.training.loss import FiniteLossCheck, answer_loss, choice_loss, permutation_loss
 from vqa.training.validation import Validator
 
 INITIAL_SCALE = 2.0**12  # of the fp16 loss scaler
@@ -111,13 +112,18 @@ class FoldTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean of `answer_loss` or `choice_loss` over the batch's rows, or this batch's part of the step's mean.
+        """The mean of `answer_loss`, `permutation_loss` or `choice_loss` over the batch's rows, or this batch's part of the step's mean.
 
         `num_items_in_batch` is the step's number of rows. Logits are computed at the answer's tokens only.
         """
         if "choice_end" in inputs:
             logits = suffix_scores(model, inputs)
             losses = choice_loss(logits, inputs["answer"], inputs.get("target"))
+        elif "letter_of" in inputs:
+            _, permutations, tokens = inputs["read"].shape
+            logits = tree_logits(model, inputs, inputs["read"].flatten(1)).unflatten(1, (permutations, tokens))
+            weight = self.args.consistency_weight
+            losses = permutation_loss(logits, inputs, self.letter_ids, self.args.loss, weight)
         else:
             answer_tokens = inputs["labels"].shape[1] - inputs["answer_start"]
             # Each position predicts the next token.

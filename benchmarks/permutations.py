@@ -1,0 +1,151 @@
+"""What several permutations of a row cost beside one: a training step, and prediction by a KV cache and by a tree.
+
+    python benchmarks/permutations.py --configs QWEN_FOLDER --model 3B --output permutations.jsonl
+    python benchmarks/permutations.py --model checkpoints/tiny --sizes 112 --train_sizes 112 --steps 2   # a dry run
+
+Random weights in the shape of a real model (see memory.py), 4 bits and fp16 on a GPU, rank 16, stored vision features,
+gradient checkpointing, a batch of `--rows` rows. One JSON line for each measurement; kernel time is how long the GPU
+works.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from clock import ON_GPU, Clock, busy_seconds, kernels, limit_memory, measured, timed, write_line
+from compare import write_rows
+from contestants import ADAPTER, Ours
+from memory import model_folder
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
+from vqa.config.recipe import RecipeArguments  # noqa: E402
+from vqa.core.errors import run_main  # noqa: E402
+from vqa.data.rows import read_rows  # noqa: E402
+from vqa.inference import scoring  # noqa: E402
+from vqa.modeling.loading import add_adapter  # noqa: E402
+from vqa.modeling.tree_attention import TreeCollator, tree_logits  # noqa: E402
+from vqa.training.dataset import SetEpochCallback, TrainDataset, rotations  # noqa: E402
+from vqa.training.trainer import FoldTrainer  # noqa: E402
+
+MANY = 4  # permutations
+
+
+def main() -> None:
+    args = parse_args()
+    limit_memory(args.cap_gib)
+    with (
+        tempfile.TemporaryDirectory(dir=args.folder) as temporary,
+        model_folder(args.model, args.configs, args.folder) as folder,
+    ):
+        # 720 px would not fill the larger budgets.
+        rows = read_rows(write_rows(Path(temporary, "rows"), args.rows, enlarged=2), with_answer=True)
+        plan = {"model": folder, "cache": f"{temporary}/cache", "stored": True}
+        base = None
+        for size in args.sizes:
+            own = Ours(plan, rows, size, base)
+            shape = {"model": Path(args.model).name, "image_size": size, "rows": args.rows}
+            shape["device"] = torch.cuda.get_device_name() if ON_GPU else "CPU"
+            for permutations in (1, MANY) if size in args.train_sizes else ():
+                line = trained(own, permutations, args.steps, temporary)
+                write_line(shape | {"what": "training", "permutations": permutations} | line, args.output)
+            for line in predicted(own):
+                write_line(shape | line, args.output)
+            base = own.base
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", type=Path, help="folder of config_3B.json, ... and Qwen's vocabulary")
+    parser.add_argument("--model", default="3B", help="name in it, or a model folder (default: 3B)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[384, 768, 1024], help="default: 384 768 1024")
+    parser.add_argument(
+        "--train_sizes", type=int, nargs="+", default=[384, 768], help="those to train at (default: 384 768)"
+    )
+    parser.add_argument("--rows", type=int, default=16, help="rows of a batch, each with its own image (default: 16)")
+    parser.add_argument("--steps", type=int, default=5, help="timed training steps (default: 5)")
+    parser.add_argument("--cap_gib", type=float, default=40, help="GPU memory (default: 40)")
+    parser.add_argument("--folder", help="for the temporary weights (default: the system's)")
+    parser.add_argument("--output", help="file to which the JSON lines are appended")
+    return parser.parse_args()
+
+
+def trained(own: Ours, permutations: int, steps: int, folder: str) -> dict:
+    """Wall time, kernel time and arithmetic of a row in training, and the tokens of a batch's rows."""
+    model = add_adapter(own.base, ADAPTER["r"], ADAPTER["lora_alpha"], ADAPTER["lora_dropout"])
+    count = len(own.rows)
+    recipe = RecipeArguments(
+        output_dir=f"{folder}/run",
+        permutations_per_step=permutations,
+        effective_batch_size=count,
+        gradient_checkpointing=True,
+        num_train_epochs=1,
+        fp16=ON_GPU,
+        **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no"),
+        disable_tqdm=True,
+    )
+    train_rows = TrainDataset(own.rows * (steps + 4), True, 42, permutations)
+    collate, clock = TreeCollator(own.collate) if permutations > 1 else own.collate, Clock(steps, 0)
+    trainer = FoldTrainer(
+        model,
+        recipe,
+        data_collator=collate,
+        train_dataset=train_rows,
+        eval_dataset=[],
+        callbacks=[SetEpochCallback(train_rows), clock],
+        weight_averages=[],
+        letter_ids=own.ids,
+        prompts=own.prompts,
+    )
+    line = measured(trainer.train, clock, count)
+    tokens = collate([train_rows[i] for i in range(count)])["input_ids"].shape[1]
+    own.base = model.unload()
+    own.base.gradient_checkpointing_disable()
+    return {"tokens": tokens} | line
+
+
+def predicted(own: Ours) -> Iterator[dict]:
+    """Wall time and kernel time of a row in prediction: one permutation, and several in both ways."""
+    model = add_adapter(own.base, ADAPTER["r"], ADAPTER["lora_alpha"], 0.0)
+    count = len(own.rows)
+    rows = [{**row, "permutations": rotations([*range(len(row["choices"]))], MANY)} for row in own.rows * 2]
+    tree = partial(scoring._letter_probs, model, rows, PromptTree(own.prompts), tree_scores)
+    ways = {
+        (1, "one pass"): partial(scoring.score_rows, model, rows, own.prompts),
+        (MANY, "KV cache"): partial(scoring.permutation_probs, model, rows, own.prompts),
+        (MANY, "tree"): tree,
+    }
+    for (permutations, how), score in ways.items():
+        work = partial(score, own.ids, count)
+        work()
+        seconds = min(timed(work) for _ in range(3))
+        line = {"what": "prediction", "permutations": permutations, "how": how}
+        line["rows_per_second"] = round(len(rows) / seconds, 2)
+        if ON_GPU:
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                work()
+                torch.cuda.synchronize()
+            line["kernel_ms_per_row"] = round(1000 * busy_seconds(kernels(profiler)) / len(rows), 3)
+        yield line
+    own.base = model.unload()
+
+
+class PromptTree(TreeCollator):
+    """Prompts of all permutations of a row as one sequence."""
+
+    def __call__(self, rows: list) -> dict:
+        batch = super().__call__(rows)
+        return batch | {"row_index": (batch["suffix_end"] >= 0).nonzero()[:, 0]}
+
+
+def tree_scores(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    """Logits (permutations of all rows, vocabulary) where each permutation's answer is written."""
+    return tree_logits(model, batch, batch["read"].flatten(1))[batch["suffix_end"] >= 0]
+
+
+if __name__ == "__main__":
+    run_main(main)
