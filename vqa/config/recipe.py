@@ -31,9 +31,9 @@ class RecipeArguments(TrainingArguments):
     )
     permutations_per_step: int = arg(
         1,
-        "Show each row with this many permutations of its choices in one step: the one drawn and its rotations. With as "
-        "many as there are choices, the answer is at every letter once. They share image and question, so they cost less "
-        "than as many rows. The row's loss is their mean.",
+        "Show each row with this many permutations of its choices in one step: the one drawn and its rotations. With "
+        "as many as there are choices, the answer is at every letter once. They share image and question, so they "
+        "cost less than as many rows. The row's loss is their mean.",
     )
     consistency_weight: float = arg(
         0.0,

@@ -41,7 +41,7 @@ class TrainDataset(torch.utils.data.Dataset):
 
 
 def rotations(permutation: list[int], count: int) -> list[list[int]]:
-    """The first `count` rotations of a permutation; all, where it has fewer. In all, a choice has every letter once."""
+    """The first `count` rotations of a permutation, or all of them. In all of them a choice has each letter once."""
     return [permutation[start:] + permutation[:start] for start in range(min(count, len(permutation)))]
 
 

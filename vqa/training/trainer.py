@@ -112,7 +112,7 @@ class FoldTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean of `answer_loss`, `permutation_loss` or `choice_loss` over the batch's rows, or this batch's part of the step's mean.
+        """The mean loss of the batch's rows, or this batch's part of the step's mean; see vqa/training/loss.py.
 
         `num_items_in_batch` is the step's number of rows. Logits are computed at the answer's tokens only.
         """
