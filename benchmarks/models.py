@@ -3,9 +3,9 @@
     python benchmarks/models.py SHAPES/config_qwen3_vl_4B.json SHAPES/config_qwen3_5_4B.json --vocabulary QWEN_FOLDER
     python benchmarks/models.py checkpoints/tiny --sizes 126 --steps 3              # a dry run; no GPU needed
 
-Each model has random weights in the shape of its config, 4 bits and fp16 on a GPU, rank 16, 16 rows a step. It trains
-20 steps and predicts, with stored vision features. One JSON line is written for each model and image size; `estimate`
-is the doctor's estimate of the peak, before any weight was loaded, divided by the peak.
+Each model has random weights in the shape of its config, 4 bits and fp16 on a GPU, rank 16. It trains 20 steps and
+predicts, with stored vision features. One JSON line is written for each model, image size and number of rows per step;
+`estimate` is the doctor's estimate of the peak, before any weight was loaded, divided by the peak.
 """
 
 import subprocess
@@ -27,7 +27,6 @@ from vqa.data.rows import read_rows  # noqa: E402
 from vqa.training.memory import GIB, Setup, meta_model, training_peak  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
-EFFECTIVE = 16
 
 
 def main() -> None:
@@ -46,6 +45,8 @@ def parse_args():
     parser.add_argument("models", nargs="+", help="config files of the shapes, or model folders")
     parser.add_argument("--vocabulary", type=Path, help="folder of Qwen2's vocabulary")
     parser.add_argument("--sizes", type=int, nargs="+", default=[384, 768], help="image_size (default: 384 768)")
+    parser.add_argument("--effective", type=int, nargs="+", default=[16], help="rows per step (default: 16)")
+    parser.add_argument("--only_training", action="store_true", help="no predictions")
     parser.add_argument("--rows", type=int, default=32, help="rows, each with its own image (default: 32)")
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps (default: 20)")
     parser.add_argument("--cap_gib", type=float, default=14.5, help="GPU memory (default: 14.5, as on a T4)")
@@ -63,22 +64,24 @@ def measure(name: str, args, temporary: Path) -> None:
     csv = write_rows(temporary / "rows", args.rows, enlarged=2)  # 720 px would not fill the larger budget
     plan = {"model": folder, "stored": True, "cache": str(temporary / "cache"), "folder": str(temporary)}
     plan |= {"steps": args.steps, "seconds": 0, "workers": 0, "predict_rows": 2 * args.rows, "predict_batches": [16]}
+    plan["predict_batches"] = [] if args.only_training else [16]
     base = None
+    shape = {"model": Path(name).stem.removeprefix("config_")}
+    device = {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"}
     for size in args.sizes:
         try:
             own = Ours(plan, read_rows(csv, with_answer=True), size, base)
-            line = own.trained(EFFECTIVE)
-            if "peak_gib" in line and line["peak_gib"]:
-                line["estimate"] = round(estimated_peak(own, line) / GIB / line["peak_gib"], 3)
-            predictions = [p for p in own.answered() if "answers_per_second" in p]
-            line |= {"images_encoded_per_second": round(1 / own.seconds_an_image, 1)}
-            line |= {p["how"]: p["answers_per_second"] for p in predictions}
+            encoded = {"images_encoded_per_second": round(1 / own.seconds_an_image, 1)}
+            for effective in args.effective:
+                line = own.trained(effective)
+                if line.get("peak_gib"):
+                    line["estimate"] = round(estimated_peak(own, line) / GIB / line["peak_gib"], 3)
+                write_line(shape | {"image_size": size} | line | encoded | device, args.output)
+            for line in own.answered():
+                write_line(shape | {"image_size": size} | line | device, args.output)
             base = own.base
         except torch.OutOfMemoryError:
-            line = {"failed": "out of memory"}
-        shape = {"model": Path(name).stem.removeprefix("config_"), "image_size": size}
-        device = {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"}
-        write_line(shape | line | device, args.output)
+            write_line(shape | {"image_size": size, "failed": "out of memory"} | device, args.output)
 
 
 def estimated_peak(own: Ours, line: dict) -> int:
