@@ -20,6 +20,8 @@ import multiprocessing
 import os
 import platform
 import runpy
+import shlex
+import subprocess
 import sys
 import time
 import traceback
@@ -58,7 +60,7 @@ def main() -> None:
     seeds = [Seed(seed, root, args, wanted) for seed in args.seeds]
     extra = [Seed(1000 + number, root, args, [CHECKED]) for number in range(args.check_seeds)]
     commands = [command for seed in [*seeds, *extra] for command in seed.commands()]
-    run_commands(draw_commands(data, args), args)
+    draw_contest(data, args)
     failed = run_commands(commands, args)
     labels = Labels(data / "test_answers.csv")
     result = describe(args, time.time() - start) | {"failed": failed}
@@ -116,6 +118,7 @@ class Seed:
         self.cache = root / "checkpoints" / "ladder" / "vision_cache"
         self.models, self.outputs = (root / name / "ladder" / str(seed) for name in ("checkpoints", "outputs"))
         self.folds_csv = self.data / f"folds_{seed}.csv"
+        self.workers = 2 if gpus(args) != [""] else 0  # a GPU would wait for one process
         wanted = list(dict.fromkeys(wanted))
         # "plain" is the first view of "permutations"; it is not predicted twice.
         self.wanted = [name for name in wanted if name.replace("plain/", "permutations/") not in {*wanted} - {name}]
@@ -135,6 +138,7 @@ class Seed:
         for (view, *_), names in grouped(predicted):
             words = ["predict.py", *(["--base", str(first)] if names == ["base"] else map(self.folder, names))]
             words += [*VIEWS[view], "--output_dir", str(self.outputs / view), "--check_generation", "0"]
+            words += ["--workers", str(self.workers)]
             needs = [self.folds_csv] if names == ["base"] else [self.finished(name) for name in names]
             commands.append(self.command(words, needs, [self.file(f"{view}/{name}") for name in names], 10))
         return commands
@@ -161,6 +165,7 @@ class Seed:
             "seed": self.seed,
         } | {key: self.filled(value) for key, value in run.fields.items()}
         fields |= {key: value for key in ("model", "max_steps") if (value := getattr(self.args, key))}
+        fields["dataloader_num_workers"] = self.workers
         write_json(path, fields)
         return path
 
@@ -206,19 +211,17 @@ def grouped(predicted: Sequence[Sequence[str]]) -> Iterator[tuple[tuple, list[st
         yield group, [run for _, run in items]
 
 
-def draw_commands(data: Path, args: argparse.Namespace) -> list[Command]:
-    """The contest, and a second data set in the style of the base model's own training."""
+def draw_contest(data: Path, args: argparse.Namespace) -> None:
+    """Draw the contest, and a second data set in the style of the base model's own training."""
     rows = ["--train_rows", str(args.train_rows), "--test_rows", str(args.test_rows)]
-    commands = []
     for folder, flags in ((data, []), (data / "home", ["--domain", "home"])):
         answers = folder / "test_answers.csv"
-        if answers.is_file():  # it is written last
-            found = [len(read_table(folder / name, ("id",))) for name in ("train.csv", answers.name)]
-            if found != [args.train_rows, args.test_rows]:
-                raise UserError(f"{folder} has {found} rows (train, test), not those asked for. Delete that folder.")
-        words = ["benchmarks/bench_contest.py", "--output_dir", str(folder), *rows, *flags]
-        commands.append(Command(words, [], [answers], data / f"{folder.name}.log", 1))
-    return commands
+        if not answers.is_file():  # it is written last
+            words = [str(ROOT / "benchmarks" / "bench_contest.py"), "--output_dir", str(folder), *rows, *flags]
+            subprocess.run([sys.executable, *words], check=True)
+        found = [len(read_table(folder / name, ("id",))) for name in ("train.csv", answers.name)]
+        if found != [args.train_rows, args.test_rows]:
+            raise UserError(f"{folder} has {found} rows (train, test), not those asked for. Delete that folder.")
 
 
 def run_commands(commands: list[Command], args: argparse.Namespace) -> list[str]:
@@ -408,7 +411,7 @@ def describe(args: argparse.Namespace, seconds: float) -> dict:
 
         machine += f", {len(gpus(args))} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
-        "command": " ".join(["python benchmarks/ladder.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/ladder.py", *sys.argv[1:]]),
         "machine": machine,
         "seconds": round(seconds),
         "seeds": args.seeds,
