@@ -7,6 +7,8 @@
     python predict.py --base args/fold0.json --oof       # its out-of-fold file, to make it a member of an ensemble
     python predict.py checkpoints/fold? --oof --image_sizes 384 512 768 1024       # which image size to train with?
     python predict.py checkpoints/fold? --crops --gate 0.5       # a second, closer look where the plain view is unsure
+    python predict.py checkpoints/7b/fold? --cascade checkpoints/fold? --oof       # send unsure rows to a 7B?
+    python predict.py checkpoints/7b/fold? --cascade checkpoints/fold? --cascade_share 0.3
     accelerate launch predict.py checkpoints/fold?       # on several GPUs
 
 Each fold predicts with the prompt, image size and base model that it was trained with. Test-time augmentation (TTA)
@@ -21,10 +23,14 @@ rows of the training CSV.
 Several --image_sizes with --oof print the accuracy at each size, what training at it takes on a T4, and the size where
 the gain ends. One size is used instead of training's, for --oof and for prediction.
 
+--cascade FOLDS predicts only the rows of which those folds, of a smaller model, are unsure. The files in cascade/ have
+all rows. With --oof it predicts nothing: it prints what several shares of rows gain, from the files of training.
+
 An interrupted run continues with the view at which it stopped. A finished file is not predicted again.
 """
 
 import argparse
+from functools import partial
 
 import torch
 from accelerate import PartialState
@@ -35,8 +41,10 @@ from vqa.core.compat import string_to_bool
 from vqa.core.distributed import check_launcher, run_on_main_and_broadcast
 from vqa.core.errors import UserError, run_main
 from vqa.core.workers import check_workers
+from vqa.evaluation.cascade import Cascade
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.oof import WEIGHTS
+from vqa.inference.cascade import predict_cascade, report_cascade
 from vqa.inference.checkpoints import (
     DTYPES,
     Checkpoint,
@@ -58,6 +66,10 @@ RENAMED = {"num_permutations": "orders", "permutation_set": "order_set", "num_pa
 def main() -> None:
     args, cli_args = parse_args()
     start_processes()
+    cascade = Cascade(args.cascade_share, args.cascade_weight)
+    if args.cascade and args.oof:
+        report = partial(report_cascade, args.cascade, args.folds, args.weights, cascade, args.output_dir)
+        return run_on_main_and_broadcast(report)
     checkpoints, base_fingerprint = run_on_main_and_broadcast(lambda: load_checkpoints(args))
     data = checkpoints[0].data
     csv = args.csv or (data.train_csv if args.oof else data.test_csv)
@@ -71,6 +83,9 @@ def main() -> None:
         return compare_image_sizes(
             predictor, checkpoints, folds, args.image_sizes, csv, base_fingerprint, args.output_dir
         )
+    if args.cascade:
+        rest = cascade, folds[0], csv, base_fingerprint, args.output_dir, cli_args
+        return predict_cascade(predictor, checkpoints, args.cascade, *rest)
     is_suffix = checkpoints[0].model.score == "suffix"
     if is_suffix and args.num_permutations > 1:
         PartialState().print("score suffix does not depend on the choices' order: --num_permutations adds no view")
@@ -145,6 +160,27 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
         help="use further views only for rows whose two likeliest letters are less than this apart in the plain "
         "view; --oof suggests a value",
     )
+    add(
+        "--cascade",
+        nargs="+",
+        metavar="FOLD",
+        help="folds of a first, smaller model, predicted before: predict only the rows of which it is unsure, to "
+        "cascade/; with --oof, compare shares of rows on out-of-fold rows",
+    )
+    add(
+        "--cascade_share",
+        type=float,
+        default=0.3,
+        metavar="SHARE",
+        help="share of the rows to predict: those whose two likeliest letters are closest (default: 0.3)",
+    )
+    add(
+        "--cascade_weight",
+        type=float,
+        default=1.0,
+        metavar="WEIGHT",
+        help="weight of these folds in the rows that they predict; the first model has the rest (default: 1)",
+    )
     add("--oof", action="store_true", help="predict each fold's validation rows, to oof/, and report each view's gain")
     add("--batch_size", type=int, metavar="N", help="rows that a GPU scores at once (default: as in validation)")
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
@@ -175,14 +211,25 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
         raise UserError("--image_sizes must be at least 28.")
     if len(args.image_sizes) > 1 and not args.oof:
         raise UserError("--image_sizes: several sizes are compared on out-of-fold rows. Add --oof, or give one size.")
-    if len(args.image_sizes) > 1 and (
-        args.flip or args.crops or max(args.num_permutations, args.num_paraphrases) > 1 or set(args.scales) != {1.0}
-    ):
+    if len(args.image_sizes) > 1 and has_more_views(args):
         raise UserError("--image_sizes compares sizes in the plain view. Leave out the flags of other views.")
+    if args.cascade:
+        shows_more = args.image_sizes or has_more_views(args) or args.gate is not None
+        if args.base or args.args or shows_more or not 0 < args.cascade_share <= 1 or not 0 < args.cascade_weight <= 1:
+            raise UserError(
+                "--cascade takes folds in the plain view, at their own image size, and a share and a weight from 0 to "
+                "1. Leave out other views, --gate, --image_sizes, --base and --args."
+            )
     check_workers(args.workers, "--workers")
     if args.oof and args.base and args.folds:
         raise UserError("--oof predicts all training rows with the base model. Predict the folds in another command.")
     return args, non_default_args(parser, args)
+
+
+def has_more_views(args: argparse.Namespace) -> bool:
+    """Whether flags ask for views besides the plain one."""
+    counts = args.num_permutations, args.num_paraphrases
+    return args.flip or args.crops or max(counts) > 1 or set(args.scales) != {1.0}
 
 
 def start_processes() -> None:

@@ -36,6 +36,12 @@ def row_log_loss(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return -np.log(np.maximum(right, EPS))
 
 
+def margins(probabilities: np.ndarray) -> np.ndarray:
+    """Probability of the likeliest letter minus that of the second (rows,), of probabilities (rows, letters)."""
+    second, first = np.sort(probabilities)[:, -2:].T
+    return first - second
+
+
 def soft_label_log_loss(probabilities: np.ndarray, soft_labels: np.ndarray) -> np.ndarray:
     """Cross-entropy, in nats (rows,), of probabilities (rows, letters) to soft labels (rows, 10)."""
     probabilities = np.pad(probabilities, ((0, 0), (0, soft_labels.shape[1] - probabilities.shape[1])))

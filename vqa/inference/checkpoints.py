@@ -78,35 +78,51 @@ def fold_checkpoint(
     `args_file`: the settings of an adapter that was trained elsewhere, whose folder does not say them.
     """
     path = Path(folder)
-    if not (path / "metrics.json").is_file():
-        if is_adapter(path) and not (path / "args.json").is_file():
-            if args_file is None:
-                raise UserError(
-                    f"{folder}: an adapter that was trained elsewhere. Give --args ARGS.json, an args file with its "
-                    "model, image_size and instruction."
-                )
-            base = base_checkpoint(args_file, model, dtype)
-            return replace(base, name=path.resolve().name, weights="raw", adapter=path)
-        raise UserError(f"{folder}: no finished fold (metrics.json is missing). Train it with train_fold.py first.")
-    metrics = read_json(path / "metrics.json")
-    weights = metrics["best"] if weights == "best" else weights
-    if weights not in WEIGHTS:  # it becomes a path
-        raise UserError(f"{folder}/metrics.json: unknown weights {weights!r}. Choose from {', '.join(WEIGHTS)}.")
-    adapter = weights_folder(path, weights)
-    if not is_adapter(adapter):
-        raise UserError(f"{folder}: no {weights} weights. Predict with --weights best, or train with them enabled.")
+    is_finished, has_args = ((path / name).is_file() for name in ("metrics.json", "args.json"))
+    if not is_finished and not has_args and is_adapter(path):
+        if args_file is None:
+            raise UserError(
+                f"{folder}: an adapter that was trained elsewhere. Give --args ARGS.json, an args file with its "
+                "model, image_size and instruction."
+            )
+        base = base_checkpoint(args_file, model, dtype)
+        return replace(base, name=path.resolve().name, weights="raw", adapter=path)
+    metrics, (weights, adapter) = read_finished(path), fold_adapter(path, weights)
     fingerprints = metrics.get("fingerprints", {})
     return replace(
         base_checkpoint(path / "args.json", model, dtype),
         name=path.resolve().name,
         weights=weights,
-        output_dir=swap_root("outputs", path.parent, below="checkpoints"),
+        output_dir=output_folder(path),
         adapter=adapter,
         validation=metrics["weights"].get(weights),
         base_fingerprint=fingerprints.get("files"),
         run_id=metrics.get("run", ""),
         data_fingerprint=fingerprints.get("rows", ""),
     )
+
+
+def read_finished(folder: Path) -> dict:
+    """The metrics.json of a finished fold."""
+    if not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder}: no finished fold (metrics.json is missing). Train it with train_fold.py first.")
+    return read_json(folder / "metrics.json")
+
+
+def fold_adapter(folder: Path, weights: str = "best") -> tuple[str, Path]:
+    """(the name of a finished fold's weights, their folder)."""
+    weights = read_finished(folder)["best"] if weights == "best" else weights
+    if weights not in WEIGHTS:  # it becomes a path
+        raise UserError(f"{folder}/metrics.json: unknown weights {weights!r}. Choose from {', '.join(WEIGHTS)}.")
+    adapter = weights_folder(folder, weights)
+    if not is_adapter(adapter):
+        raise UserError(f"{folder}: no {weights} weights. Predict with --weights best, or train with them enabled.")
+    return weights, adapter
+
+
+def output_folder(fold: Path) -> Path:
+    """Where the predictions of a fold's folder are written by default."""
+    return swap_root("outputs", fold.parent, below="checkpoints")
 
 
 def base_checkpoint(args_file: str | Path, model: str | None = None, dtype: str | None = None) -> Checkpoint:

@@ -1,7 +1,7 @@
 """Prediction jobs: which checkpoint predicts which rows in which views, and the files that it writes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,8 @@ class Job:
     """One prediction file to write.
 
     csv: the file of the rows. oof: whether they are the checkpoint's own validation rows. model: fingerprint of the
-    weights and prompt settings. key: fingerprint of everything that decides the file's contents.
+    weights and prompt settings. key: fingerprint of everything that decides the file's contents. card: further entries
+    of the JSON beside the file.
     """
 
     checkpoint: Checkpoint
@@ -80,6 +81,7 @@ class Job:
     gate: float | None
     model: str
     key: str
+    card: dict = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -141,7 +143,10 @@ def write_outputs(job: Job, predictions: ViewPredictions, generated: dict | None
     _write_file(path, job.rows, mean, card | {"key": job.key, "run": run_id})
     if not job.oof:  # out of fold the views stay, so that subsets of them can be tried for free
         ViewCache(path, job.model).remove()
-    forwards = predictions.used(range(len(job.views)), job.gate).sum(0).mean()
+    if job.gate is None:
+        forwards = sum(len(view.changed) for view in job.views) / len(job.rows)
+    else:
+        forwards = predictions.used(range(len(job.views)), job.gate).sum(0).mean()
     cost = f"{forwards:.2f} forwards a row, {card['seconds']} s"
     print(f"{path}: {len(job.rows)} rows, {card['weights']} weights, {cost}")
     agreement = f"; `generate` agrees in {generated['agreeing']} of {generated['rows']} rows" if generated else ""
@@ -169,6 +174,7 @@ def _make_card(job: Job, predictions: ViewPredictions) -> dict:
         "letter_mass": predictions.letter_mass if item.model.score == "letter" else None,
         "without_image": [row["id"] for row in job.rows if "note" in row],
         **({"image_size": item.image_size} if item.image_size else {}),
+        **job.card,
     }
 
 

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from vqa.data.collator import Collator
 from vqa.data.images import all_images, oriented_sizes, with_crops
 from vqa.data.rows import Row
+from vqa.evaluation.metrics import margins
 from vqa.inference.scoring import normalize
 from vqa.inference.view_cache import CachedView
 
@@ -70,8 +71,7 @@ class ViewPredictions:
 
     def margins(self) -> np.ndarray:
         """Probability of the likeliest letter minus that of the second, in the plain view (rows,)."""
-        second, first = np.sort(self.probabilities[0])[:, -2:].T
-        return first - second
+        return margins(self.probabilities[0])
 
 
 def stack_views(views: Sequence[View], scored: Sequence[CachedView]) -> ViewPredictions:
