@@ -16,6 +16,7 @@ from vqa.config.parser import parse_arguments
 from vqa.core.errors import UserError
 from vqa.data.rows import read_rows
 from vqa.data.splits import split_rows
+from vqa.modeling.tree_attention import TreeCollator
 from vqa.training.earlier_runs import check_init_adapter, read_split
 
 
@@ -154,6 +155,7 @@ def test_a_row_counts_by_its_weight_in_the_loss_of_a_step(make_trainer):
         with torch.no_grad():
             alone = [float(trainer.compute_loss(trainer.model.eval(), trainer.data_collator([row]))) for row in rows]
             together = trainer.compute_loss(trainer.model, batches[0], num_items_in_batch=count)
+        assert TreeCollator(trainer.data_collator)([{**rows[0], "permutations": [[1, 0, 2, 3]]}])["weight"] == 0.25
         assert float(together) == pytest.approx(np.dot(alone, [*weights, 1.0]) / 4, abs=1e-5)
     finally:
         for row in trainer.train_dataset.rows:
