@@ -15,7 +15,7 @@ from vqa.config.arguments import DataArguments, ModelArguments
 from vqa.config.parser import parse_arguments
 from vqa.core.errors import UserError
 from vqa.data.rows import read_rows
-from vqa.data.splits import split_rows
+from vqa.data.splits import repeated_rows, split_rows
 from vqa.modeling.tree_attention import TreeCollator
 from vqa.training.earlier_runs import check_init_adapter, read_split
 
@@ -139,6 +139,8 @@ def test_rows_of_further_files_keep_their_weight_and_never_share_a_validation_im
     assert [(row["id"], row["weight"]) for row in train[len(plain) :]] == [(name, 0.25) for name in ids]
     assert train[-1]["images"] == [str(tmp_path / "two" / "pictures" / "5.jpg")]
     assert capsys.readouterr().out.count("4 of 6 rows become training rows (weight 0.25); 2 are left out") == 2
+    text_only = [{**row, "images": []} for row in valid[:2]]
+    assert repeated_rows(text_only + train, [{**valid[0], "images": []}]) == [valid[0]["id"]]
     data.extra_weight = 1.0
     assert not any("weight" in row for row in split_rows(rows, data, seed=42)[0])
 

@@ -58,8 +58,8 @@ def with_soft_labels(rows: list[Row], csv: str) -> list[Row]:
 def pseudo_rows(data: DataArguments, valid_rows: list[Row]) -> list[Row]:
     """The rows of test_csv whose likeliest choice in pseudo_csv has at least pseudo_min_confidence; none without it.
 
-    Their `target` is the file's probabilities. Rows with the image of a validation row are left out. Their ids get a
-    prefix, since a test row may have the id of a training row. Prints how many rows are used.
+    Their `target` is the file's probabilities. Rows that repeat a validation row are left out. Their ids get a prefix,
+    since a test row may have the id of a training row. Prints how many rows are used.
     """
     if data.pseudo_csv is None:
         return []
@@ -77,7 +77,7 @@ def pseudo_rows(data: DataArguments, valid_rows: list[Row]) -> list[Row]:
         )
     least = data.pseudo_min_confidence
     rows = [pseudo_label(test[i], values.tolist()) for i, values in zip(ids, probabilities) if values.max() >= least]
-    used = without_images_of(valid_rows, rows)
+    used = without_rows_of(valid_rows, rows)
     if not used:
         raise UserError(
             f"{data.pseudo_csv}: no rows with a confidence of {least:g} or more to train on. "
@@ -97,7 +97,7 @@ def pseudo_label(row: Row, probabilities: list[float]) -> Row:
 
 
 def extra_rows(data: DataArguments, valid_rows: list[Row]) -> list[Row]:
-    """The rows of extra_csv with their `weight`; those with the image of a validation row are left out.
+    """The rows of extra_csv with their `weight`; those that repeat a validation row are left out.
 
     Their ids get a prefix, since each file has its own. Prints how many rows are used.
     """
@@ -106,7 +106,7 @@ def extra_rows(data: DataArguments, valid_rows: list[Row]) -> list[Row]:
         rows = read_rows(path, with_answer=True)
         if data.extra_weight != 1:
             rows = [{**row, "weight": data.extra_weight} for row in rows]
-        used = without_images_of(valid_rows, [{**row, "id": f"extra{number} {row['id']}"} for row in rows])
+        used = without_rows_of(valid_rows, [{**row, "id": f"extra{number} {row['id']}"} for row in rows])
         print(
             f"{path}: {len(used)} of {len(rows)} rows become training rows (weight {data.extra_weight:g})"
             + left_out(len(rows) - len(used))
@@ -115,14 +115,23 @@ def extra_rows(data: DataArguments, valid_rows: list[Row]) -> list[Row]:
     return extra
 
 
-def without_images_of(valid_rows: list[Row], rows: list[Row]) -> list[Row]:
-    """`rows` without those that have the image of a validation row, byte for byte."""
-    leaks = {row_id for row_id, _ in shared_images(rows, valid_rows)}
+def without_rows_of(valid_rows: list[Row], rows: list[Row]) -> list[Row]:
+    """`rows` without the `repeated_rows` of the validation rows."""
+    leaks = set(repeated_rows(rows, valid_rows))
     return [row for row in rows if row["id"] not in leaks]
 
 
+def repeated_rows(rows: list[Row], others: list[Row]) -> list[str]:
+    """Ids of `rows` with the images of one of the others, byte for byte, or without an image but with its text."""
+    texts = {(row["question"], *row["choices"]) for row in others if not row["images"]}
+    by_text = [row["id"] for row in rows if not row["images"] and (row["question"], *row["choices"]) in texts]
+    return [row_id for row_id, _ in shared_images(rows, others)] + by_text
+
+
 def left_out(count: int) -> str:
-    return f"; {count} are left out because a validation row has the same image" if count else ""
+    return (
+        f"; {count} are left out because a validation row has the same image, or text if it has none" if count else ""
+    )
 
 
 def split_problems(train_rows: list[Row], valid_rows: list[Row]) -> list[str]:

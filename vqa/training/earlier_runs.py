@@ -6,7 +6,6 @@ trained on it, and an adapter to start from was not trained on validation rows.
 
 import io
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from vqa.core.hashing import checkpoint_fingerprint
 from vqa.core.io import read_json
 from vqa.data.predictions import read_card, read_predictions
 from vqa.data.rows import Row, read_rows
-from vqa.data.splits import shared_images, split_rows
+from vqa.data.splits import repeated_rows, split_rows
 from vqa.evaluation.oof import check_fold, check_measured, run_args, weights_folder
 from vqa.modeling.loading import is_adapter
 
@@ -110,7 +109,7 @@ def read_teacher(path: str, by_id: dict[str, Row], train_csv: str) -> dict[str, 
     return {row["id"]: values[: len(row["choices"])] for row, values in zip(rows, probs)}
 
 
-def check_init_adapter(args: ModelArguments, valid_rows: Sequence[Row]) -> None:
+def check_init_adapter(args: ModelArguments, valid_rows: list[Row]) -> None:
     """Raise UserError unless a run can start from the adapter in `init_adapter`, which may know no validation row."""
     folder = Path(args.init_adapter or "")
     if not is_adapter(folder):
@@ -132,7 +131,7 @@ def check_init_adapter(args: ModelArguments, valid_rows: Sequence[Row]) -> None:
         check_unseen(folder, valid_rows)
 
 
-def check_unseen(folder: Path, valid_rows: Sequence[Row]) -> None:
+def check_unseen(folder: Path, valid_rows: list[Row]) -> None:
     """Raise UserError where the run that trained the adapter in `folder` may have trained on a validation row."""
     config = run_args(folder / "oof.csv")
     if not config:
@@ -144,10 +143,7 @@ def check_unseen(folder: Path, valid_rows: Sequence[Row]) -> None:
     rows = read_rows(data.train_csv, data.image_root, with_answer=True, **reader_options(data))
     with redirect_stdout(io.StringIO()):  # what it prints is about the earlier run
         train_rows, _ = split_rows(rows, data, config["seed"])
-    texts = {(row["question"], *row["choices"]) for row in train_rows if not row["images"]}
-    seen = [row_id for row_id, _ in shared_images(list(valid_rows), train_rows)]
-    seen += [row["id"] for row in valid_rows if not row["images"] and (row["question"], *row["choices"]) in texts]
-    if seen:
+    if seen := repeated_rows(valid_rows, train_rows):
         raise UserError(
             f"init_adapter: {folder} was trained on the images of {len(seen)} validation rows: {preview(seen)}. Use "
             "the same fold of a run with the same folds file."
