@@ -16,7 +16,6 @@ from vqa.config.parser import parse_arguments
 from vqa.core.distributed import run_on_main_and_broadcast
 from vqa.core.errors import UserError
 from vqa.core.io import check_writable, write_json
-from vqa.data.collator import Collator
 from vqa.data.image_inputs import ImageInputs
 from vqa.data.images import all_images, oriented_sizes
 from vqa.data.rows import LETTERS, Row, read_rows
@@ -28,6 +27,7 @@ from vqa.inference.checkpoints import Checkpoint
 from vqa.inference.jobs import Job, make_jobs
 from vqa.inference.predictor import Predictor
 from vqa.inference.tta import View
+from vqa.modeling.suffix_score import COLLATORS
 from vqa.training.batching import count_tokens, make_setup
 from vqa.training.doctor import t4_cost
 from vqa.training.memory import CUDA_BYTES, GIB, T4_BYTES, meta_model
@@ -100,9 +100,10 @@ def training_costs(processor, checkpoint: Checkpoint, validated: list[Row], imag
     data, used = checkpoint.data, {row["id"] for row in validated} if checkpoint.adapter else set()
     rows = read_rows(data.train_csv, data.image_root, True, **reader_options(data))
     rows = [row for row in rows if row["id"] not in used]
+    collator = COLLATORS[checkpoint.model.score]
     natural = oriented_sizes(all_images(rows))
     lengths = {
-        size: count_tokens(rows, Collator(processor, size, data.instruction), natural, show=False)
+        size: count_tokens(rows, collator(processor, size, data.instruction), natural, show=False)
         for size in image_sizes
     }
     costs = {size: {"tokens": float(lengths[size].tokens.mean())} for size in image_sizes}
