@@ -4,8 +4,8 @@
     python benchmarks/bench_base.py --steps 4 --batch_size 8 --output_dir /tmp/base     # a quick try
     python benchmarks/bench_base.py --evaluate 1000                                     # accuracy by kind of question
 
-It learns the `HOME` domain of bench_scenes.py at budgets of 126 to 252 px. The bench contest has other words, questions
-and looks, so that the base answers a part of it and fine-tuning improves it.
+It learns the `HOME` domain of bench_scenes.py at budgets of 126 to 252 px. The bench contest has other words,
+questions and looks, so that the base answers a part of it and fine-tuning improves it.
 """
 
 import argparse
@@ -47,6 +47,7 @@ from bench_scenes import (  # noqa: E402
 from make_tiny import DrawnBatches, hint_loss, save  # noqa: E402
 
 from vqa.core.cli import make_parser  # noqa: E402
+from vqa.core.errors import UserError, preview, run_main  # noqa: E402
 from vqa.data.collator import Collator  # noqa: E402
 from vqa.data.images import target_size  # noqa: E402
 from vqa.data.prompt import LETTERS, build_messages, letter_ids  # noqa: E402
@@ -73,6 +74,8 @@ def main() -> None:
     if args.evaluate:
         evaluate(args.output_dir, args.evaluate)
         return
+    if folds := sorted(map(str, Path(args.output_dir).glob("fold*"))):
+        raise UserError(f"{args.output_dir} holds trained folds: {preview(folds)}. Move or delete them first.")
     set_seed(args.seed)
     processor = load_processor(args.start_from)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start_from, dtype=torch.float32)
@@ -339,9 +342,10 @@ class Log:
         parts = [f"{name} {torch.stack(values).mean():.3f}" for name, values in self.losses.items()]
         parts += [f"letters {right.nanmean():.1%}"]
         parts += [f"{kind} {right[kinds == number].nanmean():.0%}" for number, kind in enumerate(KINDS)]
-        self.__init__()
+        for kept in (self.losses, self.right, self.kinds):
+            kept.clear()
         return ", ".join(parts)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -257,7 +257,7 @@ def ask(rng: random.Random, scene: Scene, domain: Domain, kind: str) -> Question
 
 
 def _names(rng: random.Random, words: dict[str, str], right: str, every, present=()) -> tuple[list[str], int]:
-    """Four words and the index of the right one; two of the wrong ones are of things in the picture, if it has them."""
+    """Four words and the index of the right one. Two of the wrong ones name things in the picture, if it has them."""
     seen = sorted({name for name in present if name in every} - {right})
     wrong = rng.sample(seen, min(2, len(seen)))
     wrong += rng.sample([name for name in every if name != right and name not in wrong], 3 - len(wrong))
@@ -355,7 +355,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _draw_tag(large: Image.Image, rng: random.Random, scene: Scene, printed: bool) -> None:
-    """The code on a plate of 52 by 24 pixels, half as large in the picture."""
+    """The code on a plate. `large` is twice as large as the picture, where capitals are about 10 pixels high."""
     width, height = 34 + 22 * len(scene.code), 44
     dark, light = tuple(rng.randint(10, 60) for _ in range(3)), tuple(rng.randint(225, 255) for _ in range(3))
     ground, ink = (dark, light) if printed else (light, dark)
