@@ -1,7 +1,8 @@
 """What the benchmark makes of its measurements."""
 
 import pytest
-from compare import summarise, write_rows
+from clock import busy_seconds, device_intervals
+from compare import kernel_job, markdown, summarise, write_rows
 
 from vqa.data.rows import read_rows
 
@@ -62,6 +63,30 @@ def test_the_whole_job_is_reckoned_at_the_rates_of_equal_steps():
     assert job["recipe"] == pytest.approx(recipe / 3600, abs=0.005)
     assert job["ours"] == pytest.approx(ours / 3600, abs=0.005)
     assert job["times"] == pytest.approx(recipe / ours, abs=0.05)
+
+
+def with_kernels(contestant, milliseconds, **more):
+    more = {"stored": True, "matrix_tflops": 650.0, "kernel_ms_per_row": milliseconds} | more
+    return line(contestant, 32, 32, 10.0, **more)
+
+
+def test_kernel_hours_are_those_of_the_peer_with_the_least_kernel_time_and_of_ours_with_every_image_encoded_once():
+    lines = [with_kernels("unsloth", 90.0), with_kernels("ms-swift", 40.0), with_kernels("ours", 10.0)]
+    lines += [with_kernels("ours", 15.0, stored=False), with_kernels("trl", 30.0, bare_names=True)]
+    trained = 3 * 3 * 3887 * 2 / 3
+    summary = summarise(lines[:4])["m"]["whole job, kernel hours"]
+    assert summary["ms-swift"] == pytest.approx(trained * 0.040 / 3600, abs=0.001)
+    assert summary["ours"] == pytest.approx((trained * 0.010 + 3887 * 0.005) / 3600, abs=0.001)
+    assert summary["ours, T4"] == pytest.approx(10 * (trained * 0.010 + 3887 * 0.005) / 3600, abs=0.01)
+    assert summarise(lines)["m"]["whole job, kernel hours"]["ms-swift"] == summary["ms-swift"]
+    assert "| ms-swift | 10.0 | 1.0 x | 40.0 | 4.0 x |" in markdown(summarise(lines))
+    assert kernel_job([{"d: ours": {"kernel_ms_per_row": 1.0}}]) == {}
+
+
+def test_kernels_that_overlap_count_once_and_annotations_do_not_count():
+    event = lambda start, length, kind="kernel": {"cat": kind, "ts": start, "dur": length}  # noqa: E731
+    events = [event(5, 3), event(0, 4), event(1, 1), event(6, 4, "gpu_memcpy"), event(0, 99, "gpu_user_annotation")]
+    assert busy_seconds(device_intervals(events)) == pytest.approx(9e-6)
 
 
 def test_its_rows_are_a_contest(tmp_path):
