@@ -80,7 +80,7 @@ class Clock(TrainerCallback):
 
     def count_next_step(self, control) -> None:
         if self.count:
-            self.counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product})
+            self.counter = operation_counter()
             self.counter.__enter__()
         else:
             control.should_training_stop = True
@@ -88,6 +88,11 @@ class Clock(TrainerCallback):
     def times(self) -> list[float]:
         """Seconds of each step without the first."""
         return [b - a for a, b in zip(self.ends, self.ends[1:])]
+
+
+def operation_counter() -> FlopCounterMode:
+    """torch's count of the operations in matrix products and attention, with the one product that it leaves out."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product})
 
 
 def added_product(total, a, b, **kwargs) -> int:

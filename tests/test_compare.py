@@ -1,10 +1,13 @@
 """What the benchmark makes of its measurements."""
 
 import pytest
-from clock import busy_seconds, device_intervals
+import torch
+from clock import busy_seconds, device_intervals, operation_counter
 from compare import kernel_job, markdown, summarise, write_rows
+from peft import LoraConfig, get_peft_model
 
 from vqa.data.rows import read_rows
+from vqa.modeling.fused_lora import fuse_adapters
 
 
 def line(contestant, effective, micro, rate, **more):
@@ -87,6 +90,19 @@ def test_kernels_that_overlap_count_once_and_annotations_do_not_count():
     event = lambda start, length, kind="kernel": {"cat": kind, "ts": start, "dur": length}  # noqa: E731
     events = [event(5, 3), event(0, 4), event(1, 1), event(6, 4, "gpu_memcpy"), event(0, 99, "gpu_user_annotation")]
     assert busy_seconds(device_intervals(events)) == pytest.approx(9e-6)
+
+
+def test_the_arithmetic_of_a_fused_layer_is_counted_as_that_of_pefts():
+    def counted(fuse) -> int:
+        layers = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.Linear(48, 16))
+        model = fuse(get_peft_model(layers, LoraConfig(r=4, target_modules=["0", "1"])))
+        with operation_counter() as counter:
+            model(torch.randn(10, 32, requires_grad=True)).sum().backward()
+        return counter.get_total_flops()
+
+    products = 32 * 48 + 48 * 16 + 4 * (32 + 48 + 48 + 16)  # the weights, and A and B of both layers
+    trained = 4 * (32 + 48 + 48 + 16)
+    assert counted(fuse_adapters) == counted(lambda model: model) == 2 * 10 * (2 * products + trained)
 
 
 def test_its_rows_are_a_contest(tmp_path):
