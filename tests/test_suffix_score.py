@@ -12,16 +12,16 @@ import pytest
 import torch
 from conftest import TINY
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText
 
-from vqa.core.errors import run_main
+from vqa.core.errors import UserError, run_main
 from vqa.inference.checkpoints import fold_checkpoint
 from vqa.inference.scoring import choice_probs, score_rows
 from vqa.modeling.loading import add_adapter, load_base
-from vqa.modeling.suffix_score import HEAD_FILE, SuffixCollator, add_score_head, suffix_scores
+from vqa.modeling.suffix_score import HEAD_FILE, SuffixCollator, add_score_head, load_score_head, suffix_scores
 from vqa.training.checkpointing import COMPLETE, TimeLimitCallback
 from vqa.training.loss import choice_loss
 
@@ -108,6 +108,12 @@ def test_the_order_of_the_choices_changes_nothing(adapted, processor, rows):
             assert values[:4] == pytest.approx(wanted[order], abs=1e-12)
         shown = [{**row, "permutation": order} for row, order in zip(rows, orders)]
         assert score_rows(adapted, shown, collate, [], batch_size=6) == pytest.approx(plain, abs=1e-12)
+
+
+def test_a_head_of_another_size_does_not_fit(adapted, tmp_path):
+    save_file({"weight": torch.zeros(1, 8)}, tmp_path / HEAD_FILE)
+    with pytest.raises(UserError, match=f"{HEAD_FILE} does not fit this base model"):
+        load_score_head(adapted, tmp_path)
 
 
 def run(name: str, *args) -> tuple[int, object]:

@@ -116,7 +116,7 @@ def check_labels(report: Report, collate: Collator, rows: TrainDataset) -> None:
     """Whether the labels of three rows cover the right letter, and whether each letter is one token."""
     report.section("Prompt and labels")
     if isinstance(collate, SuffixCollator):
-        print("score suffix: each choice is scored as the answer to the question, so no letter is needed")
+        print("score suffix: each choice is scored as the answer to the question; their order changes nothing")
         return
     try:
         ids = letter_ids(collate.processor)
