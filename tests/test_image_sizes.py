@@ -28,14 +28,13 @@ def folds(trained):
     return [trained / "checkpoints" / name for name in ("fold0", "fold1")]
 
 
-def probabilities_at(size, fold, rows, processor, ids) -> np.ndarray:
+def probabilities_at(size, model, rows, processor, ids) -> np.ndarray:
     """By PEFT's and transformers' own forward pass."""
-    base = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
     batch = Collator(processor, size)(rows)
     kept = {key: batch[key] for key in ("input_ids", "attention_mask", "mm_token_type_ids")}
     images = {key: batch[key] for key in ("pixel_values", "image_grid_thw")}
     with torch.no_grad():
-        logits = PeftModel.from_pretrained(base, fold).eval()(**kept, **images).logits[:, -1]
+        logits = model(**kept, **images).logits[:, -1]
     return logits[:, ids[:4]].softmax(-1).numpy()
 
 
@@ -61,8 +60,10 @@ def test_each_size_is_scored_as_transformers_does_and_used_for_prediction_when_i
     assert [line["image_size"] for line in report["sizes"]] == sizes[:3] and report["rows"] == 24
     own = [[rows[i] for i in read_predictions(fold / "oof.csv")[0]] for fold in folds]
     answers = [row["answer"] for fold in own for row in fold]
+    bases = [AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32) for _ in folds]
+    models = [PeftModel.from_pretrained(*pair).eval() for pair in zip(bases, folds)]
     for line in report["sizes"]:
-        stack = [probabilities_at(line["image_size"], *pair, processor, ids) for pair in zip(folds, own)]
+        stack = [probabilities_at(line["image_size"], *pair, processor, ids) for pair in zip(models, own)]
         values = np.concatenate(stack)
         assert line["accuracy"] == pytest.approx(accuracy_score(answers, values.argmax(1)))
         assert line["log_loss"] == pytest.approx(log_loss(answers, values, labels=range(4)), abs=1e-5)
@@ -79,7 +80,7 @@ def test_each_size_is_scored_as_transformers_does_and_used_for_prediction_when_i
     by_id = dict(
         zip(
             [row["id"] for fold in own for row in fold],
-            np.concatenate([probabilities_at(56, *pair, processor, ids) for pair in zip(folds, own)]),
+            np.concatenate([probabilities_at(56, *pair, processor, ids) for pair in zip(models, own)]),
         )
     )
     assert np.abs(oof.stack[0] - [by_id[i] for i in oof.ids]).max() < 1e-5

@@ -41,7 +41,7 @@ def report_cascade(
     second = [fold_adapter(Path(fold), weights)[1] for fold in second_folds]
     models = {"the first model": oof_files(first), "the second model": oof_files(second)}
     oof = load_oof(models, {file: file for files in models.values() for file in files})
-    report = CascadeReport(*oof.stack, oof.answers, oof.clusters)
+    report = CascadeReport(oof.stack[0], oof.stack[1], oof.answers, oof.clusters)
     lines, best, rows = report.table(), report.recommended(), len(oof.ids)
     sentence = f"recommended: no cascade; none gains accuracy beyond noise at {rows} rows."
     if best:

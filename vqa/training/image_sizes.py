@@ -138,7 +138,7 @@ def write_report(
     for number, (size, values) in enumerate(zip(image_sizes, stack)):
         correct = accuracy(values.argmax(1) == answers, clusters)
         comparison = compare(stack[number - 1], values, answers, clusters) if number else None
-        line = {"image_size": size, "accuracy": correct.value, "low": correct.low, "high": correct.high}
+        line: dict = {"image_size": size, "accuracy": correct.value, "low": correct.low, "high": correct.high}
         line |= {"log_loss": float(row_log_loss(values, answers).mean())}
         line |= {"p": comparison and comparison.p_value, "verdict": comparison.words if comparison else ""}
         lines.append(line | costs[size])
