@@ -10,13 +10,14 @@ import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from qwen_vl_utils import fetch_image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -35,7 +36,7 @@ from vqa.data.images import (
 )
 from vqa.data.rows import Row
 from vqa.modeling.families import vision_tower
-from vqa.modeling.feature_shards import FeatureShards
+from vqa.modeling.feature_shards import FeatureShards, shard_files
 from vqa.modeling.vision import image_features, is_vision_frozen, stack_features, unwrap_base_model
 
 FORMAT = "1"  # part of every store's name: raise it when images are prepared or features are laid out differently
@@ -183,6 +184,22 @@ class FeatureStore:
 
     def _load_image(self, image: ShownImage):
         return fetch_image(image_item(image, self.image_size, self.patch), image_patch_size=self.patch)
+
+
+def without_stored(rows: Sequence[Row], root: str | Path) -> list[Row]:
+    """The rows with an image that has no features in any store in the folder `root`.
+
+    The others need no check: their images, known by their SHA-256, were decoded when the features were computed.
+    """
+    stored = set()
+    for path in shard_files(Path(root)):
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:  # incomplete, or deleted just now
+            stored |= {key.partition("_")[0] for key in file.keys()}
+    if not stored:
+        return list(rows)
+    paths = [path for path in all_images(rows) if Path(path).is_file()]
+    known = {path for path, sha in zip(paths, hash_files(paths)) if sha in stored}
+    return [row for row in rows if not known.issuperset(row["images"])]
 
 
 def tower_fingerprint(tower: nn.Module) -> str:
