@@ -22,7 +22,8 @@ from vqa.core.workers import WorkerCollator
 from vqa.data.images import all_images, check_images, oriented_sizes, with_crops
 from vqa.evaluation.reference import Reference
 from vqa.modeling.suffix_score import COLLATORS
-from vqa.modeling.tree_attention import TreeCollator, check_tree_attention
+from vqa.modeling.tree_attention import TreeCollator
+from vqa.modeling.feature_store import without_stored
 from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens
 from vqa.training.callbacks import EarlyStoppingCallback, EMACallback, FrozenWeightsCheck, SWACallback, WeightAverage
 from vqa.training.checkpointing import (
@@ -33,7 +34,7 @@ from vqa.training.checkpointing import (
 )
 from vqa.training.dataset import SetEpochCallback, TrainDataset
 from vqa.training.fold_run import FoldRun, parse_runs
-from vqa.training.preflight import check_before_training
+from vqa.training.preflight import check_attention, check_before_training
 from vqa.training.shared_base import SharedBase
 from vqa.training.trainer import FoldTrainer
 
@@ -57,11 +58,7 @@ def main() -> None:
 def read_and_check(run: FoldRun) -> bool:
     """Read the run's rows and find the checkpoint to resume. Returns whether the fold is finished already."""
     recipe, checkpoint = run.recipe, run.recipe.resume_from_checkpoint
-    if (args := run.model_args).score == "suffix":
-        run_on_main_and_broadcast(lambda: check_tree_attention(args.model, "score suffix", args.trust_remote_code))
-    if recipe.permutations_per_step > 1:
-        field = "permutations_per_step"
-        run_on_main_and_broadcast(lambda: check_tree_attention(args.model, field, args.trust_remote_code))
+    run_on_main_and_broadcast(lambda: check_attention(run.model_args, recipe.permutations_per_step))
     run.train_rows, run.valid_rows = run_on_main_and_broadcast(run.read_rows)
     if run_on_main_and_broadcast(run.is_finished):
         print_on_main(f"{run.folder} is finished; nothing to train")
@@ -76,11 +73,11 @@ def read_and_check(run: FoldRun) -> bool:
 
 
 def check_all_images(runs: list[FoldRun]) -> None:
-    """Open every image of the runs once, before any of them is trained."""
+    """Open every image of the runs once, before any of them is trained, but those with stored features."""
     checked: set[str] = set()
     for run in runs:
         rows = [row for row in run.train_rows + run.valid_rows if not checked.issuperset(row["images"])]
-        check_images(rows, run.data.train_csv)
+        check_images(without_stored(rows, run.data.vision_cache_dir), run.data.train_csv)
         checked.update(all_images(rows))
 
 

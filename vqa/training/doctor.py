@@ -31,7 +31,6 @@ from vqa.data.rows import LETTERS, Row, read_rows, rows_with_equal_choices
 from vqa.data.splits import images_across_folds, shared_images, split_problems
 from vqa.modeling.base_checks import check_base, saved_quantization
 from vqa.modeling.suffix_score import SuffixCollator
-from vqa.modeling.tree_attention import check_tree_attention
 from vqa.training.batching import (
     SLACK,
     Lengths,
@@ -52,7 +51,7 @@ from vqa.training.memory import (
     training_peak,
     validation_peak,
 )
-from vqa.training.preflight import adapter_problems, adapter_targets, label_problems, supervised_texts
+from vqa.training.preflight import adapter_problems, adapter_targets, check_attention, label_problems, supervised_texts
 from vqa.training.speed import T4_OPERATIONS, measured_rate, seconds_a_batch
 
 
@@ -132,7 +131,7 @@ def check_labels(report: Report, collate: Collator, rows: TrainDataset) -> None:
     report.blockers += label_problems(collate, samples)
 
 
-def check_model(report: Report, args: ModelArguments, model: PeftModel) -> None:
+def check_model(report: Report, args: ModelArguments, model: PeftModel, permutations_per_step: int = 1) -> None:
     """Where the adapter is, and whether all files of weights are there."""
     report.section("Model and adapter")
     trained, total = model.get_nb_trainable_parameters()
@@ -144,14 +143,15 @@ def check_model(report: Report, args: ModelArguments, model: PeftModel) -> None:
     report.blockers += problems
     try:
         config = check_base(args.model, args.load_in_4bit, args.trust_remote_code)
-        if args.score == "suffix":
-            check_tree_attention(args.model, "score suffix", args.trust_remote_code)
+        check_attention(args, permutations_per_step)
         print(f"all files of weights are complete; quantization: {saved_quantization(config) or 'none'}")
     except UserError as error:
         report.blockers.append(str(error))
 
 
-def check_tokens(report: Report, collate: Collator, contest: Contest) -> tuple[Lengths, Lengths | None]:
+def check_tokens(
+    report: Report, collate: Collator, contest: Contest, permutations: int = 1
+) -> tuple[Lengths, Lengths | None]:
     """Print the images' sizes and tokens. Returns the lengths of the training rows and of the validation rows."""
     report.section("Images and tokens")
     paths = sorted(all_images(contest.rows))
@@ -166,7 +166,7 @@ def check_tokens(report: Report, collate: Collator, contest: Contest) -> tuple[L
     larger = sum(width * height > collate.image_size**2 for width, height in sizes.values())
     more = f"images have more pixels than image_size {collate.image_size} allows and are shrunk"
     print(f"{larger} of {len(paths)} {more}" if paths else "no row has an image")
-    train = count_tokens(contest.train, collate, sizes)
+    train = count_tokens(contest.train, collate, sizes, permutations=permutations)
     median, longest = int(np.median(train.tokens)), train.tokens.max()
     print(f"tokens of a training row, text and image: median {median}, longest {longest}")
     return train, count_tokens(contest.valid, collate, sizes) if contest.valid else None

@@ -4,6 +4,7 @@ from collections import Counter
 
 from peft import PeftModel
 
+from vqa.config.arguments import ModelArguments
 from vqa.core.compat import adapted_module_names
 from vqa.core.errors import UserError, preview
 from vqa.data.collator import IGNORE, Collator
@@ -12,7 +13,15 @@ from vqa.data.rows import LETTERS, Row
 from vqa.data.splits import split_problems
 from vqa.modeling.families import vision_tower
 from vqa.modeling.suffix_score import SuffixCollator
+from vqa.modeling.tree_attention import check_tree_attention
 from vqa.modeling.vision import unwrap_base_model
+
+
+def check_attention(args: ModelArguments, permutations_per_step: int) -> None:
+    """Raise UserError where a field needs suffixes that share a prefix, and the model cannot keep them apart."""
+    needed = {"score suffix": args.score == "suffix", "permutations_per_step": permutations_per_step > 1}
+    for field in (field for field, is_needed in needed.items() if is_needed):
+        check_tree_attention(args.model, field, args.trust_remote_code)
 
 
 def check_before_training(
