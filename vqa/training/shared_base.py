@@ -1,10 +1,12 @@
 """What the folds of one process share: the base model, its processor, its fingerprints and the stored features."""
 
 import gc
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from transformers import enable_full_determinism, set_seed
 
@@ -33,7 +35,7 @@ class SharedBase:
         self.base: Any = None  # a PreTrainedModel
         self.adapted: Any = None  # a PeftModel
         self.stores: dict[tuple, FeatureStore | None] = {}
-        self.base_fingerprints: dict[str, str] = {}
+        self.base_fingerprint: Future[str] | None = None
 
     @cached_property
     def processor(self):
@@ -43,6 +45,10 @@ class SharedBase:
     def letter_ids(self) -> list[int]:
         """The token id of each letter."""
         return letter_ids(self.processor)
+
+    @cached_property
+    def files_fingerprint(self) -> str:
+        return checkpoint_fingerprint(self.model_args.model)
 
     def add_adapter(self, args: ModelArguments, recipe: RecipeArguments) -> PeftModel:
         """The base with a fresh adapter, or that of init_adapter, and with the head of `score` suffix.
@@ -58,6 +64,8 @@ class SharedBase:
             add_score_head(self.adapted)
         if args.init_adapter:
             start_from(self.adapted, args.init_adapter)
+        if self.base_fingerprint is None and PartialState().is_main_process:  # seconds, beside what comes next
+            self.base_fingerprint = ThreadPoolExecutor(1).submit(frozen_fingerprint, self.adapted)
         return self.adapted
 
     def remove_adapter(self) -> None:
@@ -84,13 +92,15 @@ class SharedBase:
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the base as loaded and of the fresh adapter, and a fingerprint of the base's files.
 
-        To call before training, on the main process only. The base is hashed once: FrozenWeightsCheck makes sure
-        that no fold changes it.
+        To call before training, on the main process only. The base is hashed once, in a thread that `add_adapter`
+        starts: FrozenWeightsCheck makes sure that no fold changes it.
         """
-        if not self.base_fingerprints:
-            files = checkpoint_fingerprint(self.model_args.model)
-            self.base_fingerprints = {"base": frozen_fingerprint(self.adapted), "files": files}
-        return self.base_fingerprints | {"initial_adapter": trainable_fingerprint(self.adapted)}
+        assert self.base_fingerprint is not None, "add_adapter comes first"
+        return {
+            "base": self.base_fingerprint.result(),
+            "files": self.files_fingerprint,
+            "initial_adapter": trainable_fingerprint(self.adapted),
+        }
 
 
 def seed_everything(recipe: RecipeArguments) -> None:
