@@ -16,7 +16,6 @@ order of the sample submission.
 """
 
 import argparse
-import itertools
 import time
 from pathlib import Path
 
@@ -171,7 +170,7 @@ def find_oof(models: dict, oof_files: dict | None, args: argparse.Namespace) -> 
         if oof_files or args.temperature or args.method in TUNED:
             raise
         print(f"no out-of-fold rows: {reason}")
-        print_estimates(list(itertools.chain(*models.values())))
+        print_estimates([file for files in models.values() for file in files])
         return None
     for name, member in zip(models, oof.stack):
         score = accuracy(member.argmax(1) == oof.answers, oof.clusters)

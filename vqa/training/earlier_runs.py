@@ -58,10 +58,10 @@ def with_teacher(train_rows: list[Row], rows: list[Row], data: DataArguments) ->
         raise UserError(
             f"teacher: training rows have {min(numbers)} to {max(numbers)} teachers. Give all folds of each teacher."
         )
-    print(f"teacher: {len(own)} training rows get soft labels, {data.teacher_weight:g} of them from the teacher")
+    share = data.teacher_weight
+    print(f"teacher: {len(own)} training rows get soft labels, {share:g} teacher and {1 - share:g} label")
     return [
-        mix_label(row, total[row["id"]] / found[row["id"]], data.teacher_weight) if row["id"] in by_id else row
-        for row in train_rows
+        mix_label(row, total[row["id"]] / found[row["id"]], share) if row["id"] in by_id else row for row in train_rows
     ]
 
 
