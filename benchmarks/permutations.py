@@ -1,5 +1,7 @@
 """What several permutations of a row cost beside one: a training step, and prediction by a KV cache and by a tree.
 
+Also what a training step costs with adapters on the top layers alone (`--first_layers 18 24`).
+
     python benchmarks/permutations.py --configs QWEN_FOLDER --model 3B --output permutations.jsonl
     python benchmarks/permutations.py --model checkpoints/tiny --sizes 112 --train_sizes 112 --steps 2   # a dry run
 
@@ -12,6 +14,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +28,14 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 from vqa.config.recipe import RecipeArguments  # noqa: E402
 from vqa.core.errors import run_main  # noqa: E402
+from vqa.data.images import all_images, oriented_sizes  # noqa: E402
 from vqa.data.rows import read_rows  # noqa: E402
 from vqa.inference import scoring  # noqa: E402
 from vqa.modeling.loading import add_adapter  # noqa: E402
 from vqa.modeling.tree_attention import TreeCollator, tree_logits  # noqa: E402
+from vqa.training.batching import count_tokens  # noqa: E402
 from vqa.training.dataset import SetEpochCallback, TrainDataset, rotations  # noqa: E402
+from vqa.training.memory import GIB, Setup, meta_model, training_peak  # noqa: E402
 from vqa.training.trainer import FoldTrainer  # noqa: E402
 
 MANY = 4  # permutations
@@ -50,9 +56,10 @@ def main() -> None:
             own = Ours(plan, rows, size, base)
             shape = {"model": Path(args.model).name, "image_size": size, "rows": args.rows}
             shape["device"] = torch.cuda.get_device_name() if ON_GPU else "CPU"
-            for permutations in (1, MANY) if size in args.train_sizes else ():
-                line = trained(own, permutations, args.steps, temporary)
-                write_line(shape | {"what": "training", "permutations": permutations} | line, args.output)
+            runs = [(1, 0), (MANY, 0), *((1, layer) for layer in args.first_layers)]
+            for permutations, layer in runs if size in args.train_sizes else ():
+                line = {"what": "training", "permutations": permutations, "lora_first_layer": layer}
+                write_line(shape | line | trained(own, permutations, layer, args.steps, temporary), args.output)
             for line in predicted(own):
                 write_line(shape | line, args.output)
             base = own.base
@@ -66,6 +73,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--train_sizes", type=int, nargs="+", default=[384, 768], help="those to train at (default: 384 768)"
     )
+    parser.add_argument("--first_layers", type=int, nargs="*", default=[], help="of adapters on the top layers alone")
     parser.add_argument("--rows", type=int, default=16, help="rows of a batch, each with its own image (default: 16)")
     parser.add_argument("--steps", type=int, default=5, help="timed training steps (default: 5)")
     parser.add_argument("--cap_gib", type=float, default=40, help="GPU memory (default: 40)")
@@ -74,10 +82,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def trained(own: Ours, permutations: int, steps: int, folder: str) -> dict:
-    """Wall time, kernel time and arithmetic of a row in training, and the tokens of a batch's rows."""
-    model = add_adapter(own.base, ADAPTER["r"], ADAPTER["lora_alpha"], ADAPTER["lora_dropout"])
+def trained(own: Ours, permutations: int, first_layer: int, steps: int, folder: str) -> dict:
+    """Wall time, kernel time and arithmetic of a row in training, tokens of a row, and the estimate over the peak."""
+    model = add_adapter(own.base, ADAPTER["r"], ADAPTER["lora_alpha"], ADAPTER["lora_dropout"], first_layer)
     count = len(own.rows)
+    sizes = oriented_sizes(all_images(own.rows))
+    lengths = replace(count_tokens(own.rows, own.collate, sizes, False, permutations), patches=0)
+    shape = meta_model(replace(own.model_args, lora_first_layer=first_layer), own.dtype)
+    setup = Setup(shape, ON_GPU, checkpointing=True, averages=0)
     recipe = RecipeArguments(
         output_dir=f"{folder}/run",
         permutations_per_step=permutations,
@@ -102,10 +114,11 @@ def trained(own: Ours, permutations: int, steps: int, folder: str) -> dict:
         prompts=own.prompts,
     )
     line = measured(trainer.train, clock, count)
-    tokens = collate([train_rows[i] for i in range(count)])["input_ids"].shape[1]
     own.base = model.unload()
     own.base.gradient_checkpointing_disable()
-    return {"tokens": tokens} | line
+    if line.get("peak_gib"):
+        line["estimate"] = round(training_peak(setup, lengths.batch(count)) / GIB / line["peak_gib"], 3)
+    return {"tokens": round(float(lengths.tokens.mean()), 1)} | line
 
 
 def predicted(own: Ours) -> Iterator[dict]:
