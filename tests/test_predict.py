@@ -461,6 +461,8 @@ def test_the_untrained_base_is_a_member_with_all_rows_out_of_fold(predict_rows, 
     answers = pd.read_csv(trained / "data" / "train.csv").set_index("id")["answer"]
     right = (pd.read_csv(files[2], index_col="id")["answer"] == answers).mean()
     assert code == 0 and f"{files[2]}: out-of-fold accuracy {right:.4f}" in output and "24 rows" in output, error
+    code, output, error = script("ensemble", *files[1:], "--method", "stack")
+    assert code == 0 and output.count("12 rows") == 2, "one fold and the base have its rows in common"
 
 
 @pytest.mark.parametrize(

@@ -98,17 +98,20 @@ def load_oof(
         ids = pd.Index([row_id for fold_ids, _ in folds for row_id in fold_ids])
         check_ids(f"{name}: out-of-fold rows", ids, "Give each prediction its own --oof file, in the same order.")
         parts[name] = ids, np.concatenate([values for _, values in folds])
-    (first, (order, _)), *_ = parts.items()
-    for name, (ids, _) in parts.items():
-        if len(differing := order.symmetric_difference(ids)):
+    base = {name for name, files in models.items() if read_card(files[0]).get("weights") == "base"}
+    first = next((name for name in parts if name not in base), next(iter(parts)))
+    order = parts[first][0]
+    for name, (ids, _) in parts.items():  # the base was trained on no row: those beside the others' do not matter
+        differing = order.difference(ids) if name in base else order.symmetric_difference(ids)
+        if len(differing):
             raise MissingOOFError(
                 f"{first} and {name} were validated on different rows: {len(differing)} are in only one of them: "
                 f"{preview(list(differing))}. Train and predict the same folds of both."
             )
     stack, ids = np.stack([values[ids.get_indexer(order)] for ids, values in parts.values()]), list(order)
     width = int(np.flatnonzero((stack > 0).any((0, 1)))[-1]) + 1  # letters up to the last that any row offers
-    cards = [read_card(file) for file in oof_files]
-    scores = [card.get("validation") or {} for card in cards if card.get("weights") != "base"]
+    trained = [file for name, files in models.items() if name not in base for file in files]
+    scores = [read_card(file).get("validation") or {} for file in trained]
     reference = pooled_reference(scores, chance_accuracy(stack[0]))
     return OOFPredictions(ids, stack[..., :width], labels.answers(ids), labels.clusters(ids), labels, reference)
 
