@@ -60,7 +60,7 @@ def test_each_size_is_scored_as_transformers_does_and_used_for_prediction_when_i
     assert [line["image_size"] for line in report["sizes"]] == sizes[:3] and report["rows"] == 24
     own = [[rows[i] for i in read_predictions(fold / "oof.csv")[0]] for fold in folds]
     answers = [row["answer"] for fold in own for row in fold]
-    bases = [AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32) for _ in folds]
+    base, *bases = [AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32) for _ in range(3)]
     models = [PeftModel.from_pretrained(*pair).eval() for pair in zip(bases, folds)]
     for line in report["sizes"]:
         stack = [probabilities_at(line["image_size"], *pair, processor, ids) for pair in zip(models, own)]
@@ -68,6 +68,14 @@ def test_each_size_is_scored_as_transformers_does_and_used_for_prediction_when_i
         assert line["accuracy"] == pytest.approx(accuracy_score(answers, values.argmax(1)))
         assert line["log_loss"] == pytest.approx(log_loss(answers, values, labels=range(4)), abs=1e-5)
     assert pd.read_csv(tmp_path / "oof" / "image_sizes.csv")["image_size"].tolist() == sizes[:3]
+
+    flags_of_base = ["--base", trained / "args" / "fold0.json", "--oof", "--image_sizes", "56", "140"]
+    assert script("predict", *flags_of_base, "--output_dir", tmp_path)[0] == 0
+    report = json.loads((tmp_path / "base" / "oof" / "image_sizes.json").read_text())
+    values, everything = probabilities_at(56, base.eval(), [*rows.values()], processor, ids), rows.values()
+    assert report["sizes"][0]["log_loss"] == pytest.approx(
+        log_loss([row["answer"] for row in everything], values, labels=range(4)), abs=1e-5
+    )
 
     before, _ = len(scored), scored.clear()
     assert before and script("predict", *folds, *flags, "--oof", "--image_sizes", *sizes)[0] == 0 and not scored
@@ -85,6 +93,11 @@ def test_each_size_is_scored_as_transformers_does_and_used_for_prediction_when_i
     )
     assert np.abs(oof.stack[0] - [by_id[i] for i in oof.ids]).max() < 1e-5
     assert read_card(files[0])["validation"] is None and "image_size" not in read_card(folds[0] / "oof.csv")
+
+
+def test_fewer_rows_go_through_the_model_at_once_at_a_larger_size(folds):
+    checkpoint = fold_checkpoint(folds[0])  # trained at 112, with batches of 16
+    assert [checkpoint.at_image_size(size).batch_size for size in (56, 112, 224, 1120)] == [16, 16, 4, 1]
 
 
 @pytest.mark.parametrize(
@@ -114,11 +127,11 @@ def opinion(random, answers, rate):
 
 def test_the_gain_ends_at_the_first_size_that_no_later_one_beats():
     random = np.random.default_rng(0)
-    answers = random.integers(0, 4, 2000)
-    low, high = opinion(random, answers, 0.6), opinion(random, answers, 0.7)
+    answers = random.integers(0, 4, 600)
+    low, high = opinion(random, answers, 0.6), opinion(random, answers, 0.75)
     assert first_unbeaten([low, high, high, high], answers) == 1
     assert first_unbeaten([low, low, low], answers) == 0 and first_unbeaten([high, low], answers) == 0
-    # Each step corrects 15 of 2000 rows, and breaks 8: nothing alone, a gain in three steps.
+    # Each step corrects 15 of 600 rows, and breaks 8: nothing alone, a gain in three steps.
     steps, wrong = [low], np.flatnonzero(low.argmax(1) != answers)
     for number in range(3):
         after = steps[-1].copy()

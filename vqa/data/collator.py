@@ -36,7 +36,7 @@ class Collator:
     Input keys of a row (`vqa.data.rows.Row`):
         id, question, choices; images: paths, none for a prompt without an image;
         answer: index of the right choice (only needed with answers);
-        optional: permutation (choice shown at each letter), scale and flip (of the images), target (soft label),
+        optional: permutation (choice shown at each letter), scale, flip and crops (of the images), target (soft label),
         weight (of the loss).
 
     Output keys:
@@ -44,7 +44,7 @@ class Collator:
         pixel_values and image_grid_thw (no such keys where no row has an image). A processor that resizes by its own
         rule has other keys, and `pixel_rows`: the number of entries of pixel_values that belong to each row, ints;
         ids: the rows' ids, for error messages;
-        num_images: the number of images of each row, ints;
+        num_images: the number of images of each row, its crops included, ints;
         offered: bool (rows, letters), the letters that the row offers;
     and with answers:
         labels: int64 (rows, tokens), the token id at the answer's letter and the end of the turn, IGNORE elsewhere;

@@ -51,10 +51,15 @@ class Checkpoint:
     image_size: int | None = None
 
     def at_image_size(self, size: int) -> "Checkpoint":
-        """The same weights for prediction at another image size, without the scores that training measured."""
+        """The same weights for prediction at another image size, without the scores that training measured.
+
+        At a larger size fewer rows go through the model at once: as many tokens fit the memory.
+        """
         if size == self.data.image_size:
             return self
-        return replace(self, data=replace(self.data, image_size=size), validation=None, image_size=size)
+        rows = max(1, int(self.batch_size * min(1.0, (self.data.image_size / size) ** 2)))
+        data = replace(self.data, image_size=size)
+        return replace(self, data=data, batch_size=rows, validation=None, image_size=size)
 
     def fingerprint(self, base_fingerprint: str) -> str:
         """16 hex digits of all that decides a row's probabilities: adapter, base model, dtype, image size, prompt."""

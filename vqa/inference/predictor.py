@@ -110,7 +110,8 @@ class Predictor:
         label = f"{checkpoint.name}, {' + '.join(view.name for view in views)}" if is_main else None
         # Rows with crops are as many times longer, and take as many times the memory.
         longer = max(len(shown_images(rows[i])) // max(1, len(rows[i]["images"])) for i in changed)
-        fixed = self.collate, self.letter_ids, max(1, self.batch_size // max(1, longer))
+        batch_size = min(self.batch_size, checkpoint.batch_size) if checkpoint.image_size else self.batch_size
+        fixed = self.collate, self.letter_ids, max(1, batch_size // max(1, longer))
         options: dict[str, Any] = {"label": label, "workers": self.workers}
         if len(views) == 1:
             rows = [rows[i] for i in changed]

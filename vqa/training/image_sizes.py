@@ -56,7 +56,7 @@ def compare_image_sizes(
     def make_job(checkpoint: Checkpoint, size: int, view: View) -> Job:
         return make_jobs([checkpoint.at_image_size(size)], [[view]], base_fingerprint, csv, True, None, output_dir)[0]
 
-    folder = make_job(checkpoints[0], 0, View("plain", [], [])).path.parent
+    folder = make_job(checkpoints[0], min(grids), View("plain", [], [])).path.parent
     run_on_main_and_broadcast(lambda: check_writable(folder, "--output_dir"))
     stack, start = np.zeros((len(grids), len(rows), len(LETTERS))), 0
     for checkpoint, fold in zip(checkpoints, folds):
