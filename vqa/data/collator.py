@@ -36,8 +36,8 @@ class Collator:
     Input keys of a row (`vqa.data.rows.Row`):
         id, question, choices; images: paths, none for a prompt without an image;
         answer: index of the right choice (only needed with answers);
-        optional: permutation (choice shown at each letter), scale, flip and crops (of the images), target (soft label),
-        weight (of the loss).
+        optional: permutation (choice shown at each letter), scale, flip and crops (of the images), target (soft
+        label), weight (of the loss).
 
     Output keys:
         what the processor returns: input_ids, attention_mask, mm_token_type_ids and, of all images one after another,
