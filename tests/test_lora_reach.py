@@ -39,6 +39,18 @@ def test_below_the_first_layer_nothing_is_kept_for_the_backward_pass():
     assert seen == [False] * 4 + [True] * 2
 
 
+def test_checkpointing_runs_no_frozen_layer_again(make_trainer):
+    """transformers asks for gradients of the embeddings, and with them every layer would run again."""
+    trainer, calls = make_trainer(max_steps=1, gradient_checkpointing=True), []
+    base = trainer.model.unload()
+    trainer.model = trainer.model_wrapped = add_adapter(base, 4, 8, 0.0, first_layer=4)
+    for layer in language_model(base).layers:
+        layer.self_attn.k_proj.register_forward_hook(lambda layer, inputs, output: calls.append(layer))
+    trainer.train()
+    counts = [calls.count(layer.self_attn.k_proj) for layer in language_model(base).layers]
+    assert counts == [1] * 4 + [2] * 2
+
+
 def test_options_reach_peft():
     model = adapted(lora_options='{"use_rslora": true, "rank_pattern": {"q_proj": 8}}')
     layer = model.get_base_model().model.language_model.layers[0].self_attn

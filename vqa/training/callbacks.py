@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from vqa.core.compat import foreach_lerp_
+from vqa.modeling.vision import unwrap_base_model
 
 
 class WeightAverage(TrainerCallback):
@@ -167,6 +168,18 @@ def byte_sums(model: torch.nn.Module) -> dict[str, int]:
     frozen = {name.removeprefix("module."): p for name, p in model.named_parameters() if not p.requires_grad}
     sums = [p.detach().flatten().view(torch.uint8).sum() for p in frozen.values()]
     return dict(zip(frozen, torch.stack(sums).tolist())) if sums else {}
+
+
+class NoInputGradients(TrainerCallback):
+    """Keeps transformers from computing gradients of the token embeddings' output, which nothing uses.
+
+    It asks for them with any gradient checkpointing, but only the reentrant kind needs them. With them, the layers
+    below the first adapter would run again and have a backward pass (`lora_first_layer`).
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.gradient_checkpointing and not args.gradient_checkpointing_kwargs["use_reentrant"]:
+            unwrap_base_model(model).disable_input_require_grads()
 
 
 class EarlyStoppingCallback(TrainerCallback):

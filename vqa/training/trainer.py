@@ -22,7 +22,14 @@ from vqa.modeling.suffix_score import suffix_scores
 from vqa.modeling.tree_attention import tree_logits
 from vqa.modeling.vision import unwrap_base_model
 from vqa.training.batching import MicroBatches
-from vqa.training.callbacks import LogCallback, ProgressBar, WeightAverage, swa_start_step, trainable_parameters
+from vqa.training.callbacks import (
+    LogCallback,
+    NoInputGradients,
+    ProgressBar,
+    WeightAverage,
+    swa_start_step,
+    trainable_parameters,
+)
 from vqa.training.checkpointing import COMPLETE
 from vqa.training.dataset import LengthSortedSampler, TrainDataset
 from vqa.training.loss import FiniteLossCheck, answer_loss, choice_loss, permutation_loss
@@ -66,6 +73,7 @@ class FoldTrainer(Trainer):
         for dict_printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(dict_printer)
         self.add_callback(LogCallback())
+        self.add_callback(NoInputGradients())
         if not self.args.disable_tqdm and sys.stderr.isatty():
             self.add_callback(ProgressBar())
 
