@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 GIB = 2**30
@@ -41,63 +40,39 @@ def write_line(line: dict, output: str | Path | None) -> None:
 
 
 class Clock(TrainerCallback):
-    """Times training steps, then profiles two of them and counts the arithmetic of one more, and ends the training.
+    """Times training steps, then profiles two of them, and ends the training.
 
     It times `steps` steps or more, until `seconds` have passed since the first one.
     """
 
-    def __init__(self, steps: int, seconds: float, count: bool = True):
-        self.least, self.seconds, self.count = steps, seconds, count
+    def __init__(self, steps: int, seconds: float):
+        self.least, self.seconds = steps, seconds
         self.ends: list[float] = []
         self.left = PROFILED if ON_GPU else 0
         self.kernels: list[tuple[float, float]] = []
-        self.operations = 0
         self.profiler: profile | None = None
-        self.counter: FlopCounterMode | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
         if ON_GPU:
             torch.cuda.synchronize()
-        if self.counter:
-            self.counter.__exit__(None, None, None)
-            self.operations = self.counter.get_total_flops()
-            control.should_training_stop = True
-        elif self.profiler:
+        if self.profiler:
             self.left -= 1
             if self.left == 0:
                 self.profiler.stop()
-                self.kernels = kernels(self.profiler)
-                self.profiler = None
-                self.count_next_step(control)
-        else:
-            self.ends.append(time.perf_counter())
-            if len(self.ends) >= self.least and self.ends[-1] - self.ends[0] >= self.seconds:
-                if self.left:
-                    self.profiler = profile(activities=[ProfilerActivity.CUDA])
-                    self.profiler.start()
-                else:
-                    self.count_next_step(control)
-
-    def count_next_step(self, control) -> None:
-        if self.count:
-            self.counter = operation_counter()
-            self.counter.__enter__()
-        else:
-            control.should_training_stop = True
+                self.kernels, self.profiler = kernels(self.profiler), None
+                control.should_training_stop = True
+            return
+        self.ends.append(time.perf_counter())
+        if len(self.ends) >= self.least and self.ends[-1] - self.ends[0] >= self.seconds:
+            if self.left:
+                self.profiler = profile(activities=[ProfilerActivity.CUDA])
+                self.profiler.start()
+            else:
+                control.should_training_stop = True
 
     def times(self) -> list[float]:
         """Seconds of each step without the first."""
         return [b - a for a, b in zip(self.ends, self.ends[1:])]
-
-
-def operation_counter() -> FlopCounterMode:
-    """torch's count of the operations in matrix products and attention, with the one product that it leaves out."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product})
-
-
-def added_product(total, a, b, **kwargs) -> int:
-    """Operations of `total.addmm_(a, b)`, which torch does not count. Takes shapes."""
-    return 2 * a[0] * a[1] * b[1]
 
 
 def kernels(profiler: profile) -> list[tuple[float, float]]:
@@ -124,10 +99,10 @@ def busy_seconds(intervals: list[tuple[float, float]]) -> float:
 
 
 def measured(train: Callable[[], object], clock: Clock, effective: int) -> dict:
-    """Rows per second of the median step, kernel time and arithmetic of a row, peak memory that torch allocated.
+    """Rows per second of the median step, kernel time of a row, peak memory that torch allocated.
 
     `train` runs a training that `clock` ends, with `effective` rows per step. `kernel_ms_per_row`: milliseconds that
-    the GPU works; `tflop_per_row`: 10^12 operations, as torch counts them.
+    the GPU works.
     """
     with fresh_memory():
         try:
@@ -142,21 +117,30 @@ def measured(train: Callable[[], object], clock: Clock, effective: int) -> dict:
         rows = PROFILED * effective
         line["kernel_ms_per_row"] = round(1000 * busy_seconds(clock.kernels) / rows, 3)
         line["kernels_per_step"] = len(clock.kernels) // PROFILED
-    if clock.operations:
-        line["tflop_per_row"] = round(clock.operations / effective / 1e12, 6)
-    return line | shares(line)
+        line["matrix_tflops"] = round(matrix_rate() / 1e12, 1)
+    return line
 
 
-def shares(line: dict) -> dict:
-    """The arithmetic over wall time and over kernel time, as shares of what one large fp16 product reaches."""
-    if not ON_GPU or "tflop_per_row" not in line:
-        return {}
-    rate = matrix_rate() / 1e12
-    wall = line["tflop_per_row"] * line["rows_per_second"]
-    found = {"matrix_tflops": round(rate, 1), "share_of_rate": round(wall / rate, 3)}
-    if "kernel_ms_per_row" in line:
-        found["kernel_share_of_rate"] = round(line["tflop_per_row"] / line["kernel_ms_per_row"] * 1000 / rate, 3)
-    return found
+def arithmetic(text, tokens: float, rank: int, checkpointing: bool) -> int:
+    """Operations to train one row of `tokens` tokens: those of the language model's layers, adapters and attention.
+
+    Frozen weights have a forward product and a backward one, adapters one more for their own gradients, and attention
+    two forward and four backward; checkpointing repeats the forward ones. The head and the vision tower do not count.
+
+    Args:
+        text: the config of the language model, with Qwen's seven linear layers.
+        rank: of the adapters.
+    """
+    hidden, inner, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
+    size = getattr(text, "head_dim", None) or hidden // heads
+    queries, keys = heads * size, text.num_key_value_heads * size
+    shapes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+    shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    weights = sum(wide * high for wide, high in shapes)
+    adapters = rank * sum(wide + high for wide, high in shapes)
+    products = tokens * (weights * (2 + checkpointing) + adapters * (3 + checkpointing))
+    attention = tokens**2 * queries * (2 + 4 + 2 * checkpointing)
+    return int(2 * text.num_hidden_layers * (products + attention))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clock import ON_GPU, Clock, adapted, limit_memory, measured, peak, timed, write_line
+from clock import ON_GPU, Clock, adapted, arithmetic, limit_memory, measured, peak, timed, write_line
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Trainer
 from transformers import TrainingArguments as PlainArguments
@@ -171,7 +171,13 @@ class Ours:
         line = train_and_measure(trainer, effective, recipe.per_device_train_batch_size, self.plan)
         line |= {"stored": self.plan["stored"], "checkpointing": bool(recipe.gradient_checkpointing)}
         self.base = model.unload()
-        return line | {"tokens": round(float(self.lengths.tokens.mean()), 1)}
+        tokens, text = float(self.lengths.tokens.mean()), self.base.config.get_text_config()
+        needed, done = (arithmetic(text, tokens, ADAPTER["r"], again) for again in (False, line["checkpointing"]))
+        return line | {
+            "tokens": round(tokens, 1),
+            "tflop_per_row": round(needed / 1e12, 6),
+            "tflop_with_recomputation": round(done / 1e12, 6),
+        }
 
     def answered(self) -> Iterator[dict]:
         model, count, workers = self.adapted(0.0), self.plan["predict_rows"], self.plan["workers"]

@@ -89,7 +89,7 @@ def measure(peer, args: argparse.Namespace) -> Iterator[dict]:
     for effective in args.effective:
         best = 0.0
         for micro in sorted((size for size in args.micro if effective % size == 0), reverse=True):
-            watch = Watch(Clock(args.steps, args.seconds, count=peer.countable))
+            watch = Watch(Clock(args.steps, args.seconds))
             line = measured(partial(peer.train, effective, micro), watch.clock, effective)
             yield {"effective": effective, "micro": micro} | line | watch.proof
             rate = line.get("rows_per_second", 0.0)
@@ -132,8 +132,6 @@ def question(row: dict) -> str:
 
 class Swift:
     """`swift sft` with bitsandbytes' 4 bits, adapters on all linear layers of the language model, SDPA."""
-
-    countable = True
 
     def __init__(self, args: argparse.Namespace, rows: list[dict]):
         os.environ |= {"MAX_PIXELS": str(args.image_size**2), "MIN_PIXELS": str(28 * 28)}
@@ -196,8 +194,6 @@ class Swift:
 
 class Unsloth:
     """As in its notebook for Qwen2.5-VL: FastVisionModel, its collator, no dropout, TRL's trainer, 8-bit AdamW."""
-
-    countable = False  # torch's counter sees no compiled code
 
     def __init__(self, args: argparse.Namespace, rows: list[dict]):
         self.args, how = args, {} if ON_GPU else {"dtype": torch.float32, "load_in_16bit": True}
