@@ -38,6 +38,7 @@ from bench_scenes import (  # noqa: E402
     SHAPES,
     SIDES,
     SIZES,
+    Domain,
     Question,
     Scene,
     ask,
@@ -56,6 +57,7 @@ from vqa.modeling.families.qwen2_5_vl import batch_vision_windows  # noqa: E402
 from vqa.modeling.loading import load_base, load_processor  # noqa: E402
 
 BUDGETS = (126, 182, 252, 252)  # of the training pictures; half of them at the native size
+HARD = ("text", "small")  # kinds that are drawn twice as often
 TOKEN = 28  # pixels of an image token's side
 NOTHING = -100  # no target, for cross_entropy
 # What linear probes read from an image token of the vision tower: the thing whose middle lies in it, the shape and
@@ -98,6 +100,12 @@ def parse_args() -> argparse.Namespace:
         "--evaluate", type=int, metavar="ROWS", help="only measure the model in --output_dir on this many rows"
     )
     parser.add_argument("--start_from", default=str(ROOT / "checkpoints/tiny"), help="(default: checkpoints/tiny)")
+    parser.add_argument(
+        "--contest_share",
+        type=float,
+        default=0.0,
+        help="share of rows in the contest's words and looks, so that the base knows a part of them (default: 0)",
+    )
     parser.add_argument("--seed", type=int, default=42, help="(default: 42)")
     parser.add_argument("--output_dir", default="checkpoints/bench", help="(default: checkpoints/bench)")
     return parser.parse_args()
@@ -140,9 +148,10 @@ class BenchBatches(DrawnBatches):
         size = rng.choice(SIZES)
         width, height = target_size(*size, image_size=rng.choice(BUDGETS))
         grid = (height // TOKEN, width // TOKEN)
-        kinds = [rng.choice(KINDS) for _ in range(self.args.batch_size)]
-        scenes = [self.scene(rng, kind, size) for kind in kinds]
-        asked = [ask(rng, scene, HOME, kind) for scene, kind in zip(scenes, kinds)]
+        kinds = [rng.choice([*KINDS, *HARD]) for _ in range(self.args.batch_size)]
+        domains = [CONTEST if rng.random() < self.args.contest_share else HOME for _ in kinds]
+        scenes = [self.scene(rng, domain, kind, size) for domain, kind in zip(domains, kinds)]
+        asked = [ask(rng, *of_row) for of_row in zip(scenes, domains, kinds)]
         pictured = [kind != "no_image" or rng.random() < 0.5 for kind in kinds]
         chats = [
             self.prompt_and_reply(rng, question, grid[0] * grid[1] * has) for question, has in zip(asked, pictured)
@@ -165,9 +174,10 @@ class BenchBatches(DrawnBatches):
                         right_choice.append((row, last, start + end, prompt[at + 2]))
         mask = (ids != self.pad).long()
         seen = [scene for scene, has in zip(scenes, pictured) if has]
+        looks = [domain for domain, has in zip(domains, pictured) if has]
         grids = torch.tensor([[1, height // 14, width // 14]] * len(seen))
         positions, _ = self.rope_index(ids, (ids == self.image).int(), image_grid_thw=grids, attention_mask=mask)
-        pictures = [draw(rng, scene, HOME).resize((width, height)) for scene in seen]
+        pictures = [draw(rng, *of_row).resize((width, height)) for of_row in zip(seen, looks)]
         return {
             "input_ids": ids,
             "attention_mask": mask,
@@ -183,8 +193,8 @@ class BenchBatches(DrawnBatches):
             "frames": grids[:1] * torch.tensor([len(seen), 1, 1]),
         }
 
-    def scene(self, rng: random.Random, kind: str, size: tuple[int, int]) -> Scene:
-        while (scene := make_scene(rng, HOME, kind)).size != size:  # one size a batch: the pictures are one stack
+    def scene(self, rng: random.Random, domain: Domain, kind: str, size: tuple[int, int]) -> Scene:
+        while (scene := make_scene(rng, domain, kind)).size != size:  # one size a batch: the pictures are one stack
             pass
         return scene
 

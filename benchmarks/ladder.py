@@ -49,7 +49,7 @@ from vqa.evaluation.metrics import NOISE, row_log_loss  # noqa: E402
 
 BASE = ROOT / "args" / "bench" / "base.json"
 REPETITIONS, PLANTED = 10, 0.01  # of the check of the test
-CHECKED = f"plain/{RUNGS[ONE].files[0].split('/')[1]}"
+(CHECKED,) = RUNGS[ONE].files
 
 
 def main() -> None:
@@ -107,7 +107,7 @@ class Command(NamedTuple):
     needs: list[Path]
     makes: list[Path]
     log: Path
-    cost: float
+    rank: float  # those with a low one begin first
 
 
 class Seed:
@@ -119,39 +119,37 @@ class Seed:
         self.models, self.outputs = (root / name / "ladder" / str(seed) for name in ("checkpoints", "outputs"))
         self.folds_csv = self.data / f"folds_{seed}.csv"
         self.workers = 2 if gpus(args) != [""] else 0  # a GPU would wait for one process
-        wanted = list(dict.fromkeys(wanted))
-        # "plain" is the first view of "permutations"; it is not predicted twice.
-        self.wanted = [name for name in wanted if name.replace("plain/", "permutations/") not in {*wanted} - {name}]
+        self.wanted = list(dict.fromkeys(name.replace("permutations/plain/", "permutations/") for name in wanted))
 
     def commands(self) -> list[Command]:
         """In no order: each says what it needs. Writes the args files that they name."""
-        predicted = [name.split("/") for name in self.wanted]
-        runs = self.with_needs({run for _, run in predicted if run != "base"})
+        rank: dict[str, int] = {}
+        for number, file in enumerate(self.wanted):
+            for run in self.with_needs(file.split("/")[1]):
+                rank.setdefault(run, number)
         first = self.write_args("base", Run({"fold": 0}))
         flags = ["--folds", "3", "--seed", str(self.seed)]
-        commands = [self.command(["make_folds.py", str(first), *flags], [], [self.folds_csv], 99)]
-        for name in runs:
+        commands = [self.command(["make_folds.py", str(first), *flags], [], [self.folds_csv], -1)]
+        for name in rank.keys() - {"base"}:
             run = RUNS[name]
             words = ["train_fold.py", str(self.write_args(name, run)), "--resume_from_checkpoint", "auto"]
             needs = [self.folds_csv, *map(self.finished, run.needs)]
-            commands.append(self.command(words, needs, [self.finished(name)], run.cost))
-        for (view, *_), names in grouped(predicted):
+            commands.append(self.command(words, needs, [self.finished(name)], rank[name]))
+        for view, names in grouped([name.split("/") for name in self.wanted]):
             words = ["predict.py", *(["--base", str(first)] if names == ["base"] else map(self.folder, names))]
             words += [*VIEWS[view], "--output_dir", str(self.outputs / view), "--check_generation", "0"]
             words += ["--workers", str(self.workers)]
             needs = [self.folds_csv] if names == ["base"] else [self.finished(name) for name in names]
-            commands.append(self.command(words, needs, [self.file(f"{view}/{name}") for name in names], 10))
+            made = [self.file(f"{view}/{name}") for name in names]
+            commands.append(self.command(words, needs, made, rank[names[0]] - 0.5))
         return commands
 
-    def command(self, words: list[str], needs: list[Path], makes: list[Path], cost: float) -> Command:
-        return Command(
-            words, needs, makes, self.outputs / "logs" / f"{makes[0].parent.name}_{makes[0].stem}.log", cost
-        )
+    def command(self, words: list[str], needs: list[Path], makes: list[Path], rank: float) -> Command:
+        log = self.outputs / "logs" / f"{makes[0].parent.name}_{makes[0].stem}.log"
+        return Command(words, needs, makes, log, rank)
 
-    def with_needs(self, runs: set[str]) -> list[str]:
-        while more := {need for name in runs for need in RUNS[name].needs} - runs:
-            runs = runs | more
-        return [name for name in RUNS if name in runs]
+    def with_needs(self, run: str) -> list[str]:
+        return [*(RUNS[run].needs if run in RUNS else ()), run]
 
     def write_args(self, name: str, run: Run) -> Path:
         path = self.outputs / "args" / f"{name}.json"
@@ -181,17 +179,12 @@ class Seed:
         return self.models / run / "metrics.json"
 
     def file(self, name: str) -> Path:
-        """The prediction file of `view/run`."""
-        view, run = name.split("/")
-        if run == "base":
-            return self.outputs / view / "base" / "base.csv"
-        if view == "plain" and name not in self.wanted:
-            return self.outputs / "permutations" / "plain" / f"{run}.csv"
-        return self.outputs / view / f"{run}.csv"
+        """The prediction file `folder/run`."""
+        return self.outputs / (name.replace("/base", "/base/base") + ".csv")
 
     def seconds(self, names: Sequence[str]) -> float:
         """Of training the models of the files `view/run`, without those that they needed."""
-        runs = {name.split("/")[1] for name in names} - {"base"}
+        runs = {name.split("/")[-1] for name in names} - {"base"}
         return sum(read_json(self.finished(run))["seconds"] for run in runs)
 
     def right(self, name: str, labels: Labels) -> np.ndarray:
@@ -200,15 +193,17 @@ class Seed:
         return probs.argmax(1) == labels.answers(ids)
 
 
-def grouped(predicted: Sequence[Sequence[str]]) -> Iterator[tuple[tuple, list[str]]]:
-    """(view and settings, runs) that one command can predict: runs with the same prompts and image size."""
+def grouped(predicted: Sequence[Sequence[str]]) -> Iterator[tuple[str, list[str]]]:
+    """(view, runs) that one command can predict: neighbours with the same prompts and image size, at most three."""
 
     def key(item: Sequence[str]) -> tuple:
         fields = RUNS[item[1]].fields if item[1] != "base" else {"base": 1}
         return item[0], *(str(fields.get(name)) for name in ("base", "image_size", "score", "crops"))
 
-    for group, items in itertools.groupby(sorted(predicted, key=key), key=key):
-        yield group, [run for _, run in items]
+    for _, items in itertools.groupby(sorted(predicted, key=key), key=key):
+        group = list(items)
+        for start in range(0, len(group), 3):
+            yield group[0][0], [run for _, run in group[start : start + 3]]
 
 
 def draw_contest(data: Path, args: argparse.Namespace) -> None:
@@ -225,9 +220,9 @@ def draw_contest(data: Path, args: argparse.Namespace) -> None:
 
 
 def run_commands(commands: list[Command], args: argparse.Namespace) -> list[str]:
-    """Run what is not finished, the expensive commands first, `jobs` at a time; returns the names of failed logs."""
+    """Run what is not finished, in the table's order, `jobs` at a time; returns the logs of what is left."""
     todo = [command for command in commands if not all(map(Path.exists, command.makes))]
-    todo.sort(key=lambda command: -command.cost)
+    todo.sort(key=lambda command: command.rank)
     if not todo:
         return []
     end = time.time() + 60 * (args.max_minutes or 1e9)
@@ -263,6 +258,7 @@ def set_environment(counter, jobs: int, devices: list[str]) -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)], "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     os.chdir(ROOT)
+    multiprocessing.set_start_method("fork", force=True)  # as for scripts that are run alone: workers start at once
 
 
 def run_command(command: Command) -> int:
@@ -301,7 +297,8 @@ def read_rung(name: str, seeds: Sequence[Seed]) -> tuple[list[str], list[np.ndar
         if not all(map(Path.is_file, paths)):
             return None
         ids, stack = join(paths)
-        values.append(rung.combine(paths, stack) if rung.combine else stack.mean(0))
+        names = list(map(str, paths))
+        values.append(rung.combine(names, stack, str(seed.data / "test.csv")) if rung.combine else stack.mean(0))
     return ids, values
 
 

@@ -176,7 +176,7 @@ def test_a_training_batch_ends_with_the_replies(batches, processor, model):
 
 
 def test_the_hints_lead_to_what_the_question_is_about(processor, model):
-    batch = BenchBatches(processor, model, Namespace(seed=2, steps=1, batch_size=32))[0]
+    batch = BenchBatches(processor, model, Namespace(seed=2, steps=1, batch_size=32, contest_share=0.5))[0]
     pictured = (batch["input_ids"] == processor.image_token_id).any(1)
     assert len(batch["images"]) == len(batch["probed"]) == pictured.sum() < 32
     number = pictured.cumsum(0) - 1

@@ -140,7 +140,7 @@ def test_the_ladder_is_climbed_from_the_contest_to_the_table(in_this_process, sc
     answers = pd.read_csv(tmp_path / "data/bench/test_answers.csv")["answer"]
     files = {
         "base model, untrained": "plain/base/base",
-        "one fold": "plain/fold0",
+        "one fold": "permutations/plain/fold0",
         "EMA": "ema/fold0",
         "raw weights": "raw/fold0",
     }
