@@ -109,9 +109,7 @@ def predict_cascade(
     """
     first = run_on_main_and_broadcast(lambda: read_first(first_folds, [row["id"] for row in rows], csv))
     sent, adapters = cascade.sent(first), [fold_adapter(Path(fold))[1] for fold in first_folds]
-    PartialState().print(
-        f"cascade: {sent.sum()} of {len(rows)} rows are predicted, those of which the first is least sure"
-    )
+    PartialState().print(f"cascade: the {sent.sum()} least sure of {len(rows)} rows are predicted")
     view = View("plain", rows, np.flatnonzero(sent).tolist())
     jobs = []
     for item in checkpoints:
