@@ -82,6 +82,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cap_gib", type=float, default=14.5, help="GPU memory for each (default: 14.5, as on a T4)")
     parser.add_argument("--folder", help="for temporary weights and images (default: the system's)")
     parser.add_argument("--output", default="outputs/compare", help="folder of the results (default: outputs/compare)")
+    parser.add_argument("--only_training", action="store_true", help="no predictions")
     parser.add_argument("--summary", action="store_true", help="only make summary and plot of earlier measurements")
     args = parser.parse_args()
     args.models = args.models or [str(TINY)]
@@ -133,7 +134,7 @@ def measure(name: str, args: argparse.Namespace, temporary: Path, output: Path) 
         "cache": str(temporary / "cache"),
         "folder": str(temporary),
         "predict_rows": 2 * args.rows if tiny else 6 * args.rows,  # a GPU is soon waiting for the workers to start
-        "predict_batches": [32] if tiny else [32, 64],
+        "predict_batches": [] if args.only_training else [32] if tiny else [32, 64],
         "output": str(output),
     }
     for contestant in args.contestants:

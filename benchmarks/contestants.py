@@ -72,7 +72,7 @@ def plain_trainer(plan: dict, rows: list[dict]) -> Iterator[dict]:
         return Trainer(model, args, UsualCollator(processor), rows)
 
     yield from trained(plan, trainer)
-    if plan["bare_names"]:
+    if plan["bare_names"] or not plan["predict_batches"]:
         return
     model.gradient_checkpointing_disable()
     yield {"answers_per_second": generated(model.eval(), processor, rows), "how": "generate, batch 1"}
