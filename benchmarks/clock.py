@@ -178,5 +178,7 @@ def adapted(model: torch.nn.Module) -> dict:
     return {
         "adapted": len({name.split(".lora_")[0] for name in trained}),
         "trainable_vision": sum("visual" in name for name in trained),
-        "linear_4bit": sum(type(module).__name__.endswith("4bit") for module in model.modules()),
+        "linear_4bit": sum(
+            type(module).__name__ == "Linear4bit" and not hasattr(module, "base_layer") for module in model.modules()
+        ),
     }
