@@ -19,8 +19,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from anywhere
-from compare import write_rows  # noqa: E402
 from clock import write_line  # noqa: E402
+from compare import write_rows  # noqa: E402
 from random_model import write_random_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
