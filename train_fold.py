@@ -21,9 +21,9 @@ from vqa.core.io import check_writable
 from vqa.core.workers import WorkerCollator
 from vqa.data.images import all_images, check_images, oriented_sizes, with_crops
 from vqa.evaluation.reference import Reference
+from vqa.modeling.feature_store import without_stored
 from vqa.modeling.suffix_score import COLLATORS
 from vqa.modeling.tree_attention import TreeCollator
-from vqa.modeling.feature_store import without_stored
 from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens
 from vqa.training.callbacks import EarlyStoppingCallback, EMACallback, FrozenWeightsCheck, SWACallback, WeightAverage
 from vqa.training.checkpointing import (
