@@ -18,9 +18,11 @@ from vqa.core.workers import make_loader
 from vqa.data.collator import Collator
 from vqa.data.prompt import LETTERS
 from vqa.data.rows import Row
+from vqa.modeling.families import family_of
 from vqa.modeling.shared_prefix import PermutationCollator, permutation_logits
 from vqa.modeling.suffix_score import suffix_scores
-from vqa.modeling.vision import encode_images
+from vqa.modeling.tree_attention import TreeCollator, tree_permutation_logits
+from vqa.modeling.vision import encode_images, unwrap_base_model
 
 # Keys of a batch that are not the model's, which would ignore them silently.
 NON_MODEL_KEYS = ("labels", "answer_start", "answer", "offered", "ids", "num_images", "pixel_rows", "weight", "target")
@@ -78,10 +80,14 @@ def permutation_probs(
 ) -> list[np.ndarray]:
     """`choice_probs` of rows with `permutations`: an array (permutations, 10) for each row.
 
-    The part of the prompt that a row's permutations share goes through the model once.
+    The part of the prompt that a row's permutations share goes through the model once: in one sequence with the rest
+    of each, or in a pass of its own where the model's attention cannot keep them apart.
     """
-    collate_all = PermutationCollator(collate)
-    shown = _letter_probs(model, rows, collate_all, permutation_logits, letter_ids, batch_size, **options)
+    collate_all: Callable[[list[Row]], dict] = PermutationCollator(collate)
+    logits_of = permutation_logits
+    if family_of(unwrap_base_model(model)).tree_attention:
+        collate_all, logits_of = TreeCollator(collate), tree_permutation_logits
+    shown = _letter_probs(model, rows, collate_all, logits_of, letter_ids, batch_size, **options)
     return [np.stack(list(map(unpermute, values, row["permutations"]))) for values, row in zip(shown, rows)]
 
 

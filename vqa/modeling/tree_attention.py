@@ -59,6 +59,8 @@ class TreeCollator:
     The Collator's keys stay, of the first permutation where they differ, except labels and answer_start. New ones:
         read: int64 (rows, permutations, tokens), the columns whose logits are needed: the last of each prompt, and
             with answers that of the letter, which predicts the end of the turn;
+    without answers:
+        row_index: int64 (all permutations,), the row that each belongs to;
     and with answers:
         labels: int64 (rows, permutations, 2), the token ids of letter and end of the turn;
         answer: int64 (rows, permutations), index of the right letter;
@@ -84,7 +86,9 @@ class TreeCollator:
         packed = pack_suffixes(batch, lengths, suffixes, self.collate.processor.tokenizer.pad_token_id)
         before = 1 if self.collate.with_answer else 0
         packed["read"] = packed["suffix_end"][..., None] + torch.arange(-before, 1)
-        if self.collate.with_answer:
+        if not self.collate.with_answer:
+            packed["row_index"] = (packed["suffix_end"] >= 0).nonzero()[:, 0]
+        else:
             del packed["answer_start"]
             packed["labels"] = repeat_first(labels)
             packed["answer"] = repeat_first([[shown_answer(row) for row in permuted] for permuted in views])
@@ -125,6 +129,11 @@ def tree_logits(model: nn.Module, batch: dict, columns: torch.Tensor) -> torch.T
     What is returned for a column of -1 has no meaning.
     """
     return _run(model, batch, columns, logits=True)
+
+
+def tree_permutation_logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Logits float32 (all permutations, vocabulary) at the last token of each prompt of a TreeCollator's batch."""
+    return tree_logits(model, batch, batch["suffix_end"])[batch["suffix_end"] >= 0]
 
 
 def tree_hidden_states(model: nn.Module, batch: dict, columns: torch.Tensor) -> torch.Tensor:
