@@ -21,7 +21,7 @@ from vqa.core.io import check_writable
 from vqa.core.workers import WorkerCollator
 from vqa.data.images import all_images, check_images, oriented_sizes, with_crops
 from vqa.evaluation.reference import Reference
-from vqa.modeling.feature_store import without_stored
+from vqa.modeling.feature_store import images_with_features
 from vqa.modeling.suffix_score import COLLATORS
 from vqa.modeling.tree_attention import TreeCollator
 from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens
@@ -76,8 +76,9 @@ def check_all_images(runs: list[FoldRun]) -> None:
     """Open every image of the runs once, before any of them is trained, but those with stored features."""
     checked: set[str] = set()
     for run in runs:
-        rows = [row for row in run.train_rows + run.valid_rows if not checked.issuperset(row["images"])]
-        check_images(without_stored(rows, run.data.vision_cache_dir), run.data.train_csv)
+        rows = run.train_rows + run.valid_rows
+        checked |= images_with_features(rows, run.data.vision_cache_dir)
+        check_images(rows, run.data.train_csv, checked=checked)
         checked.update(all_images(rows))
 
 

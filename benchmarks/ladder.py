@@ -207,9 +207,11 @@ def grouped(predicted: Sequence[Sequence[str]]) -> Iterator[tuple[str, list[str]
 
 
 def draw_contest(data: Path, args: argparse.Namespace) -> None:
-    """Draw the contest, and a second data set in the style of the base model's own training."""
+    """Draw the contest and, for the rungs that need it, a data set in the style of the base model's own training."""
     rows = ["--train_rows", str(args.train_rows), "--test_rows", str(args.test_rows)]
-    for folder, flags in ((data, []), (data / "home", ["--domain", "home"])):
+    runs = {file.split("/")[-1] for name in args.rungs for file in RUNGS[name].files}
+    further = [(data / "home", ["--domain", "home"])] if runs & {"extra", "extra_then_target"} else []
+    for folder, flags in [(data, []), *further]:
         answers = folder / "test_answers.csv"
         if not answers.is_file():  # it is written last
             words = [str(ROOT / "benchmarks" / "bench_contest.py"), "--output_dir", str(folder), *rows, *flags]

@@ -159,7 +159,7 @@ def test_the_text_alone_does_not_give_the_answers_away(rows):
 @pytest.mark.parametrize("batches", [DrawnBatches, BenchBatches])
 def test_a_training_batch_ends_with_the_replies(batches, processor, model):
     """Also the batches of checkpoints/make_tiny.py."""
-    batch = batches(processor, model, Namespace(seed=1, steps=1, batch_size=12))[0]
+    batch = batches(processor, model, Namespace(seed=1, steps=1, batch_size=12, contest_share=0.5))[0]
     decode = processor.tokenizer.decode
     for ids, labels in zip(batch["input_ids"], batch["labels"]):
         prompt, reply = decode(ids[labels == NOTHING]), decode(labels[labels != NOTHING])

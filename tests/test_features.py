@@ -21,7 +21,7 @@ from vqa.config.arguments import DataArguments
 from vqa.core.errors import UserError
 from vqa.data.collator import Collator
 from vqa.data.images import all_images
-from vqa.modeling.feature_store import open_feature_store, without_stored
+from vqa.modeling.feature_store import images_with_features, open_feature_store
 from vqa.modeling.loading import load_base
 from vqa.modeling.vision import encode_images
 
@@ -69,13 +69,13 @@ def test_a_second_run_encodes_nothing_and_reads_the_same(open_store, processor, 
 
 def test_images_with_features_are_not_checked_again_until_their_bytes_change(open_store, rows, tmp_path):
     root = tmp_path / "cache"
-    assert without_stored(rows, root) == rows
+    assert images_with_features(rows, root) == set()
     photo = Path(shutil.copy(rows[0]["images"][0], tmp_path / "photo.jpg"))
     copied, missing = {**rows[0], "images": [str(photo)]}, {**rows[0], "images": [str(tmp_path / "none.jpg")]}
     open_store([rows[0]]).shards.folder.joinpath("cut.safetensors").write_bytes(b"cut")
-    assert without_stored([copied, rows[1], missing], root) == [rows[1], missing]
+    assert images_with_features([copied, rows[1], missing], root) == set(copied["images"])
     photo.write_bytes(photo.read_bytes()[:-100])
-    assert without_stored([copied], root) == [copied]
+    assert images_with_features([copied], root) == set()
 
 
 def test_identical_images_are_encoded_once_and_every_size_separately(open_store, encoded, rows, tmp_path):

@@ -3,7 +3,7 @@
 import io
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -247,9 +247,17 @@ def oriented_sizes(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
         return dict(zip(paths, pool.map(oriented_size, paths)))
 
 
-def check_images(rows: Sequence[Row], label: str, remedy: str = "Replace the files, or delete their rows.") -> None:
-    """Decode every image once. Raises UserError, with the number and the first few names, if any cannot be used."""
-    if broken := find_bad_images(rows, label):
+def check_images(
+    rows: Sequence[Row],
+    label: str,
+    remedy: str = "Replace the files, or delete their rows.",
+    checked: Collection[str] = (),
+) -> None:
+    """Decode every image once, but those in `checked`.
+
+    Raises UserError, with the number and the first few names, if any cannot be used.
+    """
+    if broken := find_bad_images(rows, label, checked):
         total = len(all_images(rows))
         if len(broken) == total:
             remedy = _suggest_root(label, next(iter(broken))) or remedy
@@ -266,12 +274,12 @@ def _suggest_root(label: str, image: str) -> str | None:
     return f"Add --image_root {root}." if root else None
 
 
-def find_bad_images(rows: Sequence[Row], label: str) -> dict[str, str]:
-    """path -> problem, for every image that `open_image` cannot open.
+def find_bad_images(rows: Sequence[Row], label: str, checked: Collection[str] = ()) -> dict[str, str]:
+    """path -> problem, for every image that `open_image` cannot open; those in `checked` are left out.
 
     JPEGs are decoded at an eighth of their size: fast, and the file is still read to its end.
     """
-    paths = all_images(rows)
+    paths = [path for path in all_images(rows) if path not in checked]
     with ThreadPoolExecutor() as pool:
         checks = tqdm(
             pool.map(_problem, paths), total=len(paths), desc=f"checking images of {label}", leave=False, disable=None

@@ -186,20 +186,17 @@ class FeatureStore:
         return fetch_image(image_item(image, self.image_size, self.patch), image_patch_size=self.patch)
 
 
-def without_stored(rows: Sequence[Row], root: str | Path) -> list[Row]:
-    """The rows with an image that has no features in any store in the folder `root`.
+def images_with_features(rows: Sequence[Row], root: str | Path) -> set[str]:
+    """The images of `rows` that have features in any store in the folder `root`.
 
-    The others need no check: their images, known by their SHA-256, were decoded when the features were computed.
+    They need no check: known by their SHA-256, they were decoded when the features were computed.
     """
     stored = set()
     for path in shard_files(Path(root)):
         with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:  # incomplete, or deleted just now
             stored |= {key.partition("_")[0] for key in file.keys()}
-    if not stored:
-        return list(rows)
-    paths = [path for path in all_images(rows) if Path(path).is_file()]
-    known = {path for path, sha in zip(paths, hash_files(paths)) if sha in stored}
-    return [row for row in rows if not known.issuperset(row["images"])]
+    paths = [path for path in all_images(rows) if Path(path).is_file()] if stored else []
+    return {path for path, sha in zip(paths, hash_files(paths)) if sha in stored}
 
 
 def tower_fingerprint(tower: nn.Module) -> str:
