@@ -41,6 +41,7 @@ from vqa.core.compat import string_to_bool
 from vqa.core.distributed import check_launcher, run_on_main_and_broadcast
 from vqa.core.errors import UserError, run_main
 from vqa.core.workers import check_workers
+from vqa.data.rows import Row
 from vqa.evaluation.cascade import Cascade
 from vqa.evaluation.labels import Labels
 from vqa.evaluation.oof import WEIGHTS
@@ -54,9 +55,9 @@ from vqa.inference.checkpoints import (
     check_score_head,
     fold_checkpoint,
 )
-from vqa.inference.jobs import make_jobs, read_oof_rows, read_test_rows, unfinished_jobs, write_outputs
+from vqa.inference.jobs import Job, make_jobs, read_oof_rows, read_test_rows, unfinished_jobs, write_outputs
 from vqa.inference.predictor import Predictor
-from vqa.inference.tta import PERMUTATION_SETS, make_views
+from vqa.inference.tta import PERMUTATION_SETS, View, ViewPredictions, make_views
 from vqa.inference.tta_report import write_tta_report
 from vqa.training.image_sizes import compare_image_sizes
 
@@ -67,47 +68,25 @@ def main() -> None:
     args, cli_args = parse_args()
     start_processes()
     cascade = Cascade(args.cascade_share, args.cascade_weight)
-    if args.cascade and args.oof:
+    if args.cascade and args.oof:  # needs no model
         report = partial(report_cascade, args.cascade, args.folds, args.weights, cascade, args.output_dir)
         return run_on_main_and_broadcast(report)
     checkpoints, base_fingerprint = run_on_main_and_broadcast(lambda: load_checkpoints(args))
-    data = checkpoints[0].data
-    csv = args.csv or (data.train_csv if args.oof else data.test_csv)
-    source, reader = (csv, args.image_root or data.image_root, args.skip_bad_images), reader_options(data)
-    if args.oof:
-        folds = run_on_main_and_broadcast(lambda: read_oof_rows(*source, checkpoints, reader))
-    else:
-        folds = [run_on_main_and_broadcast(lambda: read_test_rows(*source, reader))]
+    csv, folds = run_on_main_and_broadcast(lambda: read_rows(args, checkpoints))
     predictor = Predictor(checkpoints[0], args.batch_size, args.workers)
     if len(args.image_sizes) > 1:
-        return compare_image_sizes(
-            predictor, checkpoints, folds, args.image_sizes, csv, base_fingerprint, args.output_dir
-        )
+        sizes = args.image_sizes, csv, base_fingerprint, args.output_dir
+        return compare_image_sizes(predictor, checkpoints, folds, *sizes)
     if args.cascade:
         rest = cascade, folds[0], csv, base_fingerprint, args.output_dir, cli_args
         return predict_cascade(predictor, checkpoints, args.cascade, *rest)
-    is_suffix = checkpoints[0].model.score == "suffix"
-    if is_suffix and args.num_permutations > 1:
-        PartialState().print("score suffix does not depend on the choices' order: --num_permutations adds no view")
-    permutations = 1 if is_suffix else args.num_permutations, args.permutation_set
-    options = predictor.collate, args.scales, *permutations, args.num_paraphrases, args.flip, args.crops
-    views = [make_views(rows, *options) for rows in folds]
+    views = [views_of_rows(args, predictor, rows) for rows in folds]
     views = views if args.oof else views * len(checkpoints)
     jobs = make_jobs(checkpoints, views, base_fingerprint, csv, args.oof, args.gate, args.output_dir)
-    todo = set(run_on_main_and_broadcast(lambda: [job.path for job in unfinished_jobs(jobs)]))
-    results = []
-    for job in jobs:
-        if job.path in todo:
-            predictions = predictor.predict(job)
-            results.append(predictions)
-            if PartialState().is_main_process:
-                checked = 0 if args.oof or is_suffix else args.check_generation
-                generated = predictor.compare_with_generate(job, predictions, checked)
-                write_outputs(job, predictions, generated, cli_args)
+    results = predict_jobs(predictor, jobs, args, cli_args)
     if args.oof and PartialState().is_main_process:
-        write_tta_report(
-            jobs[0].path.parent, Labels(csv, **reader), [row["id"] for rows in folds for row in rows], results
-        )
+        labels, ids = Labels(csv, **reader_options(checkpoints[0].data)), [row["id"] for rows in folds for row in rows]
+        write_tta_report(jobs[0].path.parent, labels, ids, results)
 
 
 def parse_args() -> tuple[argparse.Namespace, dict]:
@@ -253,6 +232,40 @@ def load_checkpoints(args: argparse.Namespace) -> tuple[list[Checkpoint], str]:
         if getattr(args, name) is not None:
             setattr(checkpoints[0].data, name, getattr(args, name))
     return checkpoints, check_base_weights(checkpoints)
+
+
+def read_rows(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> tuple[str, list[list[Row]]]:
+    """(the CSV, its rows): with --oof a list for each checkpoint, else one list for all of them."""
+    data = checkpoints[0].data
+    csv = args.csv or (data.train_csv if args.oof else data.test_csv)
+    source, reader = (csv, args.image_root or data.image_root, args.skip_bad_images), reader_options(data)
+    if args.oof:
+        return csv, read_oof_rows(*source, checkpoints, reader)
+    return csv, [read_test_rows(*source, reader)]
+
+
+def views_of_rows(args: argparse.Namespace, predictor: Predictor, rows: list[Row]) -> list[View]:
+    """The views of `rows` that the flags ask for, the plain one first."""
+    permutations = 1 if predictor.is_suffix else args.num_permutations
+    if permutations < args.num_permutations:
+        PartialState().print("score suffix does not depend on the choices' order: --num_permutations adds no view")
+    options = predictor.collate, args.scales, permutations, args.permutation_set, args.num_paraphrases
+    return make_views(rows, *options, args.flip, args.crops)
+
+
+def predict_jobs(
+    predictor: Predictor, jobs: list[Job], args: argparse.Namespace, cli_args: dict
+) -> list[ViewPredictions]:
+    """Predict the jobs that are not finished, and write their files."""
+    unfinished = set(run_on_main_and_broadcast(lambda: [job.path for job in unfinished_jobs(jobs)]))
+    checked = 0 if args.oof or predictor.is_suffix else args.check_generation
+    results = []
+    for job in (job for job in jobs if job.path in unfinished):
+        predictions = predictor.predict(job)
+        results.append(predictions)
+        if PartialState().is_main_process:
+            write_outputs(job, predictions, predictor.compare_with_generate(job, predictions, checked), cli_args)
+    return results
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class Predictor:
     def __init__(self, first: Checkpoint, batch_size: int | None = None, workers: int = 0):
         processor = load_processor(first.model.model, first.model.trust_remote_code)
         self.first, self.batch_size, self.workers = first, batch_size or first.batch_size, workers
+        self.is_suffix = first.model.score == "suffix"  # of choices, whose order does not matter
         self.letter_ids = letter_ids(processor)
         self.collate = COLLATORS[first.model.score](processor, first.data.image_size, first.data.instruction)
         self.collate_pixels = Collator(processor, first.data.image_size, first.data.instruction)
@@ -59,7 +60,7 @@ class Predictor:
         if checkpoint.adapter and self.adapters[-1:] != [checkpoint.adapter]:
             # PEFT allows no dot in a name.
             self.model = load_adapter(self.model, checkpoint.adapter, f"run{len(self.adapters)}")
-            if checkpoint.model.score == "suffix":
+            if self.is_suffix:
                 load_score_head(self.model, checkpoint.adapter)
             self.adapters.append(checkpoint.adapter)
         self.collate.features = self.features if is_vision_frozen(self.model) else None
