@@ -30,7 +30,7 @@ def main() -> None:
     results = load_results(folders, Labels(args.train_csv or train_csv, **reader))
     rows = analysis.read_result_rows(results, args.image_root or image_root, reader)
     groups = group_rows(rows)
-    common_folder = os.path.commonpath([folder.parent for folder in folders])
+    common_folder = os.path.commonpath([folder.parent.absolute() for folder in folders])
     page = Page(args.output_dir or swap_root("outputs", common_folder, below="checkpoints") / "analyze")
     path = page.write(
         "analyze.html",

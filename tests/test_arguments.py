@@ -162,6 +162,7 @@ def test_every_args_file_that_ships_is_valid(path, monkeypatch):
 def test_places_of_args_checkpoints_and_outputs_mirror_each_other():
     assert swap_root("checkpoints", "args/demo/fold0", below="args") == Path("checkpoints/demo/fold0")
     assert swap_root("outputs", "checkpoints", below="checkpoints") == Path("outputs")
+    assert swap_root("outputs", "/", below="checkpoints") == Path("outputs")
     assert swap_root("checkpoints", "/x/args/fold0", below="args") == Path("checkpoints/fold0")
     assert swap_root("checkpoints", "elsewhere/fold0", below="args") == Path("checkpoints/fold0")
 

@@ -72,8 +72,9 @@ def swap_root(root: str, path: str | Path, below: str) -> Path:
     path = Path(path)
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
-    places = [number for number, part in enumerate(path.parts) if part == below] or [-2]
-    return Path(root, *path.parts[places[-1 if path.is_absolute() else 0] + 1 :])
+    parts = path.relative_to(path.anchor).parts
+    places = [number for number, part in enumerate(parts) if part == below] or [-2]
+    return Path(root, *parts[places[-1 if path.is_absolute() else 0] + 1 :])
 
 
 def hash_file(path: str | Path) -> str:
