@@ -77,6 +77,8 @@ def check_all_images(runs: list[FoldRun]) -> None:
     checked: set[str] = set()
     for run in runs:
         rows = run.train_rows + run.valid_rows
+        if checked.issuperset(all_images(rows)):  # as for the second fold of a contest
+            continue
         checked |= images_with_features(rows, run.data.vision_cache_dir)
         check_images(rows, run.data.train_csv, checked=checked)
         checked.update(all_images(rows))

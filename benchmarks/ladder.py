@@ -46,10 +46,12 @@ from vqa.data.predictions import join  # noqa: E402
 from vqa.data.table import read_table  # noqa: E402
 from vqa.evaluation.labels import Labels  # noqa: E402
 from vqa.evaluation.metrics import NOISE, row_log_loss  # noqa: E402
+from vqa.evaluation.significance import WORDS  # noqa: E402
 
 BASE = ROOT / "args" / "bench" / "base.json"
 REPETITIONS, PLANTED = 10, 0.01  # of the check of the test
 (CHECKED,) = RUNGS[ONE].files
+CHECKED_SEEDS = 3  # models on each side
 
 
 def main() -> None:
@@ -65,8 +67,9 @@ def main() -> None:
     labels = Labels(data / "test_answers.csv")
     result = describe(args, time.time() - start) | {"failed": failed}
     result["rungs"] = compare_rungs({name: read_rung(name, seeds) for name in args.rungs}, labels, seeds)
-    if extra:
-        result["check"] = check_test([seed.right(CHECKED, labels) for seed in [*seeds, *extra]])
+    checked = [seed for seed in [*seeds, *extra] if seed.file(CHECKED).is_file()]
+    if extra and len(checked) >= 2 * CHECKED_SEEDS:
+        result["check"] = check_test([seed.right(CHECKED, labels) for seed in checked])
     write_json(outputs / "ladder.json", result)
     text = markdown(result)
     print(f"\n{text}")
@@ -376,17 +379,17 @@ def compare_rungs(rungs: Mapping[str, tuple | None], labels: Labels, seeds: Sequ
     return lines
 
 
-def check_test(right: Sequence[np.ndarray], seeds: int = 3) -> dict:
+def check_test(right: Sequence[np.ndarray]) -> dict:
     """How often the test finds a planted effect, and one that is not there.
 
-    `right`: bool (rows,) of models that differ in their seed only. Each repetition draws `seeds` of them and as many
-    others. In the second comparison, one point of the rows that the others have wrong are made right, drawn for each
+    `right`: bool (rows,) of models that differ in their seed only. Each repetition draws CHECKED_SEEDS of them and as
+    many others. In the second comparison, one point of the rows that the others have wrong are made right, drawn for each
     model.
     """
     rng, null, planted = np.random.default_rng(0), {}, {}
     for repetition in range(REPETITIONS):
-        drawn = [right[i].astype(float) for i in rng.permutation(len(right))[: 2 * seeds]]
-        first, second = np.stack(drawn[:seeds]), np.stack(drawn[seeds:])
+        drawn = [right[i].astype(float) for i in rng.permutation(len(right))[: 2 * CHECKED_SEEDS]]
+        first, second = np.stack(drawn[:CHECKED_SEEDS]), np.stack(drawn[CHECKED_SEEDS:])
         null[str(repetition)] = second - first
         better = second.copy()
         for model in better:
@@ -416,9 +419,6 @@ def describe(args: argparse.Namespace, seconds: float) -> dict:
         "seeds": args.seeds,
         "rows": {"train": args.train_rows, "test": args.test_rows},
     }
-
-
-WORDS = {1: "better", -1: "worse", 0: "within noise"}
 
 
 def markdown(result: dict) -> str:
