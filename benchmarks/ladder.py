@@ -383,8 +383,8 @@ def check_test(right: Sequence[np.ndarray]) -> dict:
     """How often the test finds a planted effect, and one that is not there.
 
     `right`: bool (rows,) of models that differ in their seed only. Each repetition draws CHECKED_SEEDS of them and as
-    many others. In the second comparison, one point of the rows that the others have wrong are made right, drawn for each
-    model.
+    many others. In the second comparison, one point of the rows that the others have wrong are made right, drawn for
+    each model.
     """
     rng, null, planted = np.random.default_rng(0), {}, {}
     for repetition in range(REPETITIONS):
