@@ -22,6 +22,7 @@ from vqa.core.workers import WorkerCollator
 from vqa.data.images import all_images, check_images, oriented_sizes, with_crops
 from vqa.evaluation.reference import Reference
 from vqa.modeling.feature_store import images_with_features
+from vqa.modeling.positions import PositionCollator
 from vqa.modeling.suffix_score import COLLATORS
 from vqa.modeling.tree_attention import TreeCollator
 from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens
@@ -117,7 +118,7 @@ def train(run: FoldRun, base: SharedBase) -> None:
     trainer = FoldTrainer(
         model,
         recipe,
-        data_collator=WorkerCollator(TreeCollator(collate) if permutations > 1 else collate),
+        data_collator=WorkerCollator(PositionCollator(TreeCollator(collate) if permutations > 1 else collate, model)),
         train_dataset=dataset,
         eval_dataset=valid_rows,
         # In this order: the limit may ask for a checkpoint, averages and head write into it, the marker completes it.

@@ -33,6 +33,7 @@ from vqa.data.rows import read_rows  # noqa: E402
 from vqa.inference.scoring import permutation_probs, score_rows  # noqa: E402
 from vqa.modeling.feature_store import open_feature_store  # noqa: E402
 from vqa.modeling.loading import add_adapter, load_base, load_processor  # noqa: E402
+from vqa.modeling.positions import PositionCollator  # noqa: E402
 from vqa.training.batching import apply_batch_config, choose_batch_config, count_tokens  # noqa: E402
 from vqa.training.callbacks import EMACallback, SWACallback  # noqa: E402
 from vqa.training.dataset import SetEpochCallback, TrainDataset  # noqa: E402
@@ -159,7 +160,7 @@ class Ours:
         trainer = FoldTrainer(
             model,
             recipe,
-            data_collator=self.collate,
+            data_collator=PositionCollator(self.collate, model),
             train_dataset=train_rows,
             eval_dataset=[],
             callbacks=[SetEpochCallback(train_rows), *averages],

@@ -33,6 +33,7 @@ from vqa.data.collator import Collator  # noqa: E402
 from vqa.data.prompt import letter_ids  # noqa: E402
 from vqa.inference.scoring import score_rows  # noqa: E402
 from vqa.modeling.loading import add_adapter, load_base, load_processor  # noqa: E402
+from vqa.modeling.positions import PositionCollator  # noqa: E402
 from vqa.training.callbacks import EMACallback, SWACallback  # noqa: E402
 from vqa.training.dataset import SetEpochCallback, TrainDataset  # noqa: E402
 from vqa.training.memory import (
@@ -146,7 +147,7 @@ def measure(model, processor, recipe: RecipeArguments, setup: Setup, size: int, 
     trainer = FoldTrainer(
         model,
         recipe,
-        data_collator=collate,
+        data_collator=PositionCollator(collate, model),
         train_dataset=train_rows,
         eval_dataset=[],
         callbacks=[SetEpochCallback(train_rows), *averages, clock],

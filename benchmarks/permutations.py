@@ -32,6 +32,7 @@ from vqa.data.images import all_images, oriented_sizes  # noqa: E402
 from vqa.data.rows import read_rows  # noqa: E402
 from vqa.inference import scoring  # noqa: E402
 from vqa.modeling.loading import add_adapter  # noqa: E402
+from vqa.modeling.positions import PositionCollator  # noqa: E402
 from vqa.modeling.tree_attention import TreeCollator, tree_logits  # noqa: E402
 from vqa.training.batching import count_tokens  # noqa: E402
 from vqa.training.dataset import SetEpochCallback, TrainDataset, rotations  # noqa: E402
@@ -105,7 +106,7 @@ def trained(own: Ours, permutations: int, first_layer: int, steps: int, folder: 
     trainer = FoldTrainer(
         model,
         recipe,
-        data_collator=collate,
+        data_collator=PositionCollator(collate, model),
         train_dataset=train_rows,
         eval_dataset=[],
         callbacks=[SetEpochCallback(train_rows), clock],

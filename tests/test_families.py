@@ -2,6 +2,7 @@
 
 import ast
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -24,6 +25,7 @@ from vqa.inference.scoring import NON_MODEL_KEYS, answer_logits, normalize, perm
 from vqa.modeling.families import FAMILIES, GENERIC, family_of, fp32_vision_layers, language_model, vision_tower
 from vqa.modeling.feature_store import open_feature_store
 from vqa.modeling.loading import add_adapter, load_base, load_processor
+from vqa.modeling.positions import PositionCollator
 from vqa.modeling.vision import VISION_KEYS, encode_images, guard_fp16
 from vqa.training.batching import split_batch
 
@@ -281,6 +283,32 @@ def test_scores_are_the_same_in_any_batch(loaded, rows):
     collate = Collator(processor, 140)
     one, many = (score_rows(model, rows[:6], collate, ids, size) for size in (1, 6))
     assert np.abs(one - many).max() < 1e-5
+
+
+def test_positions_that_come_with_the_batch_are_those_that_the_model_computes(loaded, rows):
+    model, processor, _ = loaded
+    mixed = [rows[0], rows[1] | {"images": []}, rows[2] | {"images": rows[2]["images"] + rows[3]["images"]}]
+    collate = PositionCollator(Collator(processor, 140), model)
+    given, seen = collate(mixed), []
+    assert ("positions" in given) == hasattr(model.model, "get_rope_index")
+    own = {key: value for key, value in given.items() if key != "positions"}
+    hook = language_model(model).register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+    with torch.no_grad(), hook:
+        logits = [answer_logits(model, batch) for batch in (given, own)]
+    assert torch.equal(*logits)
+    assert "positions" not in given or (torch.equal(*seen) and len(seen[0].unique()) > 20)
+    assert len(pickle.dumps(collate.base)) < 20_000  # it takes no weights to a worker process
+
+
+def test_scoring_reads_nothing_back_from_the_gpu_for_positions(loaded, rows, monkeypatch):
+    model, processor, ids = loaded
+    if hasattr(model.model, "get_rope_index"):
+        monkeypatch.setattr(model.model, "get_rope_index", lambda *args, **kwargs: pytest.fail("asked"))
+    permuted = [{**row, "permutations": [[0, 1, 2, 3], [1, 2, 3, 0]]} for row in rows[:2]]
+    assert len(score_rows(model, rows[:3], Collator(processor, 140), ids, 2)) == 3
+    assert len(permutation_probs(model, permuted, Collator(processor, 140), ids, 2)) == 2
 
 
 def test_rows_with_several_images_and_with_none_score_as_they_do_alone(loaded, rows):

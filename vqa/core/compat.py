@@ -103,6 +103,13 @@ def rope_positions(base, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return base.model.get_rope_index(**inputs)[0]
 
 
+def position_model(base) -> Any:
+    """A model of the base's class that has its config and no weights: all that `get_rope_index` needs."""
+    model = type(base.model).__new__(type(base.model))
+    model.__dict__["config"] = base.model.config
+    return model
+
+
 def count_image_tokens(processor, sizes: list[tuple[int, int]], options: dict) -> list[int]:
     """The tokens that a processor makes of images of these (width, height), with these options of its call."""
     image_sizes = [(height, width) for width, height in sizes]

@@ -19,13 +19,17 @@ from vqa.data.collator import Collator
 from vqa.data.prompt import LETTERS
 from vqa.data.rows import Row
 from vqa.modeling.families import family_of
+from vqa.modeling.positions import PositionCollator
 from vqa.modeling.shared_prefix import PermutationCollator, permutation_logits
 from vqa.modeling.suffix_score import suffix_scores
 from vqa.modeling.tree_attention import TreeCollator, tree_permutation_logits
 from vqa.modeling.vision import encode_images, unwrap_base_model
 
 # Keys of a batch that are not the model's, which would ignore them silently.
-NON_MODEL_KEYS = ("labels", "answer_start", "answer", "offered", "ids", "num_images", "pixel_rows", "weight", "target")
+NON_MODEL_KEYS = (
+    *("labels", "answer_start", "answer", "offered", "ids", "num_images", "pixel_rows", "weight", "target"),
+    "positions",
+)
 
 
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: int = 1) -> torch.Tensor:
@@ -33,6 +37,8 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], keep: 
     if "pixel_values" in batch or "image_features" in batch:
         batch = encode_images(model, batch)
     inputs = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
+    if "positions" in batch:
+        inputs["position_ids"] = batch["positions"].transpose(0, 1)
     return model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
 
 
@@ -118,7 +124,7 @@ def _letter_probs(
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]) + sum(map(len, rows[i]["choices"])))
-    loader = make_loader([rows[i] for i in by_length], batch_size, collate, workers)
+    loader = make_loader([rows[i] for i in by_length], batch_size, PositionCollator(collate, model), workers)
     shown: list[list[np.ndarray]] = [[] for _ in rows]
     done, processes = 0, PartialState().num_processes
     scale = processes > 1 and processes  # every process has scored as many rows as this one

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from vqa.core.compat import rope_positions, select_cache_rows
+from vqa.core.compat import select_cache_rows
 from vqa.data.collator import Collator
 from vqa.data.prompt import render_chat
 from vqa.data.rows import Row
+from vqa.modeling.positions import token_positions
 from vqa.modeling.vision import encode_images, unwrap_base_model
 
 PREFIX_KEYS = (
@@ -78,7 +79,7 @@ def permutation_logits(model: nn.Module, batch: dict) -> torch.Tensor:
     """Logits float32 (suffixes, vocabulary) at the last token of each suffix of a PermutationCollator's batch."""
     base, row_index = unwrap_base_model(model), batch["row_index"]
     inputs = {name: batch[name] for name in (*PREFIX_KEYS, "image_grid_thw") if name in batch}
-    positions = rope_positions(base, inputs)
+    positions = token_positions(base, batch)
     if "pixel_values" in batch or "image_features" in batch:  # rows without an image have none
         inputs["mm_encoder_outputs"] = encode_images(model, batch)["mm_encoder_outputs"]
     cache = DynamicCache(config=base.config.get_text_config())

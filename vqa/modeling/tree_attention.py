@@ -9,18 +9,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from vqa.core.compat import rope_positions
 from vqa.core.errors import UserError
 from vqa.data.collator import Collator
 from vqa.data.prompt import render_chat, shown_answer, shown_target
 from vqa.data.rows import LETTERS, Row
 from vqa.modeling.base_checks import check_model_path
 from vqa.modeling.families import FAMILIES, family_of_type
+from vqa.modeling.positions import ROPE_KEYS, TOKEN_KEYS, token_positions
 from vqa.modeling.shared_prefix import common_length, head_reads, pad
 from vqa.modeling.vision import encode_images, unwrap_base_model
 
-TOKEN_KEYS = ("input_ids", "mm_token_type_ids")  # of the Collator's batch, with one entry for each token
-MODEL_KEYS = (*TOKEN_KEYS, "image_grid_thw")
 ANSWER_TOKENS = 2  # that have a label: the letter and the end of the turn
 ALIGNMENT = 8  # SDPA's memory-efficient kernel copies a mask whose rows do not begin at multiples of 8 numbers
 
@@ -143,10 +141,10 @@ def tree_hidden_states(model: nn.Module, batch: dict, columns: torch.Tensor) -> 
 
 def _run(model: nn.Module, batch: dict, columns: torch.Tensor, logits: bool) -> torch.Tensor:
     base = unwrap_base_model(model)
-    inputs = {name: batch[name] for name in MODEL_KEYS if name in batch}
+    inputs = {name: batch[name] for name in ROPE_KEYS if name in batch}
     if "pixel_values" in batch or "image_features" in batch:  # rows without an image have none
         inputs["mm_encoder_outputs"] = encode_images(model, batch)["mm_encoder_outputs"]
-    inputs["position_ids"] = tree_positions(base, batch)
+    inputs["position_ids"] = token_positions(base, batch)
     inputs["attention_mask"] = tree_mask(batch["segment"], base.dtype)
     with head_reads(base, columns.clamp(min=0), logits) as hidden_states:
         output = model(**inputs, use_cache=False).logits
@@ -159,19 +157,6 @@ def tree_mask(segment: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     seen = ((segment[:, None] == 0) | (segment[:, None] == segment[..., None])).tril()
     mask = torch.zeros(rows, 1, tokens, tokens + -tokens % ALIGNMENT, dtype=dtype, device=segment.device)
     return mask[..., :tokens].masked_fill_(~seen[:, None], float("-inf"))
-
-
-def tree_positions(base: nn.Module, batch: dict) -> torch.Tensor:
-    """Positions of the tokens, int64 (rows, tokens), or (3, rows, tokens) in time, height and width."""
-    segment = batch["segment"]
-    inputs = {name: batch[name] for name in MODEL_KEYS if name in batch}
-    positions = rope_positions(base, inputs | {"attention_mask": (segment == 0).long()})
-    column = torch.arange(segment.shape[1], device=segment.device)
-    begins = segment.diff(prepend=segment[:, :1] - 1, dim=1) != 0
-    in_suffix = column - (column * begins).cummax(1).values
-    # The prefix ends in text, so its last token has its largest position, in each coordinate.
-    last = positions.masked_fill(segment != 0, 0).amax(-1, keepdim=True)
-    return torch.where(segment == 0, positions, last + 1 + in_suffix)
 
 
 def check_tree_attention(model: str, field: str, trust_remote_code: bool = False) -> None:
