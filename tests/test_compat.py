@@ -128,8 +128,8 @@ def test_one_process_broadcasts_and_gathers_its_own_objects():
 
 def test_the_model_comes_out_of_ddps_wrapper():
     model = nn.Linear(2, 2)
-    assert compat.extract_model_from_parallel(model) is model
-    assert compat.extract_model_from_parallel(nn.DataParallel(model)) is model
+    assert compat.unwrap_parallel(model) is model
+    assert compat.unwrap_parallel(nn.DataParallel(model)) is model
 
 
 def test_the_parsers_flags_can_be_hidden_and_renamed():

@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel as extract_model_from_parallel  # the model inside DDP
 from peft.tuners.lora import LoraLayer as LoraLayer  # its forward pass is replaced by the fused one
 from peft.tuners.tuners_utils import BaseTunerLayer as BaseTunerLayer  # any layer that carries an adapter
 from torch import nn
@@ -57,6 +56,12 @@ TRAINER_METHODS = {
 def initial_global_step(trainer: Trainer) -> int:
     """The step at which the last call of `train()` began: 0, or that of the checkpoint it resumed."""
     return trainer._initial_global_step
+
+
+def unwrap_parallel(model: nn.Module) -> Any:
+    """The model inside DDP. accelerate's own function looks through all modules, in each of a step's many calls."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return model.module if isinstance(model, wrappers) else model
 
 
 def first_repeated_row(num_rows: int, batch_size: int, num_processes: int, rank: int) -> int:
@@ -103,9 +108,10 @@ def rope_positions(base, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return base.model.get_rope_index(**inputs)[0]
 
 
-def position_model(base) -> Any:
+def position_model(base) -> nn.Module:
     """A model of the base's class that has its config and no weights: all that `get_rope_index` needs."""
-    model = type(base.model).__new__(type(base.model))
+    kind: Any = type(base.model)
+    model = kind.__new__(kind)
     model.__dict__["config"] = base.model.config
     return model
 

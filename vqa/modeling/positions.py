@@ -3,7 +3,7 @@
 Qwen's models derive them row by row and read each image's grid from the GPU, which then waits for every row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -24,12 +24,12 @@ class PositionCollator:
     model's weights.
     """
 
-    def __init__(self, collate: Callable[[Sequence[Row]], dict], model: nn.Module):
+    def __init__(self, collate: Callable[[list[Row]], dict], model: nn.Module):
         base = unwrap_base_model(model)
         self.collate = collate
         self.base = SimpleNamespace(model=position_model(base)) if hasattr(base.model, "get_rope_index") else None
 
-    def __call__(self, rows: Sequence[Row]) -> dict:
+    def __call__(self, rows: list[Row]) -> dict:
         batch = self.collate(rows)
         if self.base and "image_grid_thw" in batch:  # without an image, the model counts tokens
             positions = token_positions(self.base, batch)

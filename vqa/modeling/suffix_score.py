@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vqa.core.compat import extract_model_from_parallel
+from vqa.core.compat import unwrap_parallel
 from vqa.core.errors import UserError
 from vqa.data.collator import Collator, right_answers
 from vqa.data.images import shown_images
@@ -68,7 +68,7 @@ def suffix_scores(model: nn.Module, batch: dict) -> torch.Tensor:
     ends = batch["choice_end"]
     hidden = tree_hidden_states(model, batch, ends)
     with torch.autocast(hidden.device.type, enabled=False):
-        scores = extract_model_from_parallel(model).score_head(hidden)[..., 0]
+        scores = unwrap_parallel(model).score_head(hidden)[..., 0]
     scores = scores.masked_fill(ends < 0, float("-inf"))
     return nn.functional.pad(scores, (0, len(LETTERS) - scores.shape[1]), value=float("-inf"))
 

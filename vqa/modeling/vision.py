@@ -14,7 +14,7 @@ from vqa.core.compat import (
     accepts_encoder_outputs,
     as_encoder_outputs,
     dequantized_weight,
-    extract_model_from_parallel,
+    unwrap_parallel,
 )
 from vqa.core.dtypes import half_autocast
 from vqa.core.errors import UserError, preview
@@ -101,7 +101,7 @@ def is_vision_frozen(model: nn.Module) -> bool:
 
 def unwrap_base_model(model: nn.Module) -> Any:
     """The base model (a PreTrainedModel) inside DDP and PEFT."""
-    model = extract_model_from_parallel(model)
+    model = unwrap_parallel(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

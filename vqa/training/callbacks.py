@@ -35,6 +35,7 @@ class WeightAverage(TrainerCallback):
 
     def __init__(self) -> None:
         self.average: dict[str, torch.Tensor] = {}
+        self.trained: dict[str, torch.nn.Parameter] = {}  # found in the first update: there are thousands of modules
         self.steps = self.updates = 0
 
     def weight(self) -> float:
@@ -48,7 +49,8 @@ class WeightAverage(TrainerCallback):
     @torch.no_grad()
     def update(self, model: torch.nn.Module) -> None:
         """average += weight * (current - average), for each trainable parameter."""
-        current = {name: parameter.detach().float() for name, parameter in trainable_parameters(model)}
+        self.trained = self.trained or dict(trainable_parameters(model))
+        current = {name: parameter.detach().float() for name, parameter in self.trained.items()}
         if self.average:
             averages = [self.average[name] for name in current]
             foreach_lerp_(averages, list(current.values()), self.weight())  # as in torch.optim.swa_utils

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from vqa.core.compat import extract_model_from_parallel
+from vqa.core.compat import unwrap_parallel
 from vqa.core.errors import UserError
 from vqa.modeling.suffix_score import load_score_head, save_score_head
 
@@ -47,12 +47,12 @@ class ScoreHeadCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step:  # a resumed run
-            load_score_head(extract_model_from_parallel(model), args.resume_from_checkpoint)
+            load_score_head(unwrap_parallel(model), args.resume_from_checkpoint)
 
     def on_save(self, args, state, control, model=None, **kwargs):
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            save_score_head(extract_model_from_parallel(model), folder)
+            save_score_head(unwrap_parallel(model), folder)
 
 
 def checkpoint_to_resume(wanted: str | None, folder: str | Path, rows: int) -> str | None:

@@ -70,6 +70,7 @@ class FoldTrainer(Trainer):
         self.validator = Validator(self.args, self.eval_dataset, prompts, letter_ids, weight_averages)
         self.micro_batches = MicroBatches(self.args)
         self.loss_check = FiniteLossCheck()
+        self.trained: list[torch.nn.Parameter] = []  # found in the first step: there are thousands of modules
         for dict_printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(dict_printer)
         self.add_callback(LogCallback())
@@ -113,8 +114,8 @@ class FoldTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As the Trainer's, in smaller batches after GPU memory has run out (`MicroBatches`)."""
         step, number = super().training_step, self.state.global_step + 1
-        parameters = [parameter for _, parameter in trainable_parameters(model)]
-        loss = self.micro_batches.run(lambda part: step(model, part, num_items_in_batch), inputs, parameters, number)
+        self.trained = self.trained or [parameter for _, parameter in trainable_parameters(model)]
+        loss = self.micro_batches.run(lambda part: step(model, part, num_items_in_batch), inputs, self.trained, number)
         if self.accelerator.sync_gradients:  # the last batch of the optimiser step
             self.loss_check.check(number)
         return loss
