@@ -141,17 +141,13 @@ def test_the_ladder_is_climbed_from_the_contest_to_the_table(in_this_process, sc
     files = {
         "base model, untrained": "plain/base/base",
         "one fold": "permutations/plain/fold0",
-        "EMA": "ema/fold0",
-        "raw weights": "raw/fold0",
+        "EMA": "ema/averaged",
     }
     for name, file in files.items():
         found = [pd.read_csv(tmp_path / f"outputs/ladder/{seed}/{file}.csv")["answer"] for seed in (5, 6)]
         assert lines[name]["seeds"] == pytest.approx([(own == answers).mean() for own in found]), name
         assert name in output
-    assert (
-        "| raw weights |" in (tmp_path / "outputs/ladder/ladder.md").read_text()
-        and "python benchmarks/ladder.py" in output
-    )
+    assert "| EMA |" in (tmp_path / "outputs/ladder/ladder.md").read_text() and "benchmarks/ladder.py" in output
     trained = (tmp_path / "checkpoints/ladder/5/fold0/metrics.json").stat().st_mtime_ns
     code, _, error = script("ladder", *flags)
     assert code == 0, error

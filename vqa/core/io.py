@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vqa.core.errors import UserError
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -77,14 +79,24 @@ def swap_root(root: str, path: str | Path, below: str) -> Path:
     return Path(root, *parts[places[-1 if path.is_absolute() else 0] + 1 :])
 
 
+def once_a_version(function: Callable[[str | Path], Result]) -> Callable[[str | Path], Result]:
+    """`function` of a file's path, called again only when the file's size or time of change differs."""
+
+    @cache
+    def of_version(path: str, size: int, mtime_ns: int) -> Result:
+        return function(path)
+
+    @wraps(function)
+    def remembered(path: str | Path) -> Result:
+        stat = os.stat(path)
+        return of_version(str(path), stat.st_size, stat.st_mtime_ns)
+
+    return remembered
+
+
+@once_a_version
 def hash_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes in hex. A file is read again only when its size or time of change differs."""
-    stat = os.stat(path)
-    return _hash_version(str(path), stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _hash_version(path: str, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a file's bytes in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

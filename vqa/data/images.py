@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from vqa.core.errors import UserError, pluralize, preview
+from vqa.core.io import once_a_version
 from vqa.data.image_paths import suggest_image_root
 from vqa.data.rows import Row
 
@@ -234,6 +235,7 @@ def image_tokens(width: int, height: int, patch: int = 14) -> int:
     return width * height // (2 * patch) ** 2
 
 
+@once_a_version
 def oriented_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of the image that `open_image` returns, read from the file's header alone."""
     with _open(path) as image:
