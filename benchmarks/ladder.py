@@ -183,7 +183,7 @@ class Seed:
 
     def file(self, name: str) -> Path:
         """The prediction file `folder/run`."""
-        return self.outputs / (name.replace("/base", "/base/base") + ".csv")
+        return self.outputs / (f"{name}/base.csv" if name.endswith("/base") else f"{name}.csv")
 
     def seconds(self, names: Sequence[str]) -> float:
         """Of training the models of the files `view/run`, without those that they needed."""

@@ -154,7 +154,7 @@ def image_hashes(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def image_groups(rows: Sequence[Row], near: bool = False) -> list[str]:
-    """A key of each row that rows with the same images share, byte for byte. A row without an image has its own.
+    """A key of each row that rows with the same images share, byte for byte; without an image, those with its text.
 
     `near`: near-duplicates are the same image too.
     Rows that share some of their images are not joined: where pairs are drawn from a few images, that would join all.
@@ -165,7 +165,7 @@ def image_groups(rows: Sequence[Row], near: bool = False) -> list[str]:
 
         key_of = near_duplicate_keys(all_images(rows))
         keys = [[key_of[path] for path in row["images"]] for row in rows]
-    return [" ".join(sorted(set(own))) or f"text of {row['id']}" for row, own in zip(rows, keys)]
+    return [" ".join(sorted(set(own))) or repr((row["question"], *row["choices"])) for row, own in zip(rows, keys)]
 
 
 def shared_images(rows: list[Row], others: list[Row]) -> list[tuple[str, str]]:
