@@ -9,7 +9,8 @@ command lines, and all seeds predict the same test rows. Each rung is compared w
 again, the script continues where it stopped.
 
 The test takes both the rows and the seeds as drawn at random: the variance of a difference is that over rows plus that
-over seeds, without what both contain. Three seeds measure their variance badly, so it is pooled over all rungs.
+over seeds, without what both contain. Three seeds measure their variance badly, so it is moderated by
+that of all other rungs.
 `--check_seeds 9` trains one fold with nine more seeds and checks the test itself. Ten times it compares three of these
 twelve models with three others: as they are (no effect), and with one point planted in the second three.
 """
@@ -31,7 +32,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.optimize import brentq
+from scipy.special import digamma, fdtrc, polygamma, stdtr, stdtrit
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +52,7 @@ from vqa.evaluation.significance import WORDS  # noqa: E402
 
 BASE = ROOT / "args" / "bench" / "base.json"
 REPETITIONS, PLANTED = 10, 0.01  # of the check of the test
+OUTLIER = 0.01  # p-value of a variance that is not like the others
 (CHECKED,) = RUNGS[ONE].files
 CHECKED_SEEDS = 3  # models on each side
 
@@ -331,23 +334,51 @@ class Gap(NamedTuple):
 def compare_all(gaps: Mapping[str, np.ndarray]) -> dict[str, Gap]:
     """Tests of differences (seeds, rows), where both are drawn at random (crossed random effects).
 
-    With one seed only the rows count. With more, the variance between seeds is pooled over all `gaps`.
+    With one seed only the rows count. With more, the variance between seeds is moderated over all `gaps`.
     """
     seeds, rows = next(iter(gaps.values())).shape
+    means = {name: float(gap.mean()) for name, gap in gaps.items()}
     if seeds == 1:
-        return {
-            name: Gap(float(gap.mean()), float(gap[0].std(ddof=1) / rows**0.5), rows - 1) for name, gap in gaps.items()
-        }
-    over_rows, over_seeds = {}, {}
-    for name, gap in gaps.items():
+        return {name: Gap(means[name], gap[0].std(ddof=1) / rows**0.5, rows - 1) for name, gap in gaps.items()}
+    own = np.array([gap.mean(1).var(ddof=1) for gap in gaps.values()])
+    moderated, freedom = moderate(own, seeds - 1)
+    tested = {}
+    for (name, gap), between, known in zip(gaps.items(), moderated, freedom):
         rest = gap - gap.mean(0) - gap.mean(1, keepdims=True) + gap.mean()
-        both = (rest**2).sum() / ((seeds - 1) * (rows - 1)) / (seeds * rows)
-        over_rows[name] = gap.mean(0).var(ddof=1) / rows
-        over_seeds[name] = gap.mean(1).var(ddof=1) / seeds - both
-    pooled, freedom = max(0.0, float(np.mean(list(over_seeds.values())))), len(gaps) * (seeds - 1)
-    return {
-        name: Gap(float(gap.mean()), float((over_rows[name] + pooled) ** 0.5), freedom) for name, gap in gaps.items()
-    }
+        both = (rest**2).sum() / ((seeds - 1) * (rows - 1)) / rows  # it is in the variance of the rows' means, too
+        of_rows, of_seeds = gap.mean(0).var(ddof=1) / rows, max(0.0, between - both) / seeds
+        total = of_rows + of_seeds
+        share = of_seeds / total if total else 0.0
+        # Satterthwaite: the variance over the rows is known well, that over the seeds is not.
+        tested[name] = Gap(means[name], total**0.5, known / share**2 if share else rows - 1)
+    return tested
+
+
+def moderate(variances: np.ndarray, freedom: int) -> tuple[np.ndarray, np.ndarray]:
+    """Variances drawn towards their common value, and the degrees of freedom of each.
+
+    Smyth (2004), doi 10.2202/1544-6115.1027, as in limma. `freedom`: of each variance. The more the variances differ,
+    the less they are changed. One that is far larger than the others stays as it is, and so does one of 0, of models
+    that are the same; the others learn nothing from them.
+    """
+    alike = variances > 0
+    for _ in range(2):
+        if alike.sum() < 3:
+            return variances, np.full(len(variances), float(freedom))
+        common, prior = common_variance(variances[alike], freedom)
+        alike &= fdtrc(freedom, prior, variances / common) > OUTLIER
+    moderated = (prior * common + freedom * variances) / (prior + freedom)
+    return np.where(alike, moderated, variances), np.where(alike, prior + freedom, freedom)
+
+
+def common_variance(variances: np.ndarray, freedom: int) -> tuple[float, float]:
+    """The value that `variances`, all above 0, scatter about, and what it is worth in degrees of freedom."""
+    logs = np.log(variances) - digamma(freedom / 2) + np.log(freedom / 2)
+    spread = float(logs.var(ddof=1) - polygamma(1, freedom / 2))
+    if spread < 1e-4:  # no more than chance alone makes
+        return float(variances.mean()), float(freedom * len(variances))
+    prior = 2 * brentq(lambda half: float(polygamma(1, half)) - spread, 1e-3, 1e5)
+    return float(np.exp(logs.mean() + digamma(prior / 2) - np.log(prior / 2))), prior
 
 
 def compare_rungs(rungs: Mapping[str, tuple | None], labels: Labels, seeds: Sequence[Seed]) -> list[dict]:

@@ -91,6 +91,30 @@ def test_an_effect_that_is_not_there_is_found_in_one_of_twenty(of_seed, of_row):
     assert np.mean(signs) < 0.075
 
 
+def test_a_rung_whose_seeds_differ_much_neither_hides_the_others_nor_is_trusted_like_them():
+    rng, found, wrong, unsure = np.random.default_rng(0), [], [], []
+    for _ in range(40):
+        many = {f"calm {i}": gaps(rng, 3, 2000, of_seed=0.004) for i in range(20)}
+        many |= {f"real {i}": gaps(rng, 3, 2000, of_seed=0.004, effect=0.03) for i in range(5)}
+        many |= {f"wild {i}": gaps(rng, 3, 2000, of_seed=0.1) for i in range(2)}
+        signs = {name: gap.sign for name, gap in ladder.compare_all(many).items()}
+        for kind, kept in (("calm", wrong), ("real", found), ("wild", unsure)):
+            kept += [sign for name, sign in signs.items() if name.startswith(kind)]
+    assert np.mean(np.abs(wrong)) < 0.075 and np.mean(found) > 0.9 and np.mean(np.abs(unsure)) < 0.12
+
+
+def test_moderated_variances_are_between_their_own_and_the_common_one():
+    rng = np.random.default_rng(0)
+    alike, freedom = ladder.moderate(rng.chisquare(2, 400) / 2, 2)
+    assert np.median(alike) == pytest.approx(1, rel=0.1) and np.median(freedom) > 10
+    true = 10 / rng.chisquare(10, 4000)  # worth 10 degrees of freedom
+    own = true * rng.chisquare(2, 4000) / 2
+    moderated, freedom = ladder.moderate(own, 2)
+    assert np.median(freedom) == pytest.approx(12, rel=0.25)
+    assert np.abs(np.log(moderated / true)).mean() < 0.6 * np.abs(np.log(own / true)).mean()
+    assert ladder.moderate(np.array([0.0, 1.0, 2.0, 1.5]), 2)[0][0] == 0, "models that are the same"
+
+
 def models(seed: int, spread: float, count: int = 12, rows: int = 10_000) -> list[np.ndarray]:
     """Which rows each of `count` models has right: rows differ in difficulty, models by `spread` points."""
     rng = np.random.default_rng(seed)
