@@ -7,7 +7,6 @@ The screenshots need the browser `chromium`, and a font with Hangul.
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,8 @@ from vqa.core.io import read_json  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "benchmarks" / "results"
-BLUE, GREY = "#2563c9", "#b6bec9"
+BLUE, GREY, RED = "#2563c9", "#b6bec9", "#c23b3b"
+WIDEST = 9  # points: a change beyond it is written, not drawn
 # name -> (page below outputs/demo, top and height of the part that is shown, in CSS pixels)
 SCREENSHOTS = {
     "explore": ("explore", 0, 1000),
@@ -63,17 +63,22 @@ def draw_speed() -> None:
 
 
 def draw_ladder() -> None:
-    """Test accuracy of each technique with its 95 % interval, as measured by benchmarks/ladder.py."""
-    row = re.compile(r"^\| ([^|]+) \| ([\d.]+) % \(([\d.]+) % to ([\d.]+) %\)", re.MULTILINE)
-    scores = {name: tuple(map(float, values)) for name, *values in row.findall((RESULTS / "ladder.md").read_text())}
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    """What each technique adds to the one that it builds on, as measured by benchmarks/ladder.py."""
+    rungs = [rung for rung in read_json(RESULTS / "ladder.json")["rungs"] if "change" in rung]
+    figure = Figure(figsize=(8, 9.5), layout="constrained")
     axes = figure.subplots()
-    for height, (accuracy, low, high) in enumerate(reversed(scores.values())):
-        axes.plot([low, high], [height, height], color=GREY, linewidth=4, solid_capstyle="round")
-        axes.plot(accuracy, height, "o", color=BLUE)
-        axes.text(high + 0.6, height, f"{accuracy:.1f} %", va="center")
-    axes.set_yticks(range(len(scores)), list(scores)[::-1])
-    axes.set(title="Demo contest: test accuracy and its 95 % interval", xlim=(48, 88))
+    axes.axvline(0, color="black", linewidth=0.8)
+    for height, rung in enumerate(reversed(rungs)):
+        change, low, high = (100 * rung[key] for key in ("change", "from", "to"))
+        if abs(change) > WIDEST:
+            axes.text(-WIDEST, height, f"{change:+.1f}", va="center")
+            continue
+        colour = {1: BLUE, 0: GREY, -1: RED}[rung["sign"]]
+        axes.plot([max(low, -WIDEST), min(high, WIDEST)], [height, height], color=GREY, linewidth=3)
+        axes.plot(change, height, "o", color=colour)
+    labels = [f"{rung['rung']}  (against {rung['against']})" for rung in rungs]
+    axes.set_yticks(range(len(rungs)), labels[::-1], fontsize=8)
+    axes.set(xlabel="change of test accuracy in points, 95 % interval", xlim=(-WIDEST, WIDEST), ymargin=0.01)
     save(figure, axes, "ladder")
 
 

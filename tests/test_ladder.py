@@ -1,6 +1,8 @@
 """benchmarks/ladder.py: what it trains, how it compares the rungs, and whether its test can tell one point."""
 
+import dataclasses
 import json
+import re
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,10 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import rungs
+from conftest import ROOT
 from scipy.stats import ttest_1samp
 
+from vqa.config.arguments import DataArguments, ModelArguments
 from vqa.config.parser import field_names
+from vqa.config.recipe import RecipeArguments
 from vqa.core.errors import UserError
+
+RESULT = ROOT / "benchmarks" / "results" / "ladder.json"
 
 
 @pytest.fixture
@@ -190,3 +197,46 @@ def test_a_command_that_fails_leaves_its_log_and_the_others_run(arguments, tmp_p
     assert ladder.run_commands([failing, waiting, other], args) == [str(logs[0]), str(logs[1])]
     assert "error: nowhere: no fold" in logs[0].read_text() and "usage: summarize.py" in logs[1].read_text()
     assert "usage" not in capfd.readouterr().out
+
+
+# The table in the README. What changes there is against one fold, or against the row above.
+IN_README = ["base model, untrained", "one fold", "182 px", "252 px", "4 epochs", "3 folds", "EMA", "whole way"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.ko.md"])
+def test_the_readme_shows_what_was_measured(page):
+    lines = {line["rung"]: line for line in json.loads(RESULT.read_text())["rungs"]}
+    table = re.findall(r"^\| [^|]+ \| ([\d.]+) % \|([^|]*)\|$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+    assert [accuracy for accuracy, _ in table] == [f"{100 * lines[name]['accuracy']:.1f}" for name in IN_README]
+    assert [change.strip() for _, change in table[2:]] == [shown(lines[name]) for name in IN_README[2:]]
+
+
+def shown(line: dict) -> str:
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * line[key] for key in ("change", "from", "to")))
+
+
+def test_every_default_names_a_rung_with_its_measured_change():
+    lines = {line["rung"]: line for line in json.loads(RESULT.read_text())["rungs"]}
+    page = (ROOT / "docs" / "ladder.md").read_text()
+    table = re.findall(r"^\| `([\w-]+)`[^|]* \| (\S+) \| ([^|]+) \| ([+-][\d.]+) \|$", page, re.MULTILINE)
+    for name, default, rung, change in table:
+        assert f"{100 * lines[rung]['change']:+.1f}" == change, name
+        if not name.startswith("--"):
+            assert default == json.dumps(default_of(name)).strip('"').removesuffix(".0"), name
+    levers = {name for run in rungs.RUNS.values() for name in run.fields} - MEANS
+    assert levers <= {name for name, *_ in table}
+    for path in ROOT.glob("args/**/base.json"):
+        if path.parent.name not in ("bench", "demo"):  # those have a small model's own recipe
+            assert json.loads(path.read_text()).keys() - MEANS <= {name for name, *_ in table}, path
+
+
+# What a run needs, and what goes with another field of the table.
+MEANS = {"extends", "model", "seed", "init_adapter", "extra_weight", "lora_alpha", "max_train_rows", "learning_rate"}
+
+
+def default_of(name: str):
+    for fields in (ModelArguments, DataArguments, RecipeArguments):
+        for field in dataclasses.fields(fields):
+            if field.name == name:
+                return field.default
+    raise KeyError(name)
