@@ -6,8 +6,13 @@
 Each model has random weights in the shape of its config, 4 bits and fp16 on a GPU, rank 16. It trains 20 steps and
 predicts, with stored vision features. One JSON line is written for each model, image size and number of rows per step;
 `estimate` is the doctor's estimate of the peak, before any weight was loaded, divided by the peak.
+
+    python benchmarks/models.py CONFIG.json --estimate --sizes 384 512 768 1024       # a Markdown row; no GPU needed
+
+writes estimates alone: GiB with one row at once, and with as many of 32 rows as fit, where activations are recomputed.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,11 +27,15 @@ from compare import write_rows  # noqa: E402
 from contestants import Ours  # noqa: E402
 from random_model import write_random_model  # noqa: E402
 
+from vqa.config.arguments import ModelArguments  # noqa: E402
 from vqa.core.cli import make_parser  # noqa: E402
+from vqa.data.images import image_tokens, target_size  # noqa: E402
 from vqa.data.rows import read_rows  # noqa: E402
-from vqa.training.memory import GIB, Setup, meta_model, training_peak  # noqa: E402
+from vqa.training.batching import SLACK  # noqa: E402
+from vqa.training.memory import GIB, Batch, Setup, meta_model, training_peak  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
+TEXT_TOKENS = 94  # of a row of these measurements
 
 
 def main() -> None:
@@ -36,6 +45,8 @@ def main() -> None:
         others = [word for word in own if word not in args.models]
         codes = [subprocess.run([sys.executable, __file__, model, *others]).returncode for model in args.models]
         sys.exit(max(codes))
+    if args.estimate:
+        return print(estimated_row(Path(args.models[0]), args))
     with tempfile.TemporaryDirectory() as temporary:
         measure(args.models[0], args, Path(temporary))
 
@@ -46,6 +57,7 @@ def parse_args():
     parser.add_argument("--vocabulary", type=Path, help="folder of Qwen2's vocabulary")
     parser.add_argument("--sizes", type=int, nargs="+", default=[384, 768], help="image_size (default: 384 768)")
     parser.add_argument("--effective", type=int, nargs="+", default=[16], help="rows per step (default: 16)")
+    parser.add_argument("--estimate", action="store_true", help="only print the doctor's estimates")
     parser.add_argument("--only_training", action="store_true", help="no predictions")
     parser.add_argument("--rows", type=int, default=32, help="rows, each with its own image (default: 32)")
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps (default: 20)")
@@ -82,6 +94,21 @@ def measure(name: str, args, temporary: Path) -> None:
             base = own.base
         except torch.OutOfMemoryError:
             write_line(shape | {"image_size": size, "failed": "out of memory"} | device, args.output)
+
+
+def estimated_row(config: Path, args) -> str:
+    """`| model | GiB with 1 row; GiB with the most rows (rows) | ... |`, a cell for each image size."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(config, Path(folder, "config.json"))
+        model = meta_model(ModelArguments(model=folder), torch.float16)
+    setup = Setup(model, load_in_4bit=True, checkpointing=True, averages=0)
+    cells, patch = [config.stem.removeprefix("config_")], model.config.vision_config.patch_size
+    for size in args.sizes:
+        tokens = TEXT_TOKENS + image_tokens(*target_size(size, size, size, patch=patch), patch)
+        peaks = {rows: training_peak(setup, Batch(rows, tokens, 0)) / GIB for rows in (1, 2, 4, 8, 16, 32)}
+        most = max((rows for rows, peak in peaks.items() if peak <= SLACK * args.cap_gib), default=1)
+        cells.append(f"{peaks[1]:.1f}; {peaks[most]:.1f} ({most})")
+    return f"| {' | '.join(cells)} |"
 
 
 def estimated_peak(own: Ours, line: dict) -> int:

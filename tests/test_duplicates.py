@@ -108,10 +108,12 @@ def test_near_duplicates_share_a_key_and_so_a_fold(folder):
     keys = near_duplicate_keys([str(folder / f"{name}.jpg") for name in names])
     zero, near, one, ten, copy, eleven = keys.values()
     assert zero == near and ten == copy and len({zero, one, ten, eleven}) == 4
-    rows = [{"id": name, "images": [str(folder / f"{name}.jpg")]} for name in names] + [{"id": "text", "images": []}]
+    rows = [{"id": name, "images": [str(folder / f"{name}.jpg")]} for name in names]
+    rows += [{"id": text, "images": [], "question": text[0], "choices": ["1", "2"]} for text in ("a", "again", "b")]
     exact, groups = image_groups(rows), image_groups(rows, near=True)
     assert exact[0] != exact[1] and exact[3] == exact[4]
-    assert groups == [zero, near, one, ten, copy, eleven, "text of text"]
+    assert groups[:6] == [zero, near, one, ten, copy, eleven]
+    assert groups[6] == groups[7] != groups[8], "without an image, the text is what is repeated"
 
 
 def test_a_file_that_is_no_image_is_told_and_is_like_nothing(folder, tmp_path):

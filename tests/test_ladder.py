@@ -161,7 +161,7 @@ def in_this_process(monkeypatch):
 
 @pytest.mark.slow
 def test_the_ladder_is_climbed_from_the_contest_to_the_table(in_this_process, script, tmp_path):
-    flags = ["--rungs", "EMA", "one fold", "--seeds", "5", "6", "--train_rows", "48", "--test_rows", "12"]
+    flags = ["--rungs", "200 rows, one epoch", "--seeds", "5", "6", "--train_rows", "48", "--test_rows", "12"]
     flags += ["--max_steps", "2", "--model", "checkpoints/tiny", "--root", tmp_path]
     code, output, error = script("ladder", *flags)
     assert code == 0, error
@@ -169,20 +169,17 @@ def test_the_ladder_is_climbed_from_the_contest_to_the_table(in_this_process, sc
     lines = {line["rung"]: line for line in made["rungs"]}
     assert made["failed"] == [] and made["rows"] == {"train": 48, "test": 12}
     answers = pd.read_csv(tmp_path / "data/bench/test_answers.csv")["answer"]
-    files = {
-        "base model, untrained": "plain/base/base",
-        "one fold": "permutations/plain/fold0",
-        "EMA": "ema/averaged",
-    }
+    files = {"base model, untrained": "plain/base/base", "200 rows, one epoch": "plain/baseline"}
     for name, file in files.items():
         found = [pd.read_csv(tmp_path / f"outputs/ladder/{seed}/{file}.csv")["answer"] for seed in (5, 6)]
         assert lines[name]["seeds"] == pytest.approx([(own == answers).mean() for own in found]), name
         assert name in output
-    assert "| EMA |" in (tmp_path / "outputs/ladder/ladder.md").read_text() and "benchmarks/ladder.py" in output
-    trained = (tmp_path / "checkpoints/ladder/5/fold0/metrics.json").stat().st_mtime_ns
+    assert "| 200 rows, one epoch |" in (tmp_path / "outputs/ladder/ladder.md").read_text()
+    assert "python benchmarks/ladder.py" in output
+    trained = (tmp_path / "checkpoints/ladder/5/baseline/metrics.json").stat().st_mtime_ns
     code, _, error = script("ladder", *flags)
     assert code == 0, error
-    assert (tmp_path / "checkpoints/ladder/5/fold0/metrics.json").stat().st_mtime_ns == trained
+    assert (tmp_path / "checkpoints/ladder/5/baseline/metrics.json").stat().st_mtime_ns == trained
     code, _, error = script("ladder", *[("13" if word == "12" else word) for word in flags])
     assert code == 2 and "Delete that folder" in error.splitlines()[-1]
 

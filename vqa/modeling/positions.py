@@ -27,7 +27,8 @@ class PositionCollator:
     def __init__(self, collate: Callable[[list[Row]], dict], model: nn.Module):
         base = unwrap_base_model(model)
         self.collate = collate
-        self.base = SimpleNamespace(model=position_model(base)) if hasattr(base.model, "get_rope_index") else None
+        has_own = hasattr(getattr(base, "model", None), "get_rope_index")
+        self.base = SimpleNamespace(model=position_model(base)) if has_own else None
 
     def __call__(self, rows: list[Row]) -> dict:
         batch = self.collate(rows)
