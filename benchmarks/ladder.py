@@ -9,8 +9,9 @@ command lines, and all seeds predict the same test rows. Each rung is compared w
 again, the script continues where it stopped.
 
 The test takes both the rows and the seeds as drawn at random: the variance of a difference is that over rows plus that
-over seeds, without what both contain. Three seeds measure their variance badly, so it is moderated by
-that of all other rungs.
+over seeds, without what both contain. Three seeds alone measure that variance badly, so it is drawn
+towards that of the other rungs (Smyth 2004).
+
 `--check_seeds 9` trains one fold with nine more seeds and checks the test itself. Ten times it compares three of these
 twelve models with three others: as they are (no effect), and with one point planted in the second three.
 """
@@ -22,6 +23,7 @@ import os
 import platform
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -65,10 +67,14 @@ def main() -> None:
     seeds = [Seed(seed, root, args, wanted) for seed in args.seeds]
     extra = [Seed(1000 + number, root, args, [CHECKED]) for number in range(args.check_seeds)]
     commands = [command for seed in [*seeds, *extra] for command in seed.commands()]
+    todo = [command for command in commands if not all(map(Path.exists, command.makes))]
     draw_contest(data, args)
-    failed = run_commands(commands, args)
+    failed = run_commands(todo, args)
     labels = Labels(data / "test_answers.csv")
-    result = describe(args, time.time() - start) | {"failed": failed}
+    calls = read_json(outputs / "ladder.json")["calls"] if (outputs / "ladder.json").is_file() else []
+    calls += [describe(args, time.time() - start)] if todo or not calls else []
+    result = {"calls": calls, "seeds": args.seeds, "rows": {"train": args.train_rows, "test": args.test_rows}}
+    result["failed"] = failed
     result["rungs"] = compare_rungs({name: read_rung(name, seeds) for name in args.rungs}, labels, seeds)
     checked = [seed for seed in [*seeds, *extra] if seed.file(CHECKED).is_file()]
     if extra and len(checked) >= 2 * CHECKED_SEEDS:
@@ -228,9 +234,8 @@ def draw_contest(data: Path, args: argparse.Namespace) -> None:
 
 
 def run_commands(commands: list[Command], args: argparse.Namespace) -> list[str]:
-    """Run what is not finished, in the table's order, `jobs` at a time; returns the logs of what is left."""
-    todo = [command for command in commands if not all(map(Path.exists, command.makes))]
-    todo.sort(key=lambda command: command.rank)
+    """Run them in the table's order, `jobs` at a time; returns the logs of what is left."""
+    todo = sorted(commands, key=lambda command: command.rank)
     if not todo:
         return []
     end = time.time() + 60 * (args.max_minutes or 1e9)
@@ -255,8 +260,12 @@ def run_commands(commands: list[Command], args: argparse.Namespace) -> list[str]
 
 
 def gpus(args: argparse.Namespace) -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return [str(number) for number in range(args.gpus)] if args.gpus else visible.split(",")
+    """Names of the GPUs to use, as for CUDA_VISIBLE_DEVICES; one empty name where there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        visible = ",".join(subprocess.run(query, capture_output=True, text=True).stdout.split())
+    return (visible or "").split(",")[: args.gpus]
 
 
 def set_environment(counter, jobs: int, devices: list[str]) -> None:
@@ -447,8 +456,6 @@ def describe(args: argparse.Namespace, seconds: float) -> dict:
         "command": shlex.join(["python", "benchmarks/ladder.py", *sys.argv[1:]]),
         "machine": machine,
         "seconds": round(seconds),
-        "seeds": args.seeds,
-        "rows": {"train": args.train_rows, "test": args.test_rows},
     }
 
 
@@ -467,10 +474,10 @@ def markdown(result: dict) -> str:
         lines.append([*own, line["against"], change, f"{line['p']:.2g}", verdict])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     rows = result["rows"]
+    calls = "; then ".join(f"`{call['command']}`, {call['machine']}: {call['seconds']} s" for call in result["calls"])
     notes = (
-        f"`{result['command']}`, {result['machine']}: {result['seconds']} s. {len(result['seeds'])} seeds, "
-        f"{rows['train']} training and {rows['test']} test rows; intervals of 95 %; seconds of training, of one seed, "
-        "beside other processes."
+        f"{calls}. {len(result['seeds'])} seeds, {rows['train']} training and {rows['test']} test rows; intervals of "
+        "95 %; seconds of training, of one seed, beside other processes."
     )
     if check := result.get("check"):
         notes += (
