@@ -139,7 +139,7 @@ class Seed:
         for number, file in enumerate(self.wanted):
             for run in self.with_needs(file.split("/")[1]):
                 rank.setdefault(run, number)
-        first = self.write_args("base", Run({"fold": 0}))
+        first = self.write_args("base", Run())
         flags = ["--folds", "3", "--seed", str(self.seed)]
         commands = [self.command(["make_folds.py", str(first), *flags], [], [self.folds_csv], -1)]
         for name in rank.keys() - {"base"}:

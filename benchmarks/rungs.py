@@ -13,7 +13,6 @@ from vqa.evaluation.question_types import question_types
 
 FOLDS = [f"fold{i}" for i in range(3)]
 NATIVE = 252  # px: the size of the contest's images; args/bench has half of it
-PERMUTATIONS = ("--num_permutations", "4")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ RUNS = {
     **of_folds(""),
     **of_folds("native_", image_size=NATIVE),
     **of_folds("suffix_", score="suffix"),
-    "baseline": Run({"fold": 0, "max_train_rows": 200}),
+    "baseline": Run({"max_train_rows": 200}),
     "averaged": Run({"ema_decay": 0.99, "swa_start": 0.5}),
     "constant": Run({"ema_decay": 0.99, "lr_scheduler_type": "constant_with_warmup"}),
     "rate_half": Run({"learning_rate": 1e-3}),
@@ -96,7 +95,7 @@ RUNS = {
 # Flags of predict.py. The first view of "permutations" is the plain one, in the folder "permutations/plain".
 VIEWS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "permutations": PERMUTATIONS,
+    "permutations": ("--num_permutations", "4"),
     "raw": ("--weights", "raw"),
     "ema": ("--weights", "ema"),
     "swa": ("--weights", "swa"),

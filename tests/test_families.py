@@ -270,7 +270,7 @@ def test_features_that_are_not_finite_name_their_rows(folder, rows):
 def test_a_batch_that_is_split_is_the_batches_of_its_rows(loaded, rows):
     """Up to padding: images keep their tiles and rows. Used where GPU memory has run out."""
     model, processor, ids = loaded
-    collate = Collator(processor, 140, with_answer=True)
+    collate = PositionCollator(Collator(processor, 140, with_answer=True), model)
     rows = [rows[0], rows[1] | {"images": rows[1]["images"] + rows[3]["images"]}, rows[2]]
     with torch.no_grad():
         whole = answer_logits(model, collate(rows))

@@ -16,8 +16,7 @@ from vqa.core.dtypes import half_autocast
 from vqa.core.errors import UserError, preview
 from vqa.core.workers import make_loader
 from vqa.data.collator import Collator
-from vqa.data.prompt import LETTERS
-from vqa.data.rows import Row
+from vqa.data.rows import LETTERS, Row
 from vqa.modeling.families import family_of
 from vqa.modeling.positions import PositionCollator
 from vqa.modeling.shared_prefix import PermutationCollator, permutation_logits
@@ -27,7 +26,15 @@ from vqa.modeling.vision import encode_images, unwrap_base_model
 
 # Keys of a batch that are not the model's, which would ignore them silently.
 NON_MODEL_KEYS = (
-    *("labels", "answer_start", "answer", "offered", "ids", "num_images", "pixel_rows", "weight", "target"),
+    "labels",
+    "answer_start",
+    "answer",
+    "target",
+    "weight",
+    "offered",
+    "ids",
+    "num_images",
+    "pixel_rows",
     "positions",
 )
 
