@@ -152,8 +152,8 @@ def fresh_memory() -> Iterator[None]:
     yield
 
 
-def peak() -> float | None:
-    return round(torch.cuda.max_memory_allocated() / GIB, 2) if ON_GPU else None
+def peak(digits: int = 2) -> float | None:
+    return round(torch.cuda.max_memory_allocated() / GIB, digits) if ON_GPU else None
 
 
 def timed(work: Callable) -> float:

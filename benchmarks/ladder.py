@@ -26,6 +26,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -275,7 +276,16 @@ def set_environment(counter, jobs: int, devices: list[str]) -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)], "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     os.chdir(ROOT)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     multiprocessing.set_start_method("fork", force=True)  # as for scripts that are run alone: workers start at once
+
+
+def end_with_parent() -> None:
+    """Otherwise a ladder that is killed would leave its trainings behind, and its next call run them again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run_command(command: Command) -> int:

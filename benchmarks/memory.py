@@ -9,7 +9,6 @@ line. Every image has the full pixel budget.
 """
 
 import argparse
-import gc
 import sys
 import tempfile
 import time
@@ -21,9 +20,8 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
-from clock import write_line  # noqa: E402
+from clock import ON_GPU, Clock, fresh_memory, peak, write_line  # noqa: E402
 from random_model import write_random_model  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
 
 from vqa.config.arguments import ModelArguments, adapter_options  # noqa: E402
 from vqa.config.recipe import RecipeArguments  # noqa: E402
@@ -51,6 +49,7 @@ from vqa.training.trainer import FoldTrainer  # noqa: E402
 
 ACCUMULATION = 2  # batches per step, so that gradients exist at the peak of the second one
 EVAL_BATCH = 16
+FOR_EVER = 10**6  # steps: the clock ends no training
 CHOICES = ["빨간 우산을 쓴 사람", "파란 자전거를 탄 아이", "노란 버스 두 대", "초록색 간판"]
 
 
@@ -141,7 +140,7 @@ def measure(model, processor, recipe: RecipeArguments, setup: Setup, size: int, 
         {"id": str(i), "images": [str(picture)], "question": question, "choices": CHOICES, "answer": i % 4}
         for i in range(max(EVAL_BATCH, recipe.per_device_train_batch_size * ACCUMULATION))
     ]
-    train_rows, averages, clock = TrainDataset(rows, True, 42), [EMACallback(), SWACallback()], Clock()
+    train_rows, averages, clock = TrainDataset(rows, True, 42), [EMACallback(), SWACallback()], Clock(FOR_EVER, 0)
     collate, prompts = Collator(processor, size, with_answer=True), Collator(processor, size)
     ids, example = letter_ids(processor), collate(rows[:1])
     trainer = FoldTrainer(
@@ -156,19 +155,22 @@ def measure(model, processor, recipe: RecipeArguments, setup: Setup, size: int, 
         prompts=prompts,
     )
     shape = Batch(recipe.per_device_train_batch_size, example["input_ids"].shape[1], len(example["pixel_values"]))
-    with Peak() as training:
+    with fresh_memory():
+        before = torch.cuda.memory_allocated() / GIB if ON_GPU else None
         trainer.train()
-    with Peak() as validation:
+        training = peak(3)
+    with fresh_memory():
         score_rows(trainer.accelerator.unwrap_model(trainer.model), rows[:EVAL_BATCH], prompts, ids, EVAL_BATCH)
+        validation = peak(3)
     eval_shape = Batch(EVAL_BATCH, shape.tokens, shape.patches)
     return {
         "tokens": shape.tokens,
         "patches": shape.patches,
         "averaged_steps": averages[0].updates,  # 0: the loss scaler skipped every step, so the optimiser has no state
-        **compare("", training.gib, training_peak(setup, shape) / GIB),
-        **compare("start_", training.gib_before, (base_bytes(setup) + 4 * trained_parameters(setup)) / GIB),
-        **compare("validation_", validation.gib, validation_peak(setup, eval_shape) / GIB),
-        "seconds": round(clock.seconds / ACCUMULATION, 3),
+        **compare("", training, training_peak(setup, shape) / GIB),
+        **compare("start_", before, (base_bytes(setup) + 4 * trained_parameters(setup)) / GIB),
+        **compare("validation_", validation, validation_peak(setup, eval_shape) / GIB),
+        "seconds": round(min(clock.times(), default=0.0) / ACCUMULATION, 3),
         "estimated_seconds": estimated_seconds(setup, shape),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
@@ -186,41 +188,7 @@ def compare(prefix: str, measured: float | None, estimated: float) -> dict:
 def estimated_seconds(setup: Setup, shape: Batch) -> float | None:
     if not torch.cuda.is_available():
         return None
-    return round(seconds_a_batch(setup, shape, training=True, operations_a_second=measured_rate(setup)), 3)
-
-
-class Peak:
-    """Peak memory that torch allocates on the GPU within the block, in GiB; None without a GPU."""
-
-    gib = gib_before = None
-
-    def __enter__(self):
-        gc.collect()  # the trainer of the last measurement has reference cycles
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            self.gib_before = torch.cuda.memory_allocated() / GIB
-        return self
-
-    def __exit__(self, *error):
-        if torch.cuda.is_available():
-            self.gib = torch.cuda.max_memory_allocated() / GIB
-
-
-class Clock(TrainerCallback):
-    """Seconds of the fastest step after the first, which also starts CUDA; 0 if there was only one step."""
-
-    def __init__(self):
-        self.ends: list[float] = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-
-    @property
-    def seconds(self) -> float:
-        return min((b - a for a, b in zip(self.ends, self.ends[1:])), default=0.0)
+    return round(seconds_a_batch(setup, shape, operations_a_second=measured_rate(setup)), 3)
 
 
 if __name__ == "__main__":

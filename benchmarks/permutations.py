@@ -33,7 +33,8 @@ from vqa.data.rows import read_rows  # noqa: E402
 from vqa.inference import scoring  # noqa: E402
 from vqa.modeling.loading import add_adapter  # noqa: E402
 from vqa.modeling.positions import PositionCollator  # noqa: E402
-from vqa.modeling.tree_attention import TreeCollator, tree_logits  # noqa: E402
+from vqa.modeling.shared_prefix import PermutationCollator, permutation_logits  # noqa: E402
+from vqa.modeling.tree_attention import TreeCollator, tree_permutation_logits  # noqa: E402
 from vqa.training.batching import count_tokens  # noqa: E402
 from vqa.training.dataset import SetEpochCallback, TrainDataset, rotations  # noqa: E402
 from vqa.training.memory import GIB, Setup, meta_model, training_peak  # noqa: E402
@@ -127,11 +128,11 @@ def predicted(own: Ours) -> Iterator[dict]:
     model = add_adapter(own.base, ADAPTER["r"], ADAPTER["lora_alpha"], 0.0)
     count = len(own.rows)
     rows = [{**row, "permutations": rotations([*range(len(row["choices"]))], MANY)} for row in own.rows * 2]
-    tree = partial(scoring._letter_probs, model, rows, PromptTree(own.prompts), tree_scores)
+    score_by = partial(scoring._letter_probs, model, rows)
     ways = {
         (1, "one pass"): partial(scoring.score_rows, model, rows, own.prompts),
-        (MANY, "KV cache"): partial(scoring.permutation_probs, model, rows, own.prompts),
-        (MANY, "tree"): tree,
+        (MANY, "KV cache"): partial(score_by, PermutationCollator(own.prompts), permutation_logits),
+        (MANY, "tree"): partial(score_by, TreeCollator(own.prompts), tree_permutation_logits),
     }
     for (permutations, how), score in ways.items():
         work = partial(score, own.ids, count)
@@ -146,19 +147,6 @@ def predicted(own: Ours) -> Iterator[dict]:
             line["kernel_ms_per_row"] = round(1000 * busy_seconds(kernels(profiler)) / len(rows), 3)
         yield line
     own.base = model.unload()
-
-
-class PromptTree(TreeCollator):
-    """Prompts of all permutations of a row as one sequence."""
-
-    def __call__(self, rows: list) -> dict:
-        batch = super().__call__(rows)
-        return batch | {"row_index": (batch["suffix_end"] >= 0).nonzero()[:, 0]}
-
-
-def tree_scores(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-    """Logits (permutations of all rows, vocabulary) where each permutation's answer is written."""
-    return tree_logits(model, batch, batch["read"].flatten(1))[batch["suffix_end"] >= 0]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from vqa.modeling.tree_attention import (
     TreeCollator,
     check_tree_attention,
     pack_suffixes,
-    tree_hidden_states,
     tree_logits,
 )
 from vqa.modeling.vision import encode_images
@@ -76,7 +75,7 @@ def test_a_suffix_has_the_logits_that_it_has_alone(loaded, rows, with_images):
     batch = packed(collate, rows)
     with torch.no_grad():
         logits = tree_logits(model, batch, batch["suffix_end"])
-        hidden = tree_hidden_states(model, batch, batch["suffix_end"])
+        hidden = tree_logits(model, batch, batch["suffix_end"], hidden=True)
         torch.testing.assert_close(model.get_output_embeddings()(hidden), logits)
         for i, (row, texts) in enumerate(zip(rows, CONTINUATIONS)):
             assert (batch["suffix_end"][i] >= 0).sum() == len(texts)

@@ -18,14 +18,9 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def frozen_fingerprint(model: torch.nn.Module) -> str:
-    """The fingerprint of the parameters that are not trained."""
-    return fingerprint((name, p) for name, p in model.named_parameters() if not p.requires_grad)
-
-
-def trainable_fingerprint(model: torch.nn.Module) -> str:
-    """The fingerprint of the parameters that are trained."""
-    return fingerprint((name, p) for name, p in model.named_parameters() if p.requires_grad)
+def parameter_fingerprint(model: torch.nn.Module, trained: bool) -> str:
+    """The fingerprint of the parameters that are trained, or of those that are not."""
+    return fingerprint((name, p) for name, p in model.named_parameters() if p.requires_grad == trained)
 
 
 def checkpoint_fingerprint(model: str) -> str:

@@ -20,11 +20,6 @@ COLOUR = "(colou?r|shape)"
 THING = r"(the (?!.*(?:ing|ed|taken|made|seen|shown|held|from|to|of|in|on|with)\?$).+)"
 
 
-def with_final(syllable: str, final: int) -> str:
-    """A Hangul syllable without a final consonant, with the `final`-th one."""
-    return chr(ord(syllable) + final)
-
-
 def has_final(word: str) -> bool | None:
     """Whether a word ends with a consonant; None where its last character is no Hangul syllable."""
     return (ord(word[-1]) - 0xAC00) % 28 > 0 if "가" <= word[-1] <= "힣" else None
@@ -43,7 +38,9 @@ def about(ending: str) -> Callable[[re.Match], str | None]:
 def formal(match: re.Match) -> str:
     """하나요 -> 합니까, 있나요 -> 있습니까."""
     stem = match[2]
-    return match[1] + (f"{stem}습니까?" if has_final(stem) else f"{with_final(stem, 17)}니까?")
+    return match[1] + (
+        f"{stem}습니까?" if has_final(stem) else f"{chr(ord(stem) + 17)}니까?"
+    )  # with the final ㅂ, the 17th
 
 
 def selected(match: re.Match) -> str | None:

@@ -5,7 +5,7 @@ Whatever has parameters is fitted on out-of-fold rows. Its score is nested: fitt
 measured on the fifth.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -198,20 +198,19 @@ def ensemble_members(
 def choose_ensemble(
     models: Mapping[str, Sequence[str]],
     oof: OOFPredictions | None,
-    method: str = "auto",
-    temperature: bool = False,
-    weight_by: str = "log_loss",
-    show: Callable[[str], None] = print,
+    method: str,
+    temperature: bool,
+    weight_by: str,
 ) -> Ensemble:
     """The ensemble of `models` (name -> prediction files), or of the files of a single model, fitted on `oof`.
 
-    "auto" takes the method with the lowest nested log-loss, or the mean where nothing can be compared. `show` gets the
-    table of methods and the reason.
+    "auto" takes the method with the lowest nested log-loss, or the mean where nothing can be compared. The
+    table of methods and the reason are printed.
     """
     if len(models) > 1 and oof:
         if method == BY_TYPE:
-            show_gain_by_type(oof, temperature, weight_by, show)
-        method = select_method(oof, temperature, weight_by, show) if method == "auto" else method
+            show_gain_by_type(oof, temperature, weight_by)
+        method = select_method(oof, temperature, weight_by) if method == "auto" else method
         return fit(method, oof.stack, oof.answers, temperature, weight_by, oof_types(method, oof))
     members: list[Sequence[str]] = list(models.values())
     if len(models) == 1:
@@ -222,9 +221,9 @@ def choose_ensemble(
                 "--method mean, or add another model's predictions."
             )
         if method == "auto" and len(members) > 1:
-            show("mean is used: the folds of one model have no out-of-fold rows in common to tune weights on")
+            print("mean is used: the folds of one model have no out-of-fold rows in common to tune weights on")
     elif method == "auto":
-        show("mean is used: without out-of-fold rows nothing can be tuned or compared")
+        print("mean is used: without out-of-fold rows nothing can be tuned or compared")
     weights = inverse_temperature = None
     if method == "weighted":  # by the scores that training measured
         weights = score_weights([float(np.mean(validation_scores(files, weight_by))) for files in members], weight_by)
@@ -234,35 +233,35 @@ def choose_ensemble(
     return Ensemble("mean" if method == "auto" else method, weights, inverse_temperature)
 
 
-def select_method(oof: OOFPredictions, temperature: bool, weight_by: str, show: Callable[[str], None] = print) -> str:
-    """The method with the lowest nested log-loss. `show` gets a table of all methods and the gain over the mean."""
-    losses = nested_losses(METHODS, oof, temperature, weight_by, show)
+def select_method(oof: OOFPredictions, temperature: bool, weight_by: str) -> str:
+    """The method with the lowest nested log-loss. Prints a table of all methods and the gain over the mean."""
+    losses = nested_losses(METHODS, oof, temperature, weight_by)
     best = min(losses, key=lambda method: losses[method].mean())
     if best == "mean":
-        show("mean is chosen: no other method has a lower log-loss")
+        print("mean is chosen: no other method has a lower log-loss")
         return best
     gain = paired_difference(losses[best], losses["mean"], oof.clusters)
-    show(
+    print(
         f"{best} is chosen: its log-loss is {gain.value:.4f} below that of mean (95 % interval {gain.low:.4f} to "
         f"{gain.high:.4f}), {'beyond' if gain.beyond_noise else 'within'} noise at {len(oof.answers)} rows"
     )
     return best
 
 
-def show_gain_by_type(oof: OOFPredictions, temperature: bool, weight_by: str, show: Callable[[str], None]) -> None:
-    """Show how BY_TYPE compares with the same weights for all types, by nested scores."""
-    losses = nested_losses(("mean", "stack", BY_TYPE), oof, temperature, weight_by, show)
+def show_gain_by_type(oof: OOFPredictions, temperature: bool, weight_by: str) -> None:
+    """Print how BY_TYPE compares with the same weights for all types, by nested scores."""
+    losses = nested_losses(("mean", "stack", BY_TYPE), oof, temperature, weight_by)
     gap = paired_difference(losses["stack"], losses[BY_TYPE], oof.clusters)
-    show(
+    print(
         f"log-loss of {BY_TYPE} minus that of stack: {gap.value:+.4f} (95 % interval {gap.low:+.4f} to "
         f"{gap.high:+.4f}), {'beyond' if gap.beyond_noise else 'within'} noise at {len(oof.answers)} rows"
     )
 
 
 def nested_losses(
-    methods: Sequence[str], oof: OOFPredictions, temperature: bool, weight_by: str, show: Callable[[str], None]
+    methods: Sequence[str], oof: OOFPredictions, temperature: bool, weight_by: str
 ) -> dict[str, np.ndarray]:
-    """Method -> nested log-loss of each row (rows,), without majority's. `show` gets a table of all methods."""
+    """Method -> nested log-loss of each row (rows,), without majority's. Prints a table of all methods."""
     losses, table = {}, []
     for method in methods:
         types = oof_types(method, oof)
@@ -272,6 +271,6 @@ def nested_losses(
         if method != "majority":  # shares of votes are not probabilities
             losses[method] = row_log_loss(values, oof.answers)
             table[-1]["log_loss"] = losses[method].mean()
-    show(f"\nnested scores on {len(oof.answers)} out-of-fold rows of {oof.labels.path}:")
-    show(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-") + "\n")
+    print(f"\nnested scores on {len(oof.answers)} out-of-fold rows of {oof.labels.path}:")
+    print(pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-") + "\n")
     return losses

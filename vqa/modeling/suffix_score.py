@@ -21,7 +21,7 @@ from vqa.data.images import shown_images
 from vqa.data.prompt import build_question, escape_special_tokens, render_chat, shown_choices
 from vqa.data.rows import LETTERS, Row
 from vqa.modeling.loading import DOES_NOT_FIT
-from vqa.modeling.tree_attention import pack_suffixes, tree_hidden_states
+from vqa.modeling.tree_attention import pack_suffixes, tree_logits
 from vqa.modeling.vision import unwrap_base_model
 
 HEAD_FILE = "score_head.safetensors"  # beside the adapter's files, which stay as PEFT reads them
@@ -66,7 +66,7 @@ COLLATORS = {"letter": Collator, "suffix": SuffixCollator}  # by the field `scor
 def suffix_scores(model: nn.Module, batch: dict) -> torch.Tensor:
     """Scores of a SuffixCollator's batch, float32 (rows, letters), as shown; -inf where a row offers no choice."""
     ends = batch["choice_end"]
-    hidden = tree_hidden_states(model, batch, ends)
+    hidden = tree_logits(model, batch, ends, hidden=True)
     with torch.autocast(hidden.device.type, enabled=False):
         scores = unwrap_parallel(model).score_head(hidden)[..., 0]
     scores = scores.masked_fill(ends < 0, float("-inf"))

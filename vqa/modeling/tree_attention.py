@@ -121,34 +121,26 @@ def letter_of(row: Row) -> list[int]:
     return sorted(range(len(shown)), key=shown.__getitem__)
 
 
-def tree_logits(model: nn.Module, batch: dict, columns: torch.Tensor) -> torch.Tensor:
+def tree_logits(model: nn.Module, batch: dict, columns: torch.Tensor, hidden: bool = False) -> torch.Tensor:
     """Logits float32 (rows, columns, vocabulary) of a batch of `pack_suffixes` at `columns` (rows, columns) alone.
 
-    What is returned for a column of -1 has no meaning.
+    `hidden`: instead of them the hidden states (rows, columns, hidden) that the output layer would read. What is
+    returned for a column of -1 has no meaning.
     """
-    return _run(model, batch, columns, logits=True)
-
-
-def tree_permutation_logits(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Logits float32 (all permutations, vocabulary) at the last token of each prompt of a TreeCollator's batch."""
-    return tree_logits(model, batch, batch["suffix_end"])[batch["suffix_end"] >= 0]
-
-
-def tree_hidden_states(model: nn.Module, batch: dict, columns: torch.Tensor) -> torch.Tensor:
-    """Hidden states float32 (rows, columns, hidden), as the output layer would read them; see `tree_logits`."""
-    return _run(model, batch, columns, logits=False)
-
-
-def _run(model: nn.Module, batch: dict, columns: torch.Tensor, logits: bool) -> torch.Tensor:
     base = unwrap_base_model(model)
     inputs = {name: batch[name] for name in ROPE_KEYS if name in batch}
     if "pixel_values" in batch or "image_features" in batch:  # rows without an image have none
         inputs["mm_encoder_outputs"] = encode_images(model, batch)["mm_encoder_outputs"]
     inputs["position_ids"] = token_positions(base, batch)
     inputs["attention_mask"] = tree_mask(batch["segment"], base.dtype)
-    with head_reads(base, columns.clamp(min=0), logits) as hidden_states:
+    with head_reads(base, columns.clamp(min=0), logits=not hidden) as hidden_states:
         output = model(**inputs, use_cache=False).logits
-    return (output if logits else hidden_states[0]).float()
+    return (hidden_states[0] if hidden else output).float()
+
+
+def tree_permutation_logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Logits float32 (all permutations, vocabulary) at the last token of each prompt of a TreeCollator's batch."""
+    return tree_logits(model, batch, batch["suffix_end"])[batch["suffix_end"] >= 0]
 
 
 def tree_mask(segment: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

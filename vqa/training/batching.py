@@ -179,11 +179,6 @@ def count_shared(tokenizer, texts: list[list[str]]) -> Iterator[int]:
         yield sum(map(len, tokens)) - (len(tokens) - 1) * common_length(tokens)
 
 
-def count_image_tokens(sizes: Mapping[str, tuple[int, int]], collate: Collator) -> dict[str, int]:
-    """Image -> its number of tokens at the collator's image size."""
-    return dict(zip(sizes, collate.images.tokens(collate.images.size(*size) for size in sizes.values())))
-
-
 def choose_batch_config(
     recipe: RecipeArguments, model_args: ModelArguments, lengths: Lengths, encodes_images: bool
 ) -> dict[str, int | bool]:
@@ -245,7 +240,7 @@ def choose_micro_batch(
         for recompute in (False, True) if checkpointing is None else (checkpointing,):
             candidate = replace(setup, checkpointing=recompute)
             if training_peak(candidate, batch) <= room:
-                seconds = rows // size * seconds_a_batch(candidate, batch, True, rate)
+                seconds = rows // size * seconds_a_batch(candidate, batch, rate)
                 fitting.append((seconds, -size, recompute))  # of equal times the larger batch
     _, negative_size, recompute = min(fitting, default=(0, -1, checkpointing is not False))
     return {

@@ -36,7 +36,6 @@ from vqa.training.batching import (
     Lengths,
     available_memory,
     choose_micro_batch,
-    count_image_tokens,
     count_tokens,
 )
 from vqa.training.dataset import TrainDataset
@@ -156,7 +155,7 @@ def check_tokens(
     report.section("Images and tokens")
     paths = sorted(all_images(contest.rows))
     sizes = {path: oriented_size(path) for path in tqdm(paths, desc="reading image sizes", leave=False, disable=None)}
-    tokens = count_image_tokens(sizes, collate)
+    tokens = dict(zip(sizes, collate.images.tokens(collate.images.size(*size) for size in sizes.values())))
     by_tokens = sorted(paths, key=tokens.__getitem__)
     examples = [by_tokens[i] for i in (0, len(paths) // 2, -1) if paths]
     for name, path in zip(("smallest", "median", "largest"), examples):
@@ -262,4 +261,4 @@ def training_seconds(setup: Setup, recipe: RecipeArguments, batch: Batch, rows: 
     batches = recipe.num_train_epochs * math.ceil(rows / batch.rows)
     if recipe.max_steps > 0:
         batches = recipe.max_steps * recipe.effective_batch_size / batch.rows
-    return batches * seconds_a_batch(setup, batch, training=True, operations_a_second=rate)
+    return batches * seconds_a_batch(setup, batch, operations_a_second=rate)

@@ -24,7 +24,8 @@ def answer_loss(
         kind: "token" or "letter", as the recipe's field `loss`.
     """
     if kind == "letter":
-        return letter_loss(logits[:, 0], batch["offered"], letter_ids, batch["answer"], batch.get("target"))
+        scores = letter_logits(logits[:, 0], letter_ids, batch["offered"])
+        return choice_loss(scores, batch["answer"], batch.get("target"))
     return token_loss(logits, batch["labels"][:, -logits.shape[1] :], letter_ids, batch.get("target"))
 
 
@@ -64,22 +65,11 @@ def disagreement(scores: torch.Tensor, offered: torch.Tensor, shown: torch.Tenso
     return divergence.masked_fill(~pairs, 0).sum((1, 2)) / (count * (count - 1)).clamp(min=1)
 
 
-def letter_loss(
-    logits: torch.Tensor,
-    offered: torch.Tensor,
-    letter_ids: torch.Tensor,
-    answer: torch.Tensor,
-    target: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Cross-entropy (rows,) over the letters that a row offers, from logits (rows, vocabulary) at the letter.
-
-    `answer` (rows,) is the index of the right letter; a soft `target` (rows, 10) takes its place.
-    """
-    return choice_loss(letter_logits(logits, letter_ids, offered), answer, target)
-
-
 def choice_loss(scores: torch.Tensor, answer: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
-    """Cross-entropy (rows,) of scores (rows, letters), -inf where a row offers no choice; see `letter_loss`."""
+    """Cross-entropy (rows,) of scores (rows, letters), -inf where a row offers no choice.
+
+    `answer` (rows,) is the index of the right one; a soft `target` (rows, letters) takes its place.
+    """
     if target is None:
         return cross_entropy(scores, answer, reduction="none")
     scores = scores.clamp(min=torch.finfo(scores.dtype).min)  # 0 * log(0) has to be 0, not NaN

@@ -13,7 +13,7 @@ from transformers import enable_full_determinism, set_seed
 from vqa.config.arguments import DataArguments, ModelArguments, adapter_options
 from vqa.config.recipe import RecipeArguments
 from vqa.core.dtypes import model_dtype
-from vqa.core.hashing import checkpoint_fingerprint, frozen_fingerprint, trainable_fingerprint
+from vqa.core.hashing import checkpoint_fingerprint, parameter_fingerprint
 from vqa.data.prompt import letter_ids
 from vqa.data.rows import Row
 from vqa.modeling.feature_store import FeatureStore, open_feature_store
@@ -55,7 +55,8 @@ class SharedBase:
 
         What is random is drawn by the recipe's seed.
         """
-        seed_everything(recipe)
+        # The first also chooses the deterministic kernels.
+        (enable_full_determinism if recipe.full_determinism else set_seed)(recipe.seed)
         if self.base is None:
             self.base = load_base(args.model, args.load_in_4bit, self.dtype, args.trust_remote_code)
             set_seed(recipe.seed)  # whatever loading has drawn
@@ -65,7 +66,7 @@ class SharedBase:
         if args.init_adapter:
             start_from(self.adapted, args.init_adapter)
         if self.base_fingerprint is None and PartialState().is_main_process:  # seconds, beside what comes next
-            self.base_fingerprint = ThreadPoolExecutor(1).submit(frozen_fingerprint, self.adapted)
+            self.base_fingerprint = ThreadPoolExecutor(1).submit(parameter_fingerprint, self.adapted, trained=False)
         return self.adapted
 
     def remove_adapter(self) -> None:
@@ -99,10 +100,5 @@ class SharedBase:
         return {
             "base": self.base_fingerprint.result(),
             "files": self.files_fingerprint,
-            "initial_adapter": trainable_fingerprint(self.adapted),
+            "initial_adapter": parameter_fingerprint(self.adapted, trained=True),
         }
-
-
-def seed_everything(recipe: RecipeArguments) -> None:
-    """Seed all generators; with `full_determinism` also choose the deterministic kernels."""
-    (enable_full_determinism if recipe.full_determinism else set_seed)(recipe.seed)

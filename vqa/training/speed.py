@@ -18,27 +18,27 @@ LAUNCH_SECONDS = 0.005
 T4_OPERATIONS = 65e12  # per second, from the data sheet (fp16 tensor cores): good for comparisons, not for times
 
 
-def seconds_a_batch(setup: Setup, batch: Batch, training: bool, operations_a_second: float) -> float:
+def seconds_a_batch(setup: Setup, batch: Batch, operations_a_second: float) -> float:
     """Seconds of one batch, within a factor of about two."""
-    products = operations(setup, batch, training) / operations_a_second
-    return max(BESIDE_PRODUCTS * products, LAUNCH_SECONDS * layers(setup) * passes(setup, training))
+    products = operations(setup, batch) / operations_a_second
+    return max(BESIDE_PRODUCTS * products, LAUNCH_SECONDS * layers(setup) * passes(setup))
 
 
-def operations(setup: Setup, batch: Batch, training: bool) -> int:
+def operations(setup: Setup, batch: Batch) -> int:
     """Floating-point operations of a batch's matrix products: two for each weight and token, in each pass.
 
     Frozen weights have no gradient, so the backward pass costs as much as the forward one; checkpointing runs the
     language model forward once more. Below the first adapter, and in the vision tower, there is no backward pass.
     """
     frozen_below = 1 - layers_in_backward(setup) / layers(setup)
-    language = linear_parameters(setup) * (passes(setup, training) - frozen_below * (passes(setup, training) - 1))
+    language = linear_parameters(setup) * (passes(setup) - frozen_below * (passes(setup) - 1))
     vision = sum(p.numel() for p in vision_blocks(unwrap_base_model(setup.model)).parameters())
     return int(2 * batch.rows * (batch.tokens * language + batch.patches * vision))
 
 
-def passes(setup: Setup, training: bool) -> int:
+def passes(setup: Setup) -> int:
     """Passes through the language model: forward, backward, and forward again with gradient checkpointing."""
-    return (3 if setup.checkpointing else 2) if training else 1
+    return 3 if setup.checkpointing else 2
 
 
 def measured_rate(setup: Setup) -> float:
