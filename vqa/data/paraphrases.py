@@ -38,9 +38,8 @@ def about(ending: str) -> Callable[[re.Match], str | None]:
 def formal(match: re.Match) -> str:
     """하나요 -> 합니까, 있나요 -> 있습니까."""
     stem = match[2]
-    return match[1] + (
-        f"{stem}습니까?" if has_final(stem) else f"{chr(ord(stem) + 17)}니까?"
-    )  # with the final ㅂ, the 17th
+    with_bieup = chr(ord(stem) + 17)  # ㅂ is the 17th final consonant
+    return match[1] + (f"{stem}습니까?" if has_final(stem) else f"{with_bieup}니까?")
 
 
 def selected(match: re.Match) -> str | None:
