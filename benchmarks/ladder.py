@@ -72,7 +72,7 @@ def main() -> None:
     draw_contest(data, args)
     failed = run_commands(todo, args)
     labels = Labels(data / "test_answers.csv")
-    calls = read_json(outputs / "ladder.json")["calls"] if (outputs / "ladder.json").is_file() else []
+    calls = read_json(outputs / "ladder.json").get("calls", []) if (outputs / "ladder.json").is_file() else []
     calls += [describe(args, time.time() - start)] if todo or not calls else []
     result = {"calls": calls, "seeds": args.seeds, "rows": {"train": args.train_rows, "test": args.test_rows}}
     result["failed"] = failed
@@ -265,7 +265,8 @@ def gpus(args: argparse.Namespace) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        visible = ",".join(subprocess.run(query, capture_output=True, text=True).stdout.split())
+        lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        visible = ",".join(filter(str.isdigit, lines))  # a driver that fails writes words there
     return (visible or "").split(",")[: args.gpus]
 
 

@@ -68,6 +68,18 @@ def test_args_files_hold_the_seed_and_the_folders_of_its_own_models(arguments):
     assert (student["seed"], int(member["seed"]), member["fold"]) == (7, 72, None)
 
 
+def test_the_gpus_are_those_that_are_visible_or_those_of_the_machine(arguments, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert ladder.gpus(arguments()) == [""]
+    for printed, found in (("0\\n1\\n2", ["0", "1", "2"]), ("NVIDIA-SMI has failed", [""])):
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{printed}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        assert ladder.gpus(arguments()) == found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert ladder.gpus(arguments()) == ["5", "7"] and ladder.gpus(arguments("--gpus", 1)) == ["5"]
+
+
 def gaps(rng, seeds, rows, of_seed=0.0, of_row=0.0, effect=0.0):
     return (
         effect + rng.normal(0, of_seed, (seeds, 1)) + rng.normal(0, of_row, rows) + rng.normal(0, 0.4, (seeds, rows))

@@ -204,8 +204,8 @@ def choose_ensemble(
 ) -> Ensemble:
     """The ensemble of `models` (name -> prediction files), or of the files of a single model, fitted on `oof`.
 
-    "auto" takes the method with the lowest nested log-loss, or the mean where nothing can be compared. The
-    table of methods and the reason are printed.
+    "auto" takes the method with the lowest nested log-loss, or the mean where nothing can be compared, and prints the
+    table of methods and the reason.
     """
     if len(models) > 1 and oof:
         if method == BY_TYPE:
