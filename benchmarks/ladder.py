@@ -9,8 +9,8 @@ command lines, and all seeds predict the same test rows. Each rung is compared w
 again, the script continues where it stopped.
 
 The test takes both the rows and the seeds as drawn at random: the variance of a difference is that over rows plus that
-over seeds, without what both contain. Three seeds alone measure that variance badly, so it is drawn
-towards that of the other rungs (Smyth 2004).
+over seeds, without what both contain. Three seeds alone measure that variance badly, so it is drawn towards that of
+the other rungs (Smyth 2004).
 
 `--check_seeds 9` trains one fold with nine more seeds and checks the test itself. Ten times it compares three of these
 twelve models with three others: as they are (no effect), and with one point planted in the second three.
@@ -64,6 +64,7 @@ def main() -> None:
     args, start = parse_args(), time.time()
     root = Path(args.root)
     data, outputs = root / "data" / "bench", root / "outputs" / "ladder"
+    result_file = outputs / "ladder.json"
     wanted = list(itertools.chain.from_iterable(RUNGS[name].files for name in args.rungs))
     seeds = [Seed(seed, root, args, wanted) for seed in args.seeds]
     extra = [Seed(1000 + number, root, args, [CHECKED]) for number in range(args.check_seeds)]
@@ -72,15 +73,18 @@ def main() -> None:
     draw_contest(data, args)
     failed = run_commands(todo, args)
     labels = Labels(data / "test_answers.csv")
-    calls = read_json(outputs / "ladder.json").get("calls", []) if (outputs / "ladder.json").is_file() else []
-    calls += [describe(args, time.time() - start)] if todo or not calls else []
-    result = {"calls": calls, "seeds": args.seeds, "rows": {"train": args.train_rows, "test": args.test_rows}}
-    result["failed"] = failed
-    result["rungs"] = compare_rungs({name: read_rung(name, seeds) for name in args.rungs}, labels, seeds)
+    calls = read_json(result_file).get("calls", []) if result_file.is_file() else []
+    result: dict = {
+        "calls": calls + ([describe(args, time.time() - start)] if todo or not calls else []),
+        "seeds": args.seeds,
+        "rows": {"train": args.train_rows, "test": args.test_rows},
+        "failed": failed,
+        "rungs": compare_rungs({name: read_rung(name, seeds) for name in args.rungs}, labels, seeds),
+    }
     checked = [seed for seed in [*seeds, *extra] if seed.file(CHECKED).is_file()]
     if extra and len(checked) >= 2 * CHECKED_SEEDS:
         result["check"] = check_test([seed.right(CHECKED, labels) for seed in checked])
-    write_json(outputs / "ladder.json", result)
+    write_json(result_file, result)
     text = markdown(result)
     print(f"\n{text}")
     with atomic_write(outputs / "ladder.md") as temporary:
@@ -100,10 +104,11 @@ def parse_args() -> argparse.Namespace:
     add("--model", help="folder of the base model (default: as in args/bench)")
     add("--max_steps", type=int, help="optimiser steps of each training (default: as in args/bench)")
     add("--jobs", type=int, default=2, help="processes at the same time (default: 2)")
-    add("--gpus", type=int, help="GPUs to share among them (default: all that CUDA_VISIBLE_DEVICES has)")
+    add("--gpus", type=int, help="share no more than so many GPUs among them (default: all)")
     add("--max_minutes", type=float, help="begin no further command after so many minutes")
     add("--root", default=".", help="where data/, checkpoints/ and outputs/ are (default: here)")
     args = parser.parse_args()
+    args.gpus = visible_gpus(args.gpus)
     if unknown := [name for name in args.rungs if name not in RUNGS]:
         raise UserError(f"no rung {preview(unknown)}. The rungs are: {', '.join(RUNGS)}.")
     chosen = set(args.rungs)
@@ -131,7 +136,7 @@ class Seed:
         self.cache = root / "checkpoints" / "ladder" / "vision_cache"
         self.models, self.outputs = (root / name / "ladder" / str(seed) for name in ("checkpoints", "outputs"))
         self.folds_csv = self.data / f"folds_{seed}.csv"
-        self.workers = 2 if gpus(args) != [""] else 0  # a GPU would wait for one process
+        self.workers = 2 if args.gpus != [""] else 0  # a GPU would wait for one process
         self.wanted = list(dict.fromkeys(name.replace("permutations/plain/", "permutations/") for name in wanted))
 
     def commands(self) -> list[Command]:
@@ -243,7 +248,7 @@ def run_commands(commands: list[Command], args: argparse.Namespace) -> list[str]
     context, failed, running = multiprocessing.get_context("spawn"), [], {}
     jobs = min(args.jobs, len(todo))
     with (
-        ProcessPoolExecutor(jobs, context, set_environment, (context.Value("i", 0), jobs, gpus(args))) as pool,
+        ProcessPoolExecutor(jobs, context, set_environment, (context.Value("i", 0), jobs, args.gpus)) as pool,
         tqdm(total=len(todo), desc="ladder", unit=" commands") as bar,
     ):
         while todo or running:
@@ -260,14 +265,14 @@ def run_commands(commands: list[Command], args: argparse.Namespace) -> list[str]
     return failed
 
 
-def gpus(args: argparse.Namespace) -> list[str]:
-    """Names of the GPUs to use, as for CUDA_VISIBLE_DEVICES; one empty name where there is none."""
+def visible_gpus(most: int | None) -> list[str]:
+    """Names of the GPUs to use, `most` at most, as for CUDA_VISIBLE_DEVICES; one empty name where there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
         lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
         visible = ",".join(filter(str.isdigit, lines))  # a driver that fails writes words there
-    return (visible or "").split(",")[: args.gpus]
+    return (visible or "").split(",")[:most]
 
 
 def set_environment(counter, jobs: int, devices: list[str]) -> None:
@@ -459,10 +464,10 @@ def check_test(right: Sequence[np.ndarray]) -> dict:
 
 def describe(args: argparse.Namespace, seconds: float) -> dict:
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    if "torch" in sys.modules or any(device for device in gpus(args)):
+    if "torch" in sys.modules or any(args.gpus):
         import torch
 
-        machine += f", {len(gpus(args))} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+        machine += f", {len(args.gpus)} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "command": shlex.join(["python", "benchmarks/ladder.py", *sys.argv[1:]]),
         "machine": machine,

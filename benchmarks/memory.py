@@ -91,7 +91,7 @@ def model_folder(name: str, configs: Path | None, place: str | None) -> Iterator
     with tempfile.TemporaryDirectory(dir=place) as folder:
         start = time.time()
         write_random_model(configs / f"config_{name}.json", folder)
-        if torch.cuda.is_available():
+        if ON_GPU:
             torch.cuda.empty_cache()
         print(f"{name}: random weights written in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
         yield folder
@@ -99,17 +99,17 @@ def model_folder(name: str, configs: Path | None, place: str | None) -> Iterator
 
 def measure_model(name: str, folder: str, args: argparse.Namespace, picture: Path, temporary: Path) -> None:
     """Measure one model with every size and batch. The base is loaded once; each measurement has a new adapter."""
-    on_gpu, start = torch.cuda.is_available(), time.time()
-    model_args, dtype = ModelArguments(model=folder, load_in_4bit=on_gpu), model_dtype(fp16=on_gpu)
+    start = time.time()
+    model_args, dtype = ModelArguments(model=folder, load_in_4bit=ON_GPU), model_dtype(fp16=ON_GPU)
     processor = load_processor(folder)
-    base = load_base(folder, on_gpu, dtype)
+    base = load_base(folder, ON_GPU, dtype)
     print(f"{name}: loaded in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
     shape = meta_model(model_args, dtype)
     for size in args.sizes:
         for batch_size in args.batches:
             model = add_adapter(base, **adapter_options(model_args))
-            recipe = make_recipe(temporary / "run", args.steps, batch_size, on_gpu)
-            setup = Setup(shape, on_gpu, checkpointing=True, optimizer=recipe.optim.value)
+            recipe = make_recipe(temporary / "run", args.steps, batch_size)
+            setup = Setup(shape, ON_GPU, checkpointing=True, optimizer=recipe.optim.value)
             line = {"model": name, "image_size": size, "batch": batch_size}
             line |= measure(model, processor, recipe, setup, size, picture)
             write_line(line, args.output)
@@ -117,7 +117,7 @@ def measure_model(name: str, folder: str, args: argparse.Namespace, picture: Pat
             del model
 
 
-def make_recipe(folder: Path, steps: int, batch_size: int, on_gpu: bool) -> RecipeArguments:
+def make_recipe(folder: Path, steps: int, batch_size: int) -> RecipeArguments:
     return RecipeArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -125,7 +125,7 @@ def make_recipe(folder: Path, steps: int, batch_size: int, on_gpu: bool) -> Reci
         per_device_eval_batch_size=EVAL_BATCH,
         effective_batch_size=batch_size * ACCUMULATION,
         gradient_checkpointing=True,
-        fp16=on_gpu,
+        fp16=ON_GPU,
         eval_strategy="no",
         save_strategy="no",
         logging_strategy="no",
@@ -172,7 +172,7 @@ def measure(model, processor, recipe: RecipeArguments, setup: Setup, size: int, 
         **compare("validation_", validation, validation_peak(setup, eval_shape) / GIB),
         "seconds": round(min(clock.times(), default=0.0) / ACCUMULATION, 3),
         "estimated_seconds": estimated_seconds(setup, shape),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if ON_GPU else "cpu",
     }
 
 
@@ -186,7 +186,7 @@ def compare(prefix: str, measured: float | None, estimated: float) -> dict:
 
 
 def estimated_seconds(setup: Setup, shape: Batch) -> float | None:
-    if not torch.cuda.is_available():
+    if not ON_GPU:
         return None
     return round(seconds_a_batch(setup, shape, operations_a_second=measured_rate(setup)), 3)
 

@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
-from clock import limit_memory, write_line  # noqa: E402
+from clock import ON_GPU, limit_memory, write_line  # noqa: E402
 from compare import write_rows  # noqa: E402
 from contestants import Ours  # noqa: E402
 from random_model import write_random_model  # noqa: E402
@@ -34,7 +35,6 @@ from vqa.data.rows import read_rows  # noqa: E402
 from vqa.training.batching import SLACK  # noqa: E402
 from vqa.training.memory import GIB, Batch, Setup, meta_model, training_peak  # noqa: E402
 
-ON_GPU = torch.cuda.is_available()
 TEXT_TOKENS = 94  # of a row of these measurements
 
 
@@ -75,7 +75,7 @@ def measure(name: str, args, temporary: Path) -> None:
     limit_memory(args.cap_gib)
     csv = write_rows(temporary / "rows", args.rows, enlarged=2)  # 720 px would not fill the larger budget
     plan = {"model": folder, "stored": True, "cache": str(temporary / "cache"), "folder": str(temporary)}
-    plan |= {"steps": args.steps, "seconds": 0, "workers": 0, "predict_rows": 2 * args.rows, "predict_batches": [16]}
+    plan |= {"steps": args.steps, "seconds": 0, "workers": 0, "predict_rows": 2 * args.rows}
     plan["predict_batches"] = [] if args.only_training else [16]
     base = None
     shape = {"model": Path(name).stem.removeprefix("config_")}
@@ -114,7 +114,7 @@ def estimated_row(config: Path, args) -> str:
 def estimated_peak(own: Ours, line: dict) -> int:
     setup = Setup(meta_model(own.model_args, own.dtype), ON_GPU, line["checkpointing"])
     batch = own.lengths.batch(line["micro"])
-    return training_peak(setup, type(batch)(batch.rows, batch.tokens, 0))  # features are stored: no image is encoded
+    return training_peak(setup, replace(batch, patches=0))  # features are stored: no image is encoded
 
 
 if __name__ == "__main__":

@@ -71,13 +71,13 @@ def test_args_files_hold_the_seed_and_the_folders_of_its_own_models(arguments):
 def test_the_gpus_are_those_that_are_visible_or_those_of_the_machine(arguments, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert ladder.gpus(arguments()) == [""]
+    assert arguments().gpus == [""]
     for printed, found in (("0\\n1\\n2", ["0", "1", "2"]), ("NVIDIA-SMI has failed", [""])):
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{printed}'\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
-        assert ladder.gpus(arguments()) == found
+        assert arguments().gpus == found
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert ladder.gpus(arguments()) == ["5", "7"] and ladder.gpus(arguments("--gpus", 1)) == ["5"]
+    assert arguments().gpus == ["5", "7"] and arguments("--gpus", 1).gpus == ["5"]
 
 
 def gaps(rng, seeds, rows, of_seed=0.0, of_row=0.0, effect=0.0):
@@ -186,7 +186,8 @@ def test_the_ladder_is_climbed_from_the_contest_to_the_table(in_this_process, sc
         found = [pd.read_csv(tmp_path / f"outputs/ladder/{seed}/{file}.csv")["answer"] for seed in (5, 6)]
         assert lines[name]["seeds"] == pytest.approx([(own == answers).mean() for own in found]), name
         assert name in output
-    assert "| 200 rows, one epoch |" in (tmp_path / "outputs/ladder/ladder.md").read_text()
+    table = (tmp_path / "outputs/ladder/ladder.md").read_text()
+    assert "| 200 rows, one epoch |" in table and re.search(r"\| [+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\) \|", table)
     assert "python benchmarks/ladder.py" in output
     trained = (tmp_path / "checkpoints/ladder/5/baseline/metrics.json").stat().st_mtime_ns
     code, _, error = script("ladder", *flags)
